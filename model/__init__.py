@@ -1,0 +1,1 @@
+"""What is computed: modules, and the forms that their parameters take."""

@@ -1,0 +1,116 @@
+"""Attention: one module for every head layout, position scheme, window, cache and context."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from model import positions
+from model.attend import attend
+from model.cache import KVCache
+from model.config import LayerKind, ModelConfig
+from model.layers import Einsum, Norm, param, residual_init
+from model.sharding import constrain
+
+Angles = tuple[Float[Array, "B T R"], Float[Array, "B T R"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Where:
+  """Where the tokens of a pass are, and what every layer derives from it once.
+
+  `angles` and `local_angles` are rotary; `bias` is the relative bias of a pass without a cache;
+  `table` holds what computes it against a cache's positions. `ordered` promises, statically, that
+  tokens lie in row order with positions rising by one in each segment.
+  """
+
+  pos: Int[Array, "B T"]
+  seg: Int[Array, "B T"] | None
+  angles: Angles | None = None
+  local_angles: Angles | None = None
+  bias: Float[Array, "B N T T"] | None = None
+  table: Float[Array, "buckets N"] | None = None
+  bidirectional: Bool[Array, "B T"] | None = None
+  ordered: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def relative_bias(
+  cfg: ModelConfig, table: Array | None, q_pos: Int[Array, "B T"], kv_pos: Int[Array, "B S"]
+) -> Float[Array, "B N T S"] | None:
+  """What T5's buckets or ALiBi add to the scores; None for the other position schemes."""
+  if cfg.positions == "alibi":
+    return positions.alibi_bias(q_pos, kv_pos, cfg.num_heads)
+  if cfg.positions != "t5_bias" or table is None:
+    return None
+  buckets = positions.relative_bias_buckets(
+    q_pos, kv_pos, bidirectional=cfg.shape == "encoder",
+    num_buckets=cfg.relative_buckets, max_distance=cfg.relative_max_distance,
+  )  # fmt: skip
+  return jnp.moveaxis(table[buckets], -1, 1)
+
+
+class Attention(nnx.Module):
+  """MHA, GQA, MQA, windowed and cached attention.
+
+  Head counts choose MHA, GQA or MQA; positions, segments and the layer's window choose the mask; a
+  cache makes it incremental.
+  """
+
+  def __init__(self, cfg: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+    D, N, K, H = cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_width
+    self.cfg, self.kind = cfg, kind
+    into = dict(rngs=rngs, bias=cfg.attention_bias)
+    kv_axes = ("embed", "kv_heads", "head_dim")
+    self.q_proj = Einsum(cfg, "BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"), **into)
+    self.k_proj = Einsum(cfg, "BTD,DKH->BTKH", (D, K, H), kv_axes, **into)
+    self.v_proj = Einsum(cfg, "BTD,DKH->BTKH", (D, K, H), kv_axes, **into)
+    self.o_proj = Einsum(
+      cfg, "BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"), rngs=rngs, inputs=2,
+      bias=cfg.attention_out_bias, init=residual_init(cfg),
+    )  # fmt: skip
+    if cfg.qk_norm != "none":
+      whole = cfg.qk_norm == "full"
+      norm = lambda heads, axis: Norm(
+        cfg, rngs=rngs, shape=(heads, H) if whole else (H,),
+        axes=(axis, "head_dim") if whole else ("head_dim",),
+      )  # fmt: skip
+      self.q_norm, self.k_norm = norm(N, "heads"), norm(K, "kv_heads")
+    if cfg.attention_sinks:
+      zeros = jax.nn.initializers.zeros
+      self.sinks = param(cfg, rngs, (N,), ("heads",), role="vector", init=zeros)
+
+  def __call__(
+    self, x: Float[Array, "B T D"], where: Where, *,
+    cache: KVCache | None = None, key: jax.Array | None = None,
+  ) -> tuple[Float[Array, "B T D"], KVCache | None]:  # fmt: skip
+    cfg = self.cfg
+    q, k, v = self._heads(x, where)
+    kv_pos, kv_seg, bias = where.pos, where.seg, where.bias
+    if cache is not None:
+      cache = cache.update(k, v, where.pos)
+      k, v, kv_pos, kv_seg = cache.k, cache.v, cache.pos, None
+      bias = relative_bias(cfg, where.table, where.pos, kv_pos)
+    y = attend(
+      q, k.astype(q.dtype), v.astype(q.dtype), q_pos=where.pos, kv_pos=kv_pos,
+      q_seg=where.seg, kv_seg=kv_seg, causal=cfg.shape != "encoder", window=self.kind.window,
+      bidirectional=where.bidirectional,
+      scale=cfg.head_width**-0.5 if cfg.attention_scale is None else cfg.attention_scale,
+      softcap=cfg.attention_softcap, sinks=self.sinks[...] if cfg.attention_sinks else None,
+      bias=bias, ordered=where.ordered and cache is None, kernel=cfg.attention_kernel,
+      dropout=cfg.attention_dropout, key=key,
+    )  # fmt: skip
+    return self.o_proj(constrain(y, ("batch", "seq", "heads", None))), cache
+
+  def _heads(self, x: Float[Array, "B T D"], where: Where) -> tuple[Array, Array, Array]:
+    q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    if self.cfg.qk_norm != "none":
+      q, k = self.q_norm(q), self.k_norm(k)
+    if self.kind.rotary:
+      local = self.kind.window is not None and where.local_angles is not None
+      angles = where.local_angles if local else where.angles
+      turn = lambda h: positions.apply_rotary(h, angles, interleaved=self.cfg.rope_interleaved)
+      q, k = turn(q), turn(k)
+    return constrain(q, ("batch", "seq", "heads", None)), k, v

@@ -1,0 +1,63 @@
+"""The key/value cache: slots that store positions. Masks follow from them; nothing else is kept."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from model.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Keys and values of one layer, or of a stack of layers with a leading axis.
+
+  A ring: the token at position p lies in slot p % S. It is right as long as S is at least the
+  number of tokens that are still to be seen, the ones of one update included.
+  """
+
+  k: Float[Array, "... B S K H"]
+  v: Float[Array, "... B S K H"]
+  pos: Int[Array, "... B S"]  # Position of the token in a slot; -1: empty.
+
+  def update(
+    self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], pos: Int[Array, "B T"]
+  ) -> "KVCache":
+    """Writes each token at slot pos % S; padding (position -1) writes nothing."""
+    S = self.pos.shape[1]
+    slot = jnp.where(pos < 0, S, pos % S)  # Slot S does not exist: dropped.
+    row = jnp.arange(pos.shape[0])[:, None]
+    put = lambda old, new: old.at[row, slot].set(new.astype(old.dtype), mode="drop")
+    return KVCache(put(self.k, k), put(self.v, v), put(self.pos, pos))
+
+
+def cache_length(window: int | None, length: int, chunk: int) -> int:
+  """Slots of a layer: all of `length`, or a ring of the window and what one step may write."""
+  return length if window is None else min(length, window + chunk - 1)
+
+
+def new_cache(
+  cfg: ModelConfig, batch: int, length: int, *, stacked: bool, chunk: int | None = None,
+  dtype: jnp.dtype | None = None,
+) -> tuple[KVCache, ...]:  # fmt: skip
+  """Empty caches for sequences of up to `length` tokens, in the order of the decoder's layers.
+
+  Args:
+    stacked: one cache per stack with a leading layer axis, as in training; otherwise one per layer.
+    chunk: the most tokens that one step writes (None: `length`), which sizes the rings.
+    dtype: of keys and values; None: the compute dtype.
+  """
+  dtype = cfg.compute_dtype if dtype is None else dtype
+  chunk = length if chunk is None else chunk
+
+  def empty(window: int | None, lead: tuple[int, ...]) -> KVCache:
+    S = cache_length(window, length, chunk)
+    shape = (*lead, batch, S, cfg.kv_heads, cfg.head_width)
+    pos = jnp.full((*lead, batch, S), -1, jnp.int32)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), pos)
+
+  if not stacked:
+    return tuple(empty(kind.window, ()) for kind in cfg.layers())
+  return tuple(empty(kind.window, (n,)) for pattern, n in cfg.groups() for kind in pattern)

@@ -1,0 +1,78 @@
+"""The one exception that a user can cause, and how a command reports it."""
+
+import errno
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+
+from absl import app, flags
+
+DONE, DEFECT, USER_ERROR, NON_FINITE, PREEMPTED = 0, 1, 2, 3, 75
+
+
+class InputError(ValueError):
+  """Wrong input. The message says what was wrong, what was expected and what to do."""
+
+
+class Stop(SystemExit):
+  """Ends a command with one `error:` line and an exit status of its own."""
+
+  def __init__(self, message: str, status: int):
+    super().__init__(status)
+    self.message = message
+
+
+def nearest(name: str, known) -> str:
+  """' Did you mean …?' with the names closest to `name`, or ''."""
+  close = get_close_matches(name, list(known), n=3, cutoff=0.5)
+  return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def fail(message: object, status: int = USER_ERROR):
+  """Prints the last line of stderr, `error: …`, and leaves with `status`."""
+  sys.stdout.flush()
+  print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+  sys.exit(status)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return app.parse_flags_with_usage(argv) if _wants_help(argv) else flags.FLAGS(argv)
+  except flags.Error as error:
+    fail(error)
+  raise AssertionError("unreachable")
+
+
+def _wants_help(argv: list[str]) -> bool:
+  return any(a.split("=")[0].lstrip("-") in ("help", "helpfull", "helpshort") for a in argv[1:])
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+  """Runs a command: parses flags, turns a user's error into one line and status 2.
+
+  A traceback is left for defects only. `KeyboardInterrupt` before a run can save ends as 130.
+  """
+
+  def guarded(argv):
+    try:
+      status = main(argv)
+    except Stop as stop:
+      fail(stop.message, stop.code)
+    except InputError as error:
+      fail(error)
+    except OSError as error:
+      if error.errno not in _USER_ERRNO:
+        raise
+      fail(f"{error.strerror}: {error.filename}" if error.filename else error)
+    except RuntimeError as error:
+      if "Unable to initialize backend" not in str(error) and "Unknown backend" not in str(error):
+        raise
+      fail(f"JAX cannot use the platform that was asked for: {error}")
+    else:
+      sys.exit(status or DONE)
+
+  app.run(guarded, flags_parser=_parse)
+
+
+_USER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS,
+               errno.ENOTDIR, errno.EISDIR, errno.EADDRINUSE}

@@ -1,0 +1,176 @@
+"""What every model is made of: parameters declared once, Einsum, norms, embeddings, the MLP."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from model.config import ModelConfig
+from model.sharding import constrain
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamInfo:
+  """What a parameter is.
+
+  `axes` are the logical names of all its axes, `layers` first when it is stacked. A `matrix` maps
+  its first `inputs` axes (after `layers` and `expert`) to the others; an `embedding` is a table of
+  vectors; a `vector` is a bias, a scale or the like.
+  """
+
+  axes: tuple[str | None, ...]
+  role: str
+  inputs: int
+
+
+def param(
+  cfg: ModelConfig,
+  rngs: nnx.Rngs,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  *,
+  role: str = "matrix",
+  inputs: int = 1,
+  init: Initializer | None = None,
+) -> nnx.Param:
+  """Declares a parameter: shape, logical axes, role and initializer (None: normal, `init_std`)."""
+  init = jax.nn.initializers.normal(cfg.init_std) if init is None else init
+  value = init(rngs.params(), shape, jnp.float32).astype(cfg.param_dtype)
+  return nnx.Param(value, axes=axes, role=role, inputs=inputs)
+
+
+def param_info(module: nnx.Module) -> dict:
+  """The ParamInfo of each parameter of `module` (which may be abstract), as a nested dict."""
+
+  def info(p: nnx.Param) -> ParamInfo:
+    meta = p.get_metadata()
+    stacked = ("layers",) * (len(p.shape) - len(meta["axes"]))
+    return ParamInfo(stacked + tuple(meta["axes"]), meta["role"], meta["inputs"])
+
+  is_param = lambda p: isinstance(p, nnx.Param)
+  state = nnx.state(module, nnx.Param)
+  return nnx.to_pure_dict(jax.tree.map(info, state, is_leaf=is_param))
+
+
+def residual_init(cfg: ModelConfig) -> Initializer:
+  """Of the projections back into the residual stream (GPT-2, section 2.3)."""
+  scale = (2 * cfg.num_layers) ** -0.5 if cfg.init_residual_scale else 1.0
+  return jax.nn.initializers.normal(cfg.init_std * scale)
+
+
+class Einsum(nnx.Module):
+  """A weight matrix with any number of input and output axes, in the compute dtype."""
+
+  def __init__(
+    self,
+    cfg: ModelConfig,
+    equation: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    *,
+    rngs: nnx.Rngs,
+    inputs: int = 1,
+    bias: bool = False,
+    init: Initializer | None = None,
+  ):
+    self.equation, self.dtype = equation, cfg.compute_dtype
+    self.w = param(cfg, rngs, shape, axes, inputs=inputs, init=init)
+    if bias:
+      zeros = jax.nn.initializers.zeros
+      self.b = param(cfg, rngs, shape[inputs:], axes[inputs:], role="vector", init=zeros)
+
+  def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+    y = jnp.einsum(self.equation, x.astype(self.dtype), self.w[...].astype(self.dtype))
+    return y + self.b[...].astype(self.dtype) if hasattr(self, "b") else y
+
+
+class Norm(nnx.Module):
+  """Layer norm (Ba et al., arXiv:1607.06450) or RMS norm (Zhang & Sennrich, arXiv:1910.07467).
+
+  Statistics are taken over the axes of `shape`, at least in float32; the result has x's dtype.
+  """
+
+  def __init__(
+    self, cfg: ModelConfig, *, rngs: nnx.Rngs,
+    shape: tuple[int, ...] | None = None, axes: tuple[str, ...] = ("embed",),
+  ):  # fmt: skip
+    self.kind, self.eps, self.offset = cfg.norm, cfg.norm_eps, float(cfg.norm_offset)
+    shape = (cfg.d_model,) if shape is None else shape
+    self.dims = tuple(range(-len(shape), 0))
+    start = jax.nn.initializers.constant(1.0 - self.offset)
+    self.scale = param(cfg, rngs, shape, axes, role="vector", init=start)
+    if cfg.norm == "layer" and cfg.norm_bias:
+      zeros = jax.nn.initializers.zeros
+      self.bias = param(cfg, rngs, shape, axes, role="vector", init=zeros)
+
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if self.kind == "layer":
+      wide -= wide.mean(self.dims, keepdims=True)
+    wide *= jax.lax.rsqrt(jnp.square(wide).mean(self.dims, keepdims=True) + self.eps)
+    wide *= self.scale[...].astype(wide.dtype) + self.offset
+    if hasattr(self, "bias"):
+      wide += self.bias[...].astype(wide.dtype)
+    return wide.astype(x.dtype)
+
+
+class Embed(nnx.Module):
+  """A table of `rows` vectors; `attend` scores vectors against all of them (tied embeddings)."""
+
+  def __init__(self, cfg: ModelConfig, rows: int, row_axis: str, *, rngs: nnx.Rngs):
+    self.dtype = cfg.compute_dtype
+    shape, axes = (rows, cfg.d_model), (row_axis, "embed")
+    self.table = param(cfg, rngs, shape, axes, role="embedding")
+
+  def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    return self.table[...].astype(self.dtype)[ids]
+
+  def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Scores in at least float32."""
+    wide = jnp.promote_types(self.dtype, jnp.float32)
+    table = self.table[...].astype(self.dtype)
+    return jnp.einsum("...D,VD->...V", x.astype(self.dtype), table, preferred_element_type=wide)
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+  """The function of ModelConfig.activation. `gelu` is exact, `gelu_tanh` GPT-2's approximation."""
+  return {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+    "silu": jax.nn.silu,
+  }[name]
+
+
+class MLP(nnx.Module):
+  """Two matrices, or three with a gate (SwiGLU, GeGLU: Shazeer, arXiv:2002.05202)."""
+
+  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, width: int | None = None):
+    D, F = cfg.d_model, cfg.d_ff if width is None else width
+    into, back = ("BTD,DF->BTF", (D, F), ("embed", "mlp")), ("BTF,FD->BTD", (F, D), ("mlp", "embed"))
+    self.activation = cfg.activation
+    if cfg.gated:
+      self.gate_proj = Einsum(cfg, *into, rngs=rngs, bias=cfg.mlp_bias)
+    self.up_proj = Einsum(cfg, *into, rngs=rngs, bias=cfg.mlp_bias)
+    self.down_proj = Einsum(cfg, *back, rngs=rngs, bias=cfg.mlp_bias, init=residual_init(cfg))
+
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    act, up = activation(self.activation), self.up_proj(x)
+    hidden = act(self.gate_proj(x)) * up if hasattr(self, "gate_proj") else act(up)
+    return self.down_proj(constrain(hidden, ("batch", "seq", "mlp")))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """Zeroes elements with probability `rate` and scales the others; identity without a key."""
+  if rate == 0.0 or key is None:
+    return x
+  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+  return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))

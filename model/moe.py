@@ -1,0 +1,227 @@
+"""Mixture of experts: the router, its experts, and the sums that its losses are formed from."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from model.config import ModelConfig
+from model.layers import MLP, Initializer, activation, param, residual_init
+from model.sharding import RULES
+
+
+class Router(nnx.Module):
+  """Scores every expert for every token and chooses among them, in float32 or wider."""
+
+  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    self.w = param(cfg, rngs, (cfg.d_model, cfg.num_experts), ("embed", "expert"))
+    self.per_token, self.scores = cfg.experts_per_token, cfg.router_scores
+    self.renormalize = cfg.router_renormalize
+
+  def __call__(
+    self, x: Float[Array, "B T D"]
+  ) -> tuple[
+    Float[Array, "B T E"], Float[Array, "B T E"], Float[Array, "B T k"], Int[Array, "B T k"]
+  ]:
+    """Returns logits, probabilities, and the weights and numbers of the chosen experts.
+
+    Probabilities sum to 1 over the experts and enter the balance loss: sigmoid scores are divided
+    by their sum, as in DeepSeek-V3 (arXiv:2412.19437, eq. 17-20).
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    precision = jax.lax.Precision.HIGHEST  # The choice must not hang on how a device rounds.
+    logits = jnp.matmul(x.astype(wide), self.w[...].astype(wide), precision=precision)
+    if self.scores == "softmax":
+      scores = probs = jax.nn.softmax(logits, axis=-1)
+    else:
+      scores = jax.nn.sigmoid(logits)
+      probs = scores / scores.sum(axis=-1, keepdims=True)
+    weights, chosen = jax.lax.top_k(scores, self.per_token)
+    if self.renormalize:
+      weights = weights / weights.sum(axis=-1, keepdims=True)
+    return logits, probs, weights, chosen
+
+
+class ExpertMatrix(nnx.Module):
+  """The same matrix of every expert: `w` (E, in, out) and, where asked for, `b` (E, out)."""
+
+  def __init__(
+    self,
+    cfg: ModelConfig,
+    axes: tuple[str, str],
+    *,
+    rngs: nnx.Rngs,
+    init: Initializer | None = None,
+  ):
+    size = {"embed": cfg.d_model, "mlp": cfg.expert_width}
+    E, I, O = cfg.num_experts, *(size[a] for a in axes)  # noqa: E741
+    self.w = param(cfg, rngs, (E, I, O), ("expert", *axes), init=init)
+    if cfg.mlp_bias:
+      zeros = jax.nn.initializers.zeros
+      self.b = param(cfg, rngs, (E, O), ("expert", axes[1]), role="vector", init=zeros)
+
+  def arrays(self, dtype: jnp.dtype) -> dict[str, Array]:
+    """The parameters as plain arrays of the compute dtype."""
+    return {name: getattr(self, name)[...].astype(dtype) for name in "wb" if hasattr(self, name)}
+
+
+class Experts(nnx.Module):
+  """A mixture of experts in place of the MLP; no token is ever dropped.
+
+  Each token goes through `experts_per_token` experts, whose outputs are summed with the router's
+  weights, and through the shared experts besides. Sources: Shazeer et al., arXiv:1701.06538;
+  Mixtral, arXiv:2401.04088; shared experts: DeepSeekMoE, arXiv:2401.06066.
+  """
+
+  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    self.activation, self.kernel, self.dtype = cfg.activation, cfg.expert_kernel, cfg.compute_dtype
+    self.router = Router(cfg, rngs=rngs)
+    if cfg.gated:
+      self.gate_proj = ExpertMatrix(cfg, ("embed", "mlp"), rngs=rngs)
+    self.up_proj = ExpertMatrix(cfg, ("embed", "mlp"), rngs=rngs)
+    self.down_proj = ExpertMatrix(cfg, ("mlp", "embed"), rngs=rngs, init=residual_init(cfg))
+    if cfg.shared_experts:
+      self.shared = MLP(cfg, rngs=rngs, width=cfg.shared_experts * cfg.expert_width)
+
+  def __call__(
+    self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
+  ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+    """Returns outputs (0 where not valid, in the compute dtype) and the router's sums.
+
+    Sums are over the valid tokens of the batch, in float32 or wider, for `router_losses`: `tokens`
+    [] their number, `counts` [E] how often each expert was chosen (no gradient), `probs` [E] its
+    summed probabilities, `z` [] the summed squares of the logits' log-sum-exp.
+    """
+    keep = valid[..., None]
+    x = jnp.where(keep, x.astype(self.dtype), 0)
+    logits, probs, weights, chosen = self.router(x)
+    sums = router_sums(logits, probs, chosen, valid)
+    weights = jnp.where(keep, weights, 0)
+    names = [n for n in ("gate_proj", "up_proj", "down_proj") if hasattr(self, n)]
+    matrices = {name: getattr(self, name).arrays(self.dtype) for name in names}
+    if self.kernel == "dense":
+      y = dense_experts(x, weights, chosen, matrices, activation(self.activation))
+    else:
+      y = ragged_experts(x, weights, chosen, matrices, activation(self.activation))
+    if hasattr(self, "shared"):
+      y += jnp.where(keep, self.shared(x), 0)
+    return y, sums
+
+
+def dense_experts(
+  x: Float[Array, "B T D"],
+  weights: Float[Array, "B T k"],
+  chosen: Int[Array, "B T k"],
+  matrices: dict[str, dict[str, Array]],
+  act: Callable[[Array], Array],
+) -> Float[Array, "B T D"]:
+  """The reference: every token through every expert, weighted by 0 where it was not chosen."""
+
+  def through(h, name, equation):
+    y = jnp.einsum(equation, h, matrices[name]["w"])
+    return y + matrices[name]["b"][:, None, None] if "b" in matrices[name] else y
+
+  up = through(x, "up_proj", "BTD,EDF->EBTF")
+  gated = "gate_proj" in matrices
+  hidden = act(through(x, "gate_proj", "BTD,EDF->EBTF")) * up if gated else act(up)
+  y = through(hidden, "down_proj", "EBTF,EFD->EBTD")
+  picked = chosen[..., None] == jnp.arange(y.shape[0])
+  share = jnp.where(picked, weights[..., None], 0).sum(axis=2)
+  return jnp.einsum("EBTD,BTE->BTD", y.astype(weights.dtype), share).astype(x.dtype)
+
+
+def ragged_experts(
+  x: Float[Array, "B T D"],
+  weights: Float[Array, "B T k"],
+  chosen: Int[Array, "B T k"],
+  matrices: dict[str, dict[str, Array]],
+  act: Callable[[Array], Array],
+) -> Float[Array, "B T D"]:
+  """Each token through its own experts only: sorted by expert, multiplied in ragged groups.
+
+  On a mesh each device sorts the rows of the batch that it holds (a global sort would gather the
+  whole batch on each), with the experts' matrices whole along the batch's mesh axes.
+  """
+
+  def local(x, weights, chosen, matrices):
+    k = chosen.shape[-1]
+    expert = chosen.reshape(-1)
+    order = jnp.argsort(expert, stable=True)
+    back = jnp.argsort(order, stable=True)
+    sizes = jnp.bincount(expert, length=matrices["up_proj"]["w"].shape[0]).astype(jnp.int32)
+
+    def through(h, name):
+      y = jax.lax.ragged_dot(h, matrices[name]["w"], sizes)
+      return y + matrices[name]["b"][expert[order]] if "b" in matrices[name] else y
+
+    rows = jnp.repeat(x.reshape(-1, x.shape[-1]), k, axis=0)
+    rows = rows.at[order].get(unique_indices=True)  # Unique: the gradient adds in no random order.
+    up = through(rows, "up_proj")
+    hidden = act(through(rows, "gate_proj")) * up if "gate_proj" in matrices else act(up)
+    y = through(hidden, "down_proj").at[back].get(unique_indices=True)
+    y = y.reshape(*chosen.shape, -1).astype(weights.dtype)
+    return jnp.einsum("BTkD,BTk->BTD", y, weights).astype(x.dtype)
+
+  axes = _batch_axes(x.shape[0])
+  if axes:
+    batch = P(axes)
+    specs = (batch, batch, batch, P())
+    local = jax.shard_map(local, in_specs=specs, out_specs=batch, axis_names=set(axes))
+  return local(x, weights, chosen, matrices)
+
+
+def _batch_axes(rows: int) -> tuple[str, ...]:
+  """The mesh axes that a batch of `rows` is split over; none where they do not divide it."""
+  mesh = jax.sharding.get_abstract_mesh()
+  free = {
+    n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto
+  }
+  names = tuple(str(n) for n in np.atleast_1d(RULES["batch"]) if n in free)
+  parts = int(np.prod([mesh.shape[n] for n in names]))
+  return names if parts > 1 and rows % parts == 0 else ()
+
+
+def router_sums(
+  logits: Float[Array, "B T E"],
+  probs: Float[Array, "B T E"],
+  chosen: Int[Array, "B T k"],
+  valid: Bool[Array, "B T"],
+) -> dict[str, Array]:
+  """What the router's losses need of one layer, summed over valid tokens; see Experts."""
+  picked = chosen[..., None] == jnp.arange(logits.shape[-1])
+  keep = valid[..., None]
+  return {
+    "tokens": valid.sum(dtype=logits.dtype),
+    "counts": (picked & keep[..., None]).sum(axis=(0, 1, 2), dtype=logits.dtype),
+    "probs": jnp.where(keep, probs, 0).sum(axis=(0, 1)),
+    "z": jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) ** 2, 0).sum(),
+  }
+
+
+def router_losses(sums: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+  """Forms `balance_loss` and `router_z_loss`, unweighted, from the sums of a whole batch.
+
+  Args:
+    sums: of Experts, each with a leading axis of layers or, for one layer, without.
+
+  Both are means over the layers. Balance: E Σ_e f_e P_e, where f_e is the share of tokens that
+  chose expert e and P_e its mean probability (Switch, arXiv:2101.03961, eq. 4-6, for k = 1; with k
+  experts a token the f_e sum to k, as in Transformers' Mixtral, so that k is the balanced value).
+  z: the mean over tokens of log²Σexp (ST-MoE, arXiv:2202.08906, eq. 5).
+
+  Add the sums of micro-batches, shards or rows first, then form the losses: z is then the same
+  however the batch was cut. Balance is a product of sums: it is the same for any packing and any
+  number of devices, but where each micro-batch forms its own loss, as gradient accumulation does,
+  the result is the mean of the micro-batches' balance instead of the balance of the whole.
+  """
+  tokens = jnp.maximum(sums["tokens"], 1)
+  share = sums["counts"] / tokens[..., None]
+  prob = sums["probs"] / tokens[..., None]
+  experts = sums["counts"].shape[-1]
+  balance = experts * (jax.lax.stop_gradient(share) * prob).sum(axis=-1)
+  return {"balance_loss": balance.mean(), "router_z_loss": (sums["z"] / tokens).mean()}

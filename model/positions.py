@@ -1,0 +1,193 @@
+"""Positions as the model sees them: rotary angles and scalings, sinusoids, T5 buckets, ALiBi."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from model.config import ModelConfig
+from model.errors import InputError
+
+
+def rotary_angles(
+  pos: Int[Array, "B T"], cfg: ModelConfig, *, local: bool, seg: Int[Array, "B T"] | None = None
+) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
+  """Cosine and sine of each token's rotation; R is half of the rotated elements of a head.
+
+  At least float32, float64 where the model computes in float64. Equal to Transformers'
+  `ROPE_INIT_FUNCTIONS`, YaRN's attention factor included. Position −1 gives finite angles.
+
+  Args:
+    pos: positions; −1 is padding.
+    cfg: its `rope_*` fields.
+    local: a windowed layer: uses `rope_local_theta`, unscaled, where the config has one.
+    seg: segments, for dynamic scaling: a token's length is that of its own document in this call.
+  """
+  dtype = jnp.promote_types(jax.dtypes.canonicalize_dtype(cfg.compute_dtype), jnp.float32)
+  scaled = cfg.rope_scaling != "none" and not (local and cfg.rope_local_theta is not None)
+  theta = cfg.rope_local_theta if local and cfg.rope_local_theta is not None else cfg.rope_theta
+  width = int(cfg.head_width * cfg.rope_fraction)
+  frequency = theta ** (-np.arange(0, width, 2) / width)
+  amplitude = 1.0
+  if scaled and cfg.rope_scaling == "linear":
+    frequency = frequency / cfg.rope_factor
+  elif scaled and cfg.rope_scaling == "llama3":
+    frequency = _llama3(frequency, cfg)
+  elif scaled and cfg.rope_scaling == "yarn":
+    frequency = _yarn(frequency, theta, cfg)
+    amplitude = cfg.rope_attention_factor
+    if amplitude is None:
+      amplitude = 0.1 * math.log(cfg.rope_factor) + 1.0
+  angle = pos[..., None].astype(dtype) * jnp.asarray(frequency, dtype)
+  if scaled and cfg.rope_scaling == "dynamic":
+    angle = angle * _dynamic(pos, seg, width, cfg, dtype)
+  return jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
+
+
+def apply_rotary(
+  x: Float[Array, "B T N H"],
+  angles: tuple[Float[Array, "B T R"], Float[Array, "B T R"]],
+  *,
+  interleaved: bool,
+) -> Float[Array, "B T N H"]:
+  """Rotates the first 2R elements of each head, in at least float32; the rest passes through.
+
+  Args:
+    x: queries or keys.
+    angles: what `rotary_angles` gives.
+    interleaved: pairs are neighbours (0, 1), (2, 3) … as in GPT-J; else the elements i and i + R.
+  """
+  cos, sin = (a[:, :, None, :] for a in angles)
+  half = cos.shape[-1]
+  turned, rest = x[..., : 2 * half].astype(cos.dtype), x[..., 2 * half :]
+  if interleaved:
+    a, b = turned[..., 0::2], turned[..., 1::2]
+    turned = jnp.stack((a * cos - b * sin, b * cos + a * sin), axis=-1)
+    turned = turned.reshape(*x.shape[:-1], 2 * half)
+  else:
+    a, b = turned[..., :half], turned[..., half:]
+    turned = jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1)
+  turned = turned.astype(x.dtype)
+  return jnp.concatenate((turned, rest), axis=-1) if rest.shape[-1] else turned
+
+
+def _llama3(frequency: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+  """Divides low frequencies by the factor, keeps high ones and interpolates between."""
+  turns = _original(cfg) * frequency / (2 * math.pi)  # Over the original length.
+  low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
+  keep = np.clip((turns - low) / (high - low), 0, 1)
+  return (1 - keep) * frequency / cfg.rope_factor + keep * frequency
+
+
+def _yarn(frequency: np.ndarray, theta: float, cfg: ModelConfig) -> np.ndarray:
+  """YaRN (arXiv:2309.00071): a ramp over dimensions from kept to divided frequencies."""
+  width = 2 * len(frequency)
+
+  def dimension(turns: float) -> float:  # The element that makes so many turns.
+    return width * math.log(_original(cfg) / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+  low = max(math.floor(dimension(cfg.rope_beta_fast)), 0)
+  high = min(math.ceil(dimension(cfg.rope_beta_slow)), width - 1)
+  ramp = (np.arange(width // 2) - low) / (high - low if high != low else 0.001)
+  divided = np.clip(ramp, 0, 1)
+  return frequency / cfg.rope_factor * divided + frequency * (1 - divided)
+
+
+def _dynamic(pos, seg, width: int, cfg: ModelConfig, dtype) -> Float[Array, "B T R"]:
+  """What dynamic NTK multiplies each frequency by, from the length of each token's document."""
+  if seg is None:
+    last = jnp.max(pos, axis=1, keepdims=True)
+  else:
+    own = seg[:, :, None] == seg[:, None, :]
+    last = jnp.max(jnp.where(own, pos[:, None, :], -1), axis=-1)
+  longer = jnp.maximum(last.astype(dtype) + 1, _original(cfg)) / _original(cfg)
+  stretch = cfg.rope_factor * longer - (cfg.rope_factor - 1)
+  # The base grows by stretch^(width / (width - 2)); a base to the power −2i / width remains.
+  power = -np.arange(0, width, 2) / max(width - 2, 1)
+  return stretch[..., None] ** jnp.asarray(power, dtype)
+
+
+def _original(cfg: ModelConfig) -> int:
+  if cfg.rope_original_positions is None:
+    raise InputError(
+      f"model.rope_scaling={cfg.rope_scaling!r} needs model.rope_original_positions."
+    )
+  return cfg.rope_original_positions
+
+
+def sinusoidal(pos: Int[Array, "B T"], width: int, dtype=jnp.float32) -> Float[Array, "B T D"]:
+  """Sinusoids of "Attention Is All You Need", all sines before all cosines.
+
+  The paper interleaves sine and cosine; like Transformers' Marian this concatenates them, which is
+  the same up to a fixed order of the width. Position −1 gives finite values.
+
+  Args:
+    pos: positions.
+    width: elements of the result; an odd one has one sine more.
+    dtype: of the result; computed in at least float32.
+  """
+  sines = (width + 1) // 2
+  exact = jnp.promote_types(dtype, jnp.float32)
+  frequency = jnp.asarray(10_000.0 ** (-2 * np.arange(sines) / width), exact)
+  angle = pos[..., None].astype(exact) * frequency
+  both = jnp.concatenate((jnp.sin(angle), jnp.cos(angle[..., : width // 2])), axis=-1)
+  return both.astype(dtype)
+
+
+def relative_bias_buckets(
+  q_pos: Int[Array, "B T"],
+  kv_pos: Int[Array, "B S"],
+  *,
+  bidirectional: bool,
+  num_buckets: int,
+  max_distance: int,
+) -> Int[Array, "B T S"]:
+  """T5's bucket of each key's distance from each query, int32 in [0, num_buckets).
+
+  Near distances have a bucket each, far ones share logarithmically growing ones, all from
+  `max_distance` on the last. `bidirectional`: keys after the query have half of the buckets to
+  themselves; otherwise they count as distance 0.
+
+  Raises:
+    InputError: for too few buckets or a `max_distance` that they reach one by one.
+  """
+  buckets = num_buckets // 2 if bidirectional else num_buckets
+  exact = buckets // 2
+  if exact < 1 or max_distance <= exact:
+    raise InputError(
+      f"relative positions: {num_buckets} buckets and a largest distance of {max_distance} do not "
+      f"fit: use at least {4 if bidirectional else 2} buckets and a distance above {exact}."
+    )
+  # Bounds found on the host in float32, as Transformers computes them: exact on every device.
+  distances = np.arange(exact, max_distance + 1)
+  ratio = np.log((distances / exact).astype(np.float32)) / np.float32(
+    math.log(max_distance / exact)
+  )
+  bucket = (ratio * np.float32(buckets - exact)).astype(np.int32)
+  bounds = distances[np.searchsorted(bucket, np.arange(1, buckets - exact))]
+  ahead = kv_pos[:, None, :] - q_pos[:, :, None]
+  distance = jnp.abs(ahead) if bidirectional else jnp.maximum(-ahead, 0)
+  result = jnp.minimum(distance, exact)
+  for bound in bounds.tolist():
+    result += distance >= bound
+  if bidirectional:
+    result += jnp.where(ahead > 0, buckets, 0)
+  return result.astype(jnp.int32)
+
+
+def alibi_slopes(num_heads: int, dtype=jnp.float32) -> Float[Array, "N"]:
+  """The slope of each head: 2^(−8i/n) for a power of two n, else its next ones between (BLOOM)."""
+  whole = 2 ** math.floor(math.log2(num_heads))
+  slopes = 2.0 ** (-8 / whole * np.arange(1, whole + 1))
+  between = 2.0 ** (-4 / whole * np.arange(1, 2 * (num_heads - whole), 2))
+  return jnp.asarray(np.concatenate((slopes, between)), dtype)
+
+
+def alibi_bias(
+  q_pos: Int[Array, "B T"], kv_pos: Int[Array, "B S"], num_heads: int, dtype=jnp.float32
+) -> Float[Array, "B N T S"]:
+  """What ALiBi adds to scores: minus slope times distance (arXiv:2108.12409)."""
+  distance = jnp.abs(q_pos[:, None, :, None] - kv_pos[:, None, None, :])
+  return -alibi_slopes(num_heads, dtype)[:, None, None] * distance.astype(dtype)

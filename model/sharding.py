@@ -1,0 +1,116 @@
+"""The mesh, and the one table from what an axis is to where it goes."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from model.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+  None: None,
+  "batch": ("data", "fsdp"),
+  "seq": None,
+  "layers": None,
+  "vocab": "tensor",
+  "embed": "fsdp",
+  "embed_out": "tensor",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "head_dim": None,
+  "mlp": "tensor",
+  "expert": None,
+  "position": None,
+}
+
+
+def make_mesh(*, data: int | None, fsdp: int | None, tensor: int | None, devices=None) -> Mesh:
+  """A mesh over `devices` (all of JAX's by default); an axis of None takes what is left.
+
+  Raises:
+    InputError: if the product of the axes is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+  known = int(np.prod([s for s in sizes.values() if s is not None]))
+  free = [name for name, size in sizes.items() if size is None]
+  rest = len(devices) // known
+  if known * (rest if free else 1) != len(devices):
+    shown = " x ".join(f"{name}={size or 'the rest'}" for name, size in sizes.items())
+    raise InputError(
+      f"mesh {shown} does not fit {len(devices)} devices: the product of the axes must be the "
+      f"number of devices. Change mesh.{free[0] if free else 'data'} or the others."
+    )
+  shape = [rest if size is None else size for size in sizes.values()]
+  grid = np.asarray(devices).reshape(shape)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+  """Logical names of a shape's axes -> PartitionSpec on `mesh`.
+
+  Leading axes of `shape` that have no name (stacked layers) stay whole. Key/value heads are
+  replicated when the mesh has a multiple of them; an unknown name is a KeyError, on purpose.
+
+  Raises:
+    InputError: if an axis is not divisible by its mesh axis.
+  """
+  names = (None,) * (len(shape) - len(axes)) + tuple(axes)
+  return P(*(_placed(name, size, mesh) for name, size in zip(names, shape, strict=True)))
+
+
+def _placed(name: str | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
+  where = RULES[name]
+  if where is None:
+    return None
+  parts = int(np.prod([mesh.shape[axis] for axis in np.atleast_1d(where)]))
+  if parts == 1:
+    return None
+  if size % parts == 0:
+    return where
+  if name == "kv_heads" and parts % size == 0:
+    return None
+  raise InputError(
+    f"{name}={size} is not a multiple of mesh.{where}={parts}: change the size or the mesh."
+  )
+
+
+def shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
+  """A NamedSharding for every leaf of `abstract`, from the same tree of logical axes."""
+  is_axes = lambda a: isinstance(a, tuple)
+  flat, tree = jax.tree.flatten(abstract)
+  names = jax.tree.leaves(axes, is_leaf=is_axes)
+  placed = [
+    NamedSharding(mesh, spec(a, leaf.shape, mesh)) for leaf, a in zip(flat, names, strict=True)
+  ]
+  return jax.tree.unflatten(tree, placed)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Where the rows of a (batch, …) array go."""
+  return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole of an array on every device."""
+  return NamedSharding(mesh, P())
+
+
+def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """Places an activation by its logical axes on the mesh in use; without one, returns it as it is.
+
+  An axis that the mesh does not divide (a short batch in inference) stays whole.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  places = []
+  for name, size in zip(axes, x.shape, strict=True):
+    where = RULES[name]
+    parts = 1 if where is None else int(np.prod([mesh.shape[a] for a in np.atleast_1d(where)]))
+    places.append(where if parts > 1 and size % parts == 0 else None)
+  return jax.lax.with_sharding_constraint(x, P(*places))

@@ -1,0 +1,183 @@
+"""Config: everything that decides a run, as typed dataclasses."""
+
+import dataclasses
+from typing import Any
+
+from model.config import ModelConfig
+from model.errors import InputError, nearest
+
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
+SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt", "wsd")
+OBJECTIVES = ("causal_lm",)
+DOCUMENTS = ("file", "paragraph", "line")
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class DataConfig:
+  """Where the text comes from and how it becomes rows."""
+
+  source: str = "python_stdlib"
+  validation_source: str | None = None  # None: the last part of the corpus.
+  validation_fraction: float = 0.05  # Share of the corpus' tokens, where no source is given.
+  tokenizer: str = "bpe:4096"
+  packing: bool = True
+  documents: str = "file"  # What one document of a text file is: the file, a paragraph, a line.
+  text: str = "text"  # Column or feature that holds the text.
+  data_dir: str | None = None  # Where TFDS data sets lie; None: TFDS's own default.
+  truncate: bool = False  # Cut documents at seq_len instead of splitting them; counted.
+  workers: int = 2  # Threads that build rows ahead of the step.
+
+  def __post_init__(self):
+    if self.documents not in DOCUMENTS:
+      raise InputError(
+        f"data.documents={self.documents!r} is not known: use one of {', '.join(DOCUMENTS)}."
+        f"{nearest(self.documents, DOCUMENTS)}"
+      )
+    if not 0 <= self.validation_fraction < 1:
+      raise InputError(
+        f"data.validation_fraction={self.validation_fraction} must be at least 0 and below 1."
+      )
+    if self.workers < 1:
+      raise InputError(f"data.workers={self.workers} must be at least 1.")
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class OptimizerConfig:
+  """How parameters change. Lengths count optimizer updates."""
+
+  name: str = "adamw"
+  learning_rate: float = 1e-3
+  schedule: str = "cosine"
+  warmup_steps: int = 100
+  decay_steps: int | None = None  # wsd: length of the decay; None: a tenth of the run.
+  final_fraction: float = 0.1  # Last learning rate as a share of the peak.
+  weight_decay: float = 0.1  # On matrices only.
+  b1: float = 0.9  # Momentum of adamw, lion, muon and sgd.
+  b2: float = 0.95  # Second moment of adamw and muon's Adam; second momentum of lion.
+  eps: float = 1e-8
+  clip_norm: float | None = 1.0  # Largest global norm of a gradient; None: no clipping.
+  skip_spikes: float | None = None  # Skip an update whose gradient norm exceeds this many times its running mean.
+
+  def __post_init__(self):
+    for name, allowed in (("name", OPTIMIZERS), ("schedule", SCHEDULES)):
+      value = getattr(self, name)
+      if value not in allowed:
+        raise InputError(
+          f"optimizer.{name}={value!r} is not known: use one of {', '.join(allowed)}."
+          f"{nearest(value, allowed)}"
+        )
+    for name in ("learning_rate", "eps"):
+      if not 0 < getattr(self, name) < float("inf"):
+        raise InputError(f"optimizer.{name}={getattr(self, name)} must be a positive number.")
+    for name in ("b1", "b2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise InputError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1.")
+    if self.warmup_steps < 0:
+      raise InputError(f"optimizer.warmup_steps={self.warmup_steps} must be at least 0.")
+    if not 0 <= self.final_fraction <= 1:
+      raise InputError(f"optimizer.final_fraction={self.final_fraction} must lie between 0 and 1.")
+    if not 0 <= self.weight_decay < float("inf"):
+      raise InputError(f"optimizer.weight_decay={self.weight_decay} must be at least 0.")
+    for name in ("clip_norm", "skip_spikes"):
+      value = getattr(self, name)
+      if value is not None and not 0 < value < float("inf"):
+        raise InputError(f"optimizer.{name}={value} must be a positive number, or None.")
+    if self.decay_steps is not None and self.schedule != "wsd":
+      raise InputError("optimizer.decay_steps has an effect only with optimizer.schedule='wsd'.")
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class ObjectiveConfig:
+  """What is learned."""
+
+  name: str = "causal_lm"
+  z_loss: float = 0.0  # Weight of log² of the softmax normalizer (PaLM uses 1e-4).
+  label_smoothing: float = 0.0
+
+  def __post_init__(self):
+    if self.name not in OBJECTIVES:
+      raise InputError(
+        f"objective.name={self.name!r} is not known: use one of {', '.join(OBJECTIVES)}."
+        f"{nearest(self.name, OBJECTIVES)}"
+      )
+    if not 0 <= self.label_smoothing < 1:
+      raise InputError(f"objective.label_smoothing={self.label_smoothing}: use 0 <= s < 1.")
+    if not 0 <= self.z_loss < float("inf"):
+      raise InputError(f"objective.z_loss={self.z_loss} must be at least 0.")
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class MeshConfig:
+  """How many devices each mesh axis has; None on one axis: all that are left."""
+
+  data: int | None = None
+  fsdp: int | None = 1
+  tensor: int | None = 1
+
+  def __post_init__(self):
+    sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+    for name, size in sizes.items():
+      if size is not None and (not isinstance(size, int) or size < 1):
+        raise InputError(f"mesh.{name}={size!r} must be a whole number of at least 1, or None.")
+    free = [name for name, size in sizes.items() if size is None]
+    if len(free) > 1:
+      raise InputError(f"mesh: only one axis can take the rest; {' and '.join(free)} are None.")
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Config:
+  """One run. Intervals and lengths count optimizer steps."""
+
+  steps: int = 1000
+  seed: int = 0
+  batch_size: int = 32  # Sequences per step, over all devices and accumulated parts.
+  seq_len: int = 256  # Tokens per sequence.
+  accumulation: int = 1  # Parts that a batch is computed in, one after the other.
+  log_every: int = 1
+  eval_every: int = 100
+  eval_batches: int | None = None  # None: the whole validation set.
+  checkpoint_every: int = 500
+  keep_checkpoints: int = 2  # Newest ones; the best by validation loss is kept besides.
+  init_from: str | None = None  # Any checkpoint PATH to take parameters from.
+  ema_decay: float | None = None  # Also keep a moving average of the parameters.
+  max_bad_steps: int = 20  # Non-finite steps in a row that end the run.
+  profile_steps: tuple[int, int] | None = None  # Trace the steps a <= step < b.
+  wandb_project: str | None = None  # Also log to Weights & Biases.
+  sample_prompt: str = ""  # What the sample after the last step begins with.
+  cache_dir: str = "~/.cache/triune"
+  cache_gib: float = 50.0  # Oldest caches are removed beyond this size, in GiB.
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+  def __post_init__(self):
+    for name in ("steps", "batch_size", "seq_len", "accumulation", "log_every", "eval_every",
+                 "checkpoint_every", "keep_checkpoints", "max_bad_steps"):  # fmt: skip
+      if getattr(self, name) < 1:
+        raise InputError(f"{name}={getattr(self, name)} must be at least 1.")
+    if self.batch_size % self.accumulation:
+      raise InputError(
+        f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}: "
+        "each part must hold the same number of sequences."
+      )
+    limit = self.model.max_positions
+    if limit is not None and self.seq_len > limit:
+      raise InputError(
+        f"seq_len={self.seq_len} is longer than model.max_positions={limit}: shorten the "
+        "sequences or give the model more positions."
+      )
+    if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+      raise InputError(f"ema_decay={self.ema_decay} must lie between 0 and 1, or be None.")
+    if self.profile_steps is not None and not 0 <= self.profile_steps[0] < self.profile_steps[1]:
+      raise InputError(f"profile_steps={self.profile_steps} must be (first, end), first < end.")
+    if self.cache_gib <= 0:
+      raise InputError(f"cache_gib={self.cache_gib} must be positive.")
+
+
+def checked(config: Any) -> Any:
+  """Rebuilds a config tree so that each __post_init__ sees the command line."""
+  values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+  inner = {name: checked(v) for name, v in values.items() if dataclasses.is_dataclass(v)}
+  return dataclasses.replace(config, **inner)
