@@ -4,6 +4,7 @@ import errno
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from typing import NoReturn
 
 from absl import app, flags
 
@@ -28,7 +29,7 @@ def nearest(name: str, known) -> str:
   return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
-def fail(message: object, status: int = USER_ERROR):
+def fail(message: object, status: int = USER_ERROR) -> NoReturn:
   """Prints the last line of stderr, `error: …`, and leaves with `status`."""
   sys.stdout.flush()
   print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
@@ -36,21 +37,24 @@ def fail(message: object, status: int = USER_ERROR):
 
 
 def _parse(argv: list[str]) -> list[str]:
+  app.define_help_flags()
   try:
     return app.parse_flags_with_usage(argv) if _wants_help(argv) else flags.FLAGS(argv)
   except flags.Error as error:
-    fail(error)
-  raise AssertionError("unreachable")
+    return fail(error)
 
 
 def _wants_help(argv: list[str]) -> bool:
   return any(a.split("=")[0].lstrip("-") in ("help", "helpfull", "helpshort") for a in argv[1:])
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
+def run(
+  main: Callable[[list[str]], int | None],
+  prepare: Callable[[list[str]], list[str]] = lambda argv: argv,
+) -> None:
   """Runs a command: parses flags, turns a user's error into one line and status 2.
 
-  A traceback is left for defects only. `KeyboardInterrupt` before a run can save ends as 130.
+  A traceback is left for defects only. `prepare` sees the arguments before the flags are parsed.
   """
 
   def guarded(argv):
@@ -71,7 +75,13 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     else:
       sys.exit(status or DONE)
 
-  app.run(guarded, flags_parser=_parse)
+  def parse(argv):
+    try:
+      return _parse(argv if _wants_help(argv) else prepare(argv))
+    except InputError as error:
+      fail(error)
+
+  app.run(guarded, flags_parser=parse)
 
 
 _USER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS,

@@ -1,0 +1,147 @@
+"""One optimizer step and one evaluation step, as pure functions of state and batch."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from train.optim import skipped_steps
+
+Batch = dict[str, Array]
+# loss_fn(params, frozen, batch, key) -> Loss. Sums, not means: see `make_train_step`.
+LossFn = Callable[[dict, dict, Batch, Array | None], "Loss"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a step reads and writes, and all that a checkpoint holds."""
+
+  step: Int[Array, ""]  # Steps done so far.
+  params: dict  # What is trained.
+  frozen: dict  # The rest of the model: {} unless an adapter is trained.
+  opt_state: optax.OptState
+  ema: dict  # {} unless asked for.
+  bad_steps: Int[Array, ""]  # Non-finite steps in a row.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """What an objective returns for a batch, or a part of one.
+
+  `minimized` and `nats` are sums over target tokens, `weight` is their number; `penalty` is a mean
+  that does not depend on the number of tokens (the losses of routers). `tokens` and `pairs` count
+  the tokens and the visible query-key pairs by which model FLOPs are counted.
+  """
+
+  minimized: Array
+  weight: Array
+  nats: Array
+  penalty: Array
+  tokens: Array
+  pairs: dict[str, Array]
+
+
+def init_state(params: dict, frozen: dict, tx: optax.GradientTransformation, *, ema: bool):
+  """The state before the first step."""
+  zero = jnp.zeros((), jnp.int32)
+  copy = jax.tree.map(jnp.copy, params) if ema else {}
+  return TrainState(zero, params, frozen, tx.init(params), copy, zero)
+
+
+def make_train_step(
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  seed: int,
+  accumulation: int,
+  ema_decay: float | None,
+  dropout: bool,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+  """Returns (state, batch) -> (state, metrics), to be jitted with the state donated.
+
+  The gradient is that of (sum of losses) / (sum of weights) over the global batch, whatever the
+  number of parts, devices or padded tokens. A step whose loss or gradient is not finite changes
+  nothing but the counters.
+  """
+
+  def total(params, frozen, batch, key):
+    loss = loss_fn(params, frozen, batch, key)
+    return loss.minimized + loss.penalty * loss.weight, loss
+
+  gradient = jax.value_and_grad(total, has_aux=True)
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
+    grads, loss, value = _accumulated(gradient, state, batch, key, accumulation)
+    grads = jax.tree.map(lambda g: g / loss.weight.astype(g.dtype), grads)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    new = _updated(state, grads, tx, ema_decay)
+    keep = lambda fresh, old: jnp.where(finite, fresh, old)
+    new = jax.tree.map(keep, new, state)
+    new = dataclasses.replace(
+      new, step=state.step + 1, bad_steps=jnp.where(finite, 0, state.bad_steps + 1)
+    )
+    metrics = dict(
+      loss=loss.nats / loss.weight, minimized=value / loss.weight, grad_norm=grad_norm,
+      learning_rate=schedule(state.step), target_tokens=loss.weight, tokens=loss.tokens,
+      bad_steps=new.bad_steps, skipped_steps=skipped_steps(new.opt_state),
+      **{f"pairs_{name}": n for name, n in loss.pairs.items()},
+    )  # fmt: skip
+    return new, metrics
+
+  return train_step
+
+
+def make_eval_step(loss_fn: LossFn) -> Callable[[dict, dict, Batch], tuple[Array, Array]]:
+  """Returns (params, frozen, batch) -> (sum of nats, sum of weights)."""
+
+  def eval_step(params: dict, frozen: dict, batch: Batch) -> tuple[Array, Array]:
+    loss = loss_fn(params, frozen, batch, None)
+    return loss.nats, loss.weight
+
+  return eval_step
+
+
+def _updated(
+  state: TrainState, grads: dict, tx: optax.GradientTransformation, ema_decay: float | None
+) -> TrainState:
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema = state.ema
+  if ema_decay is not None:
+    ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+  return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema)
+
+
+def _accumulated(
+  gradient: Callable, state: TrainState, batch: Batch, key: Array | None, parts: int
+) -> tuple[dict, Loss, Array]:
+  """Sums of gradients, losses and values over `parts` equal parts, one after the other."""
+  if parts == 1:
+    (value, loss), grads = gradient(state.params, state.frozen, batch, key)
+    return grads, loss, value
+
+  def split(rows: Any) -> Any:
+    # Part i takes rows i, i + parts, …: each device's rows stay on it.
+    return jnp.moveaxis(rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]), 1, 0)
+
+  def add(sums, part):
+    batch, index = part
+    part_key = None if key is None else jax.random.fold_in(key, index)
+    (value, loss), grads = gradient(state.params, state.frozen, batch, part_key)
+    return jax.tree.map(jnp.add, sums, (grads, loss, value)), None
+
+  split_batch = jax.tree.map(split, batch)
+  first = jax.tree.map(lambda rows: rows[0], split_batch)
+  (value, loss), grads = jax.eval_shape(gradient, state.params, state.frozen, first, key)
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (grads, loss, value))
+  sums, _ = jax.lax.scan(add, zeros, (split_batch, jnp.arange(parts)))
+  return sums
