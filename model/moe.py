@@ -1,10 +1,10 @@
 """Mixture of experts: the router, its experts, and the sums that its losses are formed from."""
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -181,8 +181,8 @@ def _batch_axes(rows: int) -> tuple[str, ...]:
   free = {
     n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto
   }
-  names = tuple(str(n) for n in np.atleast_1d(RULES["batch"]) if n in free)
-  parts = int(np.prod([mesh.shape[n] for n in names]))
+  names = tuple(n for n in RULES["batch"] or () if n in free)
+  parts = math.prod(mesh.shape[n] for n in names)
   return names if parts > 1 and rows % parts == 0 else ()
 
 
