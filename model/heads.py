@@ -1,6 +1,5 @@
 """Heads, and the whole network: a body with a head on it."""
 
-import functools
 import math
 
 import jax
@@ -65,7 +64,7 @@ def build(cfg: ModelConfig, rngs: nnx.Rngs, *, stacked: bool = True) -> Network:
 
 def abstract(cfg: ModelConfig, *, stacked: bool = True) -> Network:
   """The network of `cfg` with shapes in the place of parameters."""
-  return nnx.eval_shape(functools.partial(build, cfg, nnx.Rngs(0), stacked=stacked))
+  return nnx.eval_shape(lambda: build(cfg, nnx.Rngs(0), stacked=stacked))
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> dict:
