@@ -1,0 +1,230 @@
+"""attend(): one interface over the attention kernels, and the choice among them."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from model.errors import InputError
+from model.fused import cudnn_attention, splash_attention
+from model.mask import attention_mask
+
+
+def attend(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  *,
+  q_pos: Int[Array, "B T"],
+  kv_pos: Int[Array, "B S"],
+  q_seg: Int[Array, "B T"] | None = None,
+  kv_seg: Int[Array, "B S"] | None = None,
+  causal: bool,
+  window: int | None = None,
+  bidirectional: Bool[Array, "B S"] | None = None,
+  scale: float,
+  softcap: float | None = None,
+  sinks: Float[Array, "N"] | None = None,
+  bias: Float[Array, "#B N T S"] | None = None,
+  ordered: bool,
+  kernel: str,
+  dropout: float = 0.0,
+  key: jax.Array | None = None,
+) -> Float[Array, "B T N H"]:
+  """Softmax attention of every query over the keys that `attention_mask` shows it.
+
+  Query heads share key/value heads in groups of N / K. A query that sees nothing, such as padding,
+  gets zeros, and its gradients are zeros. The result has the dtype of `q`; scores and softmax are
+  at least float32.
+
+  Args:
+    q, k, v: queries, keys and values of one dtype.
+    q_pos, kv_pos, q_seg, kv_seg, causal, window, bidirectional: see `attention_mask`.
+    scale: multiplies the scores.
+    softcap: bounds the scaled scores, as softcap · tanh(score / softcap), before bias and mask.
+    sinks: a learned score per head that joins the denominator of the softmax (GPT-OSS).
+    bias: added to the scores (T5, ALiBi).
+    ordered: a static promise that key time is query time and that in each segment tokens lie in
+      row order with positions rising by one, so that kernels may mask by index.
+    kernel: "auto", "xla", "cudnn" or "splash".
+    dropout: share of the probabilities that is dropped while there is a `key`.
+
+  Raises:
+    InputError: if the named kernel cannot serve this call, with the reason.
+  """
+  dropping = dropout > 0 and key is not None
+  platform, head_limit = device_facts()
+  name, reason = choose_kernel(
+    kernel, platform=platform, dtype=q.dtype, q_shape=q.shape, k_shape=k.shape, ordered=ordered,
+    softcap=softcap is not None, sinks=sinks is not None, bias=bias is not None, dropout=dropping,
+    prefix=bidirectional is not None, head_limit=head_limit,
+  )  # fmt: skip
+  _announce(name, reason)
+  if name == "splash":
+    seg = jnp.ones_like(q_pos) if q_seg is None else q_seg
+    seg = jnp.where(q_pos >= 0, seg, 0)
+    limits = dict(causal=causal, window=window, softcap=softcap)
+    return splash_attention(q, k, v, seg, scale=scale, **limits)
+  visible = dict(causal=causal, window=window, bidirectional=bidirectional)
+  mask = attention_mask(q_pos, kv_pos, q_seg, kv_seg, **visible)
+  if name == "cudnn":
+    return cudnn_attention(q, k, v, mask, scale=scale, causal=causal and ordered)
+  dropped = (dropout, key) if dropping else None
+  return _xla(q, k, v, mask, scale, softcap=softcap, sinks=sinks, bias=bias, dropped=dropped)
+
+
+def _xla(q, k, v, mask, scale: float, *, softcap, sinks, bias, dropped) -> Array:
+  """The reference: every kernel must equal it. Keys and values are not repeated for their groups.
+
+  Sinks need no column of their own: the probabilities that a softmax without them gives shrink by
+  sigmoid(log-sum-exp − sink).
+  """
+  B, T, N, H = q.shape
+  K = k.shape[2]
+  exact = jnp.promote_types(q.dtype, jnp.float32)
+  group = lambda x: x.reshape(x.shape[0], K, N // K, *x.shape[2:])
+  scores = jnp.einsum(
+    "BTKGH,BSKH->BKGTS", q.reshape(B, T, K, N // K, H), k, preferred_element_type=exact
+  )
+  scores *= jnp.asarray(scale, exact)
+  if softcap is not None:
+    scores = jnp.asarray(softcap, exact) * jnp.tanh(scores / softcap)
+  if bias is not None:
+    scores += group(bias).astype(exact)
+  # A finite value keeps rows that see nothing finite too; they are cleared below.
+  scores = jnp.where(mask[:, :, None], scores, jnp.finfo(exact).min)
+  weights = jax.nn.softmax(scores, axis=-1)
+  if dropped is not None:
+    rate, key = dropped
+    kept = jax.random.bernoulli(key, 1 - rate, weights.shape)
+    weights = jnp.where(kept, weights / (1 - rate), 0)
+  y = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(B, T, N, H)
+  if sinks is not None:
+    total = jax.nn.logsumexp(scores, axis=-1).reshape(B, N, T)
+    share = jax.nn.sigmoid(total - sinks.astype(exact)[:, None])
+    y = y * jnp.moveaxis(share, 1, 2)[..., None]
+  sees = jnp.any(mask, axis=-1)[:, 0, :, None, None]
+  return jnp.where(sees, y, 0).astype(q.dtype)
+
+
+def choose_kernel(
+  kernel: str,
+  *,
+  platform: str,
+  dtype: jnp.dtype,
+  q_shape: tuple[int, ...],
+  k_shape: tuple[int, ...],
+  ordered: bool,
+  softcap: bool = False,
+  sinks: bool = False,
+  bias: bool = False,
+  dropout: bool = False,
+  prefix: bool = False,
+  head_limit: int = 128,
+) -> tuple[str, str]:
+  """The kernel that serves a call, and why: (name, reason).
+
+  Args:
+    kernel: a kernel's name, or "auto": splash on TPUs and cuDNN on NVIDIA GPUs where they can serve
+      the call, XLA otherwise.
+    platform: "cpu", "tpu", "nvidia" or another.
+    dtype: of queries, keys and values.
+    q_shape, k_shape: (B, T, N, H) and (B, S, K, H).
+    ordered: see `attend`.
+    softcap, sinks, bias, dropout, prefix: what the call asks for.
+    head_limit: widest head of this GPU's cuDNN attention.
+
+  Raises:
+    InputError: if `kernel` names one that cannot serve the call.
+  """
+  asked = dict(softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, prefix=prefix)
+  facts = (platform, jnp.dtype(dtype), q_shape, k_shape)
+  refusals = {
+    "xla": lambda: None,
+    "splash": lambda: _splash_refusal(*facts, ordered, asked),
+    "cudnn": lambda: _cudnn_refusal(*facts, head_limit, asked),
+  }
+  if kernel == "auto":
+    best = {"tpu": "splash", "nvidia": "cudnn"}.get(platform, "xla")
+    refusal = refusals[best]()
+    if refusal is not None:
+      return "xla", f"{best} {refusal}"
+    return best, {"xla": platform}.get(best, f"{platform}, {jnp.dtype(dtype).name}")
+  if kernel not in refusals:
+    raise InputError(
+      f"attention kernel {kernel!r} is not known: use one of auto, {', '.join(refusals)}."
+    )
+  refusal = refusals[kernel]()
+  if refusal is not None:
+    raise InputError(
+      f"model.attention_kernel={kernel!r} {refusal}: use 'auto' or 'xla' for this model."
+    )
+  return kernel, "as configured"
+
+
+def _splash_refusal(platform, dtype, q_shape, k_shape, ordered, asked) -> str | None:
+  T, S = q_shape[1], k_shape[1]
+  if platform != "tpu":
+    return f"runs on TPUs, and this is {platform}"
+  if dtype not in (jnp.bfloat16, jnp.float32):
+    return f"takes bfloat16 and float32, not {dtype.name}"
+  if not ordered:
+    return "masks by index: it serves training, not a pass with a cache or positions of its own"
+  if T != S or T % 128:
+    return f"takes sequences of a multiple of 128 tokens, not {T} queries and {S} keys"
+  return _feature(asked, ("sinks", "bias", "dropout", "prefix"))
+
+
+def _cudnn_refusal(platform, dtype, q_shape, k_shape, head_limit, asked) -> str | None:
+  T, S, H = q_shape[1], k_shape[1], q_shape[3]
+  if platform != "nvidia":
+    return f"runs on NVIDIA GPUs, and this is {platform}"
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f"takes bfloat16 and float16, not {dtype.name}"
+  if H % 8 or head_limit < H:
+    return f"takes heads of a multiple of 8 up to {head_limit} wide on this GPU, not {H}"
+  if T % 2 or S % 2:
+    return f"takes even lengths, not {T} queries and {S} keys"
+  return _feature(asked, ("softcap", "sinks", "bias", "dropout"))
+
+
+_FEATURES = {
+  "softcap": "soft caps on scores (model.attention_softcap)",
+  "sinks": "attention sinks (model.attention_sinks)",
+  "bias": "biases on scores (T5, ALiBi)",
+  "dropout": "dropout of probabilities (model.attention_dropout)",
+  "prefix": "bidirectional prefixes",
+}
+
+
+def _feature(asked: dict[str, bool], unable: tuple[str, ...]) -> str | None:
+  wanted = [_FEATURES[name] for name in unable if asked[name]]
+  return f"does not know {' or '.join(wanted)}" if wanted else None
+
+
+def device_facts() -> tuple[str, int]:
+  """(platform, cuDNN's head limit) of the mesh in use, or of the default device.
+
+  A mesh may describe devices that are not here, as when a program is compiled ahead of time. The
+  platform is "cpu", "tpu", "nvidia" or what the device calls itself.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  described = None if mesh.empty else mesh.abstract_device
+  device = jax.devices()[0]
+  kind = device.device_kind if described is None else described.device_kind
+  if kind.upper().startswith("TPU"):
+    return "tpu", 0
+  if device.platform == "gpu" and kind.upper().startswith("NVIDIA"):
+    hopper = float(getattr(device, "compute_capability", 0)) >= 9
+    return "nvidia", 256 if hopper else 128
+  return kind.lower() if described is not None else device.platform, 0
+
+
+@functools.cache
+def _announce(name: str, reason: str) -> None:
+  """Says once per process which kernel runs and why."""
+  if jax.process_index() == 0:
+    print(f"attention: {name} ({reason})", file=sys.stderr, flush=True)
