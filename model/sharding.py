@@ -81,13 +81,8 @@ def _placed(name: str | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | 
 
 def shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
   """A NamedSharding for every leaf of `abstract`, from the same tree of logical axes."""
-  is_axes = lambda a: isinstance(a, tuple)
-  flat, tree = jax.tree.flatten(abstract)
-  names = jax.tree.leaves(axes, is_leaf=is_axes)
-  placed = [
-    NamedSharding(mesh, spec(a, leaf.shape, mesh)) for leaf, a in zip(flat, names, strict=True)
-  ]
-  return jax.tree.unflatten(tree, placed)
+  place = lambda leaf, names: NamedSharding(mesh, spec(names, leaf.shape, mesh))
+  return jax.tree.map(place, abstract, axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -56,7 +56,7 @@ def init_state(params: dict, frozen: dict, tx: optax.GradientTransformation, *, 
 
 def make_train_step(
   loss_fn: LossFn,
-  tx: optax.GradientTransformation,
+  tx: optax.GradientTransformationExtraArgs,
   schedule: optax.Schedule,
   *,
   seed: int,
@@ -111,9 +111,9 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[dict, dict, Batch], tuple[Array
 
 
 def _updated(
-  state: TrainState, grads: dict, tx: optax.GradientTransformation, ema_decay: float | None
+  state: TrainState, grads: dict, tx: optax.GradientTransformationExtraArgs, ema_decay: float | None
 ) -> TrainState:
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
   params = optax.apply_updates(state.params, updates)
   ema = state.ema
   if ema_decay is not None:

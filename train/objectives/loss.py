@@ -2,7 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
+
+from model.config import ModelConfig
+from model.moe import router_losses
+from model.transformer import Aux
+from train.config import ObjectiveConfig
+from train.step import Batch, Loss, LossFn
 
 
 def token_loss(
@@ -33,3 +40,37 @@ def token_loss(
     minimized = minimized + z_loss * jnp.square(log_z)
   weights = weights.astype(nats.dtype)
   return jnp.sum(minimized * weights), jnp.sum(weights), jnp.sum(nats * weights)
+
+
+def make_loss(graphdef: nnx.GraphDef, cfg: ModelConfig, objective: ObjectiveConfig) -> LossFn:
+  """The loss of language models over a batch of rows: see Loss for what it returns."""
+
+  def loss(params: dict, frozen: dict, batch: Batch, key: Array | None) -> Loss:
+    net = nnx.merge(graphdef, params, frozen) if frozen else nnx.merge(graphdef, params)
+    pos, seg = batch["positions"], batch["segments"]
+    x, _, stats = net.hidden(batch["tokens"], pos, seg, key=key, ordered=True)
+    minimized, weight, nats = token_loss(
+      net.logits(x), batch["targets"], batch["weights"], vocab_size=cfg.vocab_size or 0,
+      z_loss=objective.z_loss, label_smoothing=objective.label_smoothing,
+    )  # fmt: skip
+    return Loss(
+      minimized, weight, nats,
+      penalty=_router_penalty(stats, cfg).astype(nats.dtype),
+      tokens=jnp.sum(pos >= 0),
+      pairs={str(w): _pairs(pos, w) for w in {kind.window for kind in cfg.layers()}},
+    )  # fmt: skip
+
+  return loss
+
+
+def _router_penalty(stats: Aux, cfg: ModelConfig) -> Float[Array, ""]:
+  if not stats:
+    return jnp.zeros(())
+  losses = router_losses(stats)
+  return cfg.balance_loss * losses["balance_loss"] + cfg.router_z_loss * losses["router_z_loss"]
+
+
+def _pairs(pos: Int[Array, "B T"], window: int | None) -> Float[Array, ""]:
+  """Query-key pairs that a causal layer computes: token at position p sees p + 1, or its window."""
+  seen = pos + 1 if window is None else jnp.minimum(pos + 1, window)
+  return jnp.sum(seen.astype(jnp.float32))

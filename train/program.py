@@ -1,0 +1,117 @@
+"""The compiled programs of a run, and the shapes and places of what they work on."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from model.errors import InputError
+from model.heads import abstract, init_params
+from model.layers import param_info
+from model.sharding import RULES, batch_sharding, replicated, shardings
+from train.config import Config
+from train.objectives.loss import make_loss
+from train.optim import make_optimizer, state_axes
+from train.schedules import make_schedule
+from train.step import Batch, TrainState, init_state, make_eval_step, make_train_step
+
+BATCH_DTYPES = {
+  "tokens": np.int32, "targets": np.int32, "weights": np.float32, "segments": np.int32,
+  "positions": np.int32,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a run is made of. The compiled steps accept the shapes they were compiled for, no others."""
+
+  graphdef: nnx.GraphDef
+  info: dict  # ParamInfo of each parameter.
+  state: TrainState  # Abstract, with shardings.
+  batch: dict[str, jax.ShapeDtypeStruct]  # Abstract and global, with shardings.
+  init: Callable[[], TrainState]
+  train_step: jax.stages.Compiled
+  eval_step: jax.stages.Compiled
+  compile_seconds: float
+
+
+def build_program(config: Config, mesh: Mesh) -> Program:
+  """Abstract shapes, then shardings, then the jitted initialization and the two compiled steps.
+
+  Raises:
+    InputError: if the mesh does not divide the batch or an axis of the model.
+  """
+  check_batch(config, mesh)
+  net = abstract(config.model)
+  graphdef, _ = nnx.split(net, nnx.Param)
+  info = param_info(net)
+  tx = make_optimizer(config.optimizer, config.steps, info)
+
+  def init() -> TrainState:
+    params = init_params(config.model, jax.random.key(config.seed))
+    return init_state(params, {}, tx, ema=config.ema_decay is not None)
+
+  shapes = jax.eval_shape(init)
+  where = _state_shardings(shapes, info, tx, mesh)
+  state = jax.tree.map(_placed, shapes, where)
+  batch = _abstract_batch(config, mesh)
+  loss_fn = make_loss(graphdef, config.model, config.objective)
+  step = make_train_step(
+    loss_fn, tx, make_schedule(config.optimizer, config.steps), seed=config.seed,
+    accumulation=config.accumulation, ema_decay=config.ema_decay,
+    dropout=config.model.dropout > 0 or config.model.attention_dropout > 0,
+  )  # fmt: skip
+  start = time.perf_counter()
+  train_step = jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh)))
+  compiled = train_step.lower(state, batch).compile()
+  evaluate = jax.jit(make_eval_step(loss_fn), out_shardings=replicated(mesh))
+  compiled_eval = evaluate.lower(state.params, state.frozen, batch).compile()
+  return Program(
+    graphdef, info, state, batch, jax.jit(init, out_shardings=where), compiled, compiled_eval,
+    time.perf_counter() - start,
+  )  # fmt: skip
+
+
+def put_batch(program: Program, rows: dict[str, np.ndarray]) -> Batch:
+  """This process' rows of a batch -> the global batch on the devices."""
+  place = lambda name, array: jax.make_array_from_process_local_data(
+    program.batch[name].sharding, array, program.batch[name].shape
+  )
+  return {name: place(name, array) for name, array in rows.items()}
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+  """Raises an InputError if the devices cannot share a part of the batch equally."""
+  shares = int(np.prod([mesh.shape[axis] for axis in np.atleast_1d(RULES["batch"])]))
+  rows = config.batch_size // config.accumulation
+  if rows % shares:
+    raise InputError(
+      f"batch_size={config.batch_size} / accumulation={config.accumulation} = {rows} sequences is "
+      f"not a multiple of mesh.data x mesh.fsdp = {shares}: change one of them."
+    )
+
+
+def _abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  shape, where = (config.batch_size, config.seq_len), batch_sharding(mesh)
+  return {n: jax.ShapeDtypeStruct(shape, d, sharding=where) for n, d in BATCH_DTYPES.items()}
+
+
+def _state_shardings(shapes: TrainState, info: dict, tx: Any, mesh: Mesh) -> TrainState:
+  params = shardings(shapes.params, jax.tree.map(lambda i: i.axes, info), mesh)
+  return TrainState(
+    step=replicated(mesh),
+    params=params,
+    frozen={},
+    opt_state=shardings(shapes.opt_state, state_axes(tx, shapes.params, info), mesh),
+    ema=params if shapes.ema else {},
+    bad_steps=replicated(mesh),
+  )
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
