@@ -1,0 +1,171 @@
+"""A batch of prompts on the device and its rows on the host: padded to few sizes, stepped together.
+
+Every size that a compiled program depends on (rows, prompt, cache, new tokens) is rounded up to a
+power of two, so that programs are compiled for few sizes and serve all others. What is padding has
+position -1 and changes nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from infer.decode import Drawn, Request, decode, prefill
+from infer.sampling import OFF_TOP_K, MinP, Sampler, Temperature, TopK, TopP, seed_words
+from infer.settings import Settings
+from infer.text import Transcript, continuation
+from model.cache import new_cache
+
+if TYPE_CHECKING:
+  from model import Model
+
+LEAST_PROMPT, LEAST_LENGTH, LEAST_ROOM, LEAST_ENDS = 16, 64, 16, 8  # The smallest sizes.
+PROMPT_TOKENS = 16_384  # The most tokens of a batch's padded prompts, which are read in one pass.
+CACHE_BYTES = 2**31  # The most bytes of a batch's cache, where a device does not tell its memory.
+CACHE_SHARE = 0.5  # Of the memory that is free on a device.
+
+
+@dataclasses.dataclass
+class Row:
+  """One sequence."""
+
+  prompt: list[int]
+  transcript: Transcript
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  ended: bool = False
+
+
+class Batch:
+  """Prompts that are decoded together, some steps at a time."""
+
+  def __init__(
+    self, m: "Model", prompts: list[list[int]], seeds: list[int], settings: Settings, *,
+    follow: bool,
+  ):  # fmt: skip
+    """Reads the prompts and chooses a first token for each.
+
+    Args:
+      follow: keep the text of each row after every token, which stop strings and streams need.
+    """
+    self.settings, self.decode_text = settings, text_of(m)
+    self._follow, self._ends = follow, end_ids(m, settings)
+    stop, least = settings.stop_strings(), settings.min_new_tokens
+    begin = lambda p: Transcript(self.decode_text, p, stop=stop, min_tokens=least)
+    self.rows = [Row(prompt, begin(prompt)) for prompt in prompts]
+    self._net, self._params = m.unstacked()
+    longest, size = max(map(len, prompts)), bucket(len(prompts), 1)
+    tokens = np.zeros((size, bucket(longest, LEAST_PROMPT, m.config.max_positions)), np.int32)
+    lengths = np.zeros(size, np.int32)
+    for i, prompt in enumerate(prompts):
+      tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+    self._request = _request(settings, seeds, size, self._ends, m.config.padded_vocab)
+    self._cache, self._progress = prefill(
+      self._net, self._params, tokens, lengths, self._request, cfg=m.config,
+      length=_cache_length(m, longest, settings), room=bucket(settings.max_new_tokens, LEAST_ROOM),
+      top=bucket(settings.logprobs, 1, m.config.vocab_size) if settings.logprobs else 0,
+    )  # fmt: skip
+    self.count = 0  # New tokens of the rows that have not ended.
+    self._collect()
+
+  @property
+  def finished(self) -> bool:
+    """True when no row goes on."""
+    return self.count >= self.settings.max_new_tokens or all(row.ended for row in self.rows)
+
+  def advance(self, steps: int) -> None:
+    """Takes up to so many steps in one compiled call."""
+    stopped = np.ones(len(self._request.sampler.seed), bool)
+    stopped[: len(self.rows)] = [row.ended for row in self.rows]
+    until = np.int32(min(self.count + steps, self.settings.max_new_tokens))
+    self._cache, self._progress = decode(
+      self._net, self._params, self._cache, self._progress, stopped, until, self._request
+    )
+    self._collect()
+
+  def _collect(self) -> None:
+    """Takes the tokens that are new to the host."""
+    before, self.count = self.count, int(self._progress.count)
+    columns = np.asarray(self._progress.drawn.tokens)[:, before : self.count]
+    for row, tokens in zip(self.rows, columns.tolist(), strict=False):  # Padding rows are left out.
+      for token in tokens:
+        if row.ended:
+          break
+        row.tokens.append(token)
+        if token in self._ends:
+          row.ended = True
+        elif self._follow:
+          row.ended = row.transcript.push(token)
+
+  def results(self) -> tuple[list[tuple[str, int]], Drawn]:
+    """(text, number of tokens that count) of each row, and all that was drawn, as NumPy arrays."""
+    return [self._result(row) for row in self.rows], jax.device_get(self._progress.drawn)
+
+  def _result(self, row: Row) -> tuple[str, int]:
+    if row.transcript.cut is not None:
+      return row.transcript.close()
+    shown = row.tokens[:-1] if row.tokens[-1] in self._ends else row.tokens
+    return continuation(self.decode_text, row.prompt, shown), len(row.tokens)
+
+
+def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[list[int]]:
+  """Indices of the prompts of each batch: similar lengths, and as many as memory has room for."""
+  longest = max(map(len, prompts))
+  length = _cache_length(m, longest, settings)
+  row = jax.eval_shape(lambda: new_cache(m.config, 1, length, stacked=False))
+  row_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(row))
+  stats = jax.local_devices()[0].memory_stats() or {}
+  free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+  budget = CACHE_SHARE * free if stats else CACHE_BYTES
+  most = min(budget // row_bytes, PROMPT_TOKENS // longest)
+  rows = 1 << max(0, int(most).bit_length() - 1)
+  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+  return [order[i : i + rows] for i in range(0, len(order), rows)]
+
+
+def end_ids(m: "Model", settings: Settings) -> frozenset[int]:
+  """Tokens that end a sequence: the tokenizer's end token and the settings' stop ids."""
+  eos = getattr(m.tokenizer, "eos_id", None)
+  return frozenset(settings.stop_ids()) | frozenset([] if eos is None else [eos])
+
+
+def text_of(m: "Model") -> Callable[[list[int]], str]:
+  """Token ids -> text; '' for a model without a tokenizer."""
+  return m.tokenizer.decode if m.tokenizer is not None else lambda tokens: ""
+
+
+def bucket(size: int, least: int, most: int | None = None) -> int:
+  """The power of two, of at least `least` and at most `most`, that has room for `size`."""
+  rounded = max(least, 1 << (size - 1).bit_length())
+  return rounded if most is None else min(rounded, most)
+
+
+def _cache_length(m: "Model", longest: int, settings: Settings) -> int:
+  most = m.config.max_positions
+  return bucket(longest + settings.max_new_tokens, LEAST_LENGTH, most)
+
+
+def _request(
+  settings: Settings, seeds: list[int], size: int, ends: frozenset[int], vocab: int
+) -> Request:
+  """The settings as arrays, with a value per row and neutral ones where something is off."""
+  tiny, huge = np.finfo(np.float32).tiny, np.finfo(np.float32).max
+  rows: Callable[[Any, Any], Any] = lambda value, dtype: np.full(size, value, dtype)
+  words: Any = np.zeros((size, 2), np.uint32)
+  words[: len(seeds)] = [seed_words(s) for s in seeds]
+  # What float32 cannot tell from 0 is 0 for a temperature and the least number for a probability.
+  temperature = 0.0 if settings.temperature < tiny else min(settings.temperature, huge)
+  top_p = 1.0 if settings.top_p is None else max(settings.top_p, tiny)
+  sampler = Sampler(
+    temperature=Temperature(rows(temperature, np.float32)),
+    top_k=TopK(rows(OFF_TOP_K if settings.top_k is None else settings.top_k, np.int32)),
+    top_p=TopP(rows(top_p, np.float32)),
+    min_p=MinP(rows(settings.min_p or 0.0, np.float32)),
+    seed=words,
+    sequence=rows(0, np.int32),
+  )
+  stop_ids: Any = np.full(bucket(max(1, len(ends)), LEAST_ENDS), vocab, np.int32)
+  stop_ids[: len(ends)] = sorted(ends)
+  least: Any = np.int32(settings.min_new_tokens)
+  return Request(sampler, stop_ids, least)

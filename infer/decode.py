@@ -1,0 +1,141 @@
+"""The two compiled programs of generation: a pass over prompts, and a loop of decoding steps."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from infer.sampling import Sampler
+from model.cache import KVCache, new_cache
+from model.config import ModelConfig
+
+Cache = tuple[KVCache, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What the rows of a batch ask for. Stop ids beyond the vocabulary are padding."""
+
+  sampler: Sampler
+  stop_ids: Int[Array, "ends"]  # Tokens that end a row.
+  min_new_tokens: Int[Array, ""]  # Before so many new tokens no stop id is chosen.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """What was chosen, a column per step; token -1 where a row had ended.
+
+  Log-probabilities are the model's own, in nats, before any processor.
+  """
+
+  tokens: Int[Array, "B M"]
+  logprobs: Float[Array, "B M"]
+  top_tokens: Int[Array, "B M top"]
+  top_logprobs: Float[Array, "B M top"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """Where the rows are after some steps. All of them take each step together."""
+
+  count: Int[Array, ""]  # New tokens of each row that has not ended.
+  token: Int[Array, "B"]  # The newest, not yet in the cache.
+  pos: Int[Array, "B"]  # Its position.
+  ended: Bool[Array, "B"]
+  drawn: Drawn
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "top"))
+def prefill(
+  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
+  request: Request, *, cfg: ModelConfig, length: int, room: int, top: int,
+) -> tuple[Cache, Progress]:  # fmt: skip
+  """Reads the prompts and chooses the first token of each.
+
+  Args:
+    tokens: each prompt from the left, anything behind it.
+    lengths: tokens of each prompt; 0 for a row that only fills the batch.
+    length: tokens that the cache has room for.
+    room: new tokens that the result has room for.
+    top: how many of the most probable tokens to report at each step.
+  """
+  net, (B, T) = nnx.merge(graphdef, params), tokens.shape
+  index = jnp.arange(T)
+  pos = jnp.where(index < lengths[:, None], index, -1)
+  cache = new_cache(cfg, B, length, stacked=False, chunk=T)
+  x, cache, _ = net.hidden(tokens, pos, cache=cache)
+  last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+  start = Progress(
+    count=jnp.zeros((), jnp.int32),
+    token=jnp.zeros(B, jnp.int32),
+    pos=lengths - 1,
+    ended=lengths == 0,
+    drawn=Drawn(
+      tokens=jnp.full((B, room), -1, jnp.int32),
+      logprobs=jnp.zeros((B, room), jnp.float32),
+      top_tokens=jnp.zeros((B, room, top), jnp.int32),
+      top_logprobs=jnp.zeros((B, room, top), jnp.float32),
+    ),
+  )
+  return cache, _choose(start, net.logits(last), request)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache",))
+def decode(
+  graphdef: nnx.GraphDef, params: dict, cache: Cache, progress: Progress,
+  stopped: Bool[Array, "B"], until: Int[Array, ""], request: Request,
+) -> tuple[Cache, Progress]:  # fmt: skip
+  """Steps until each row has `until` new tokens or has ended.
+
+  Args:
+    cache: donated.
+    stopped: rows that the caller has ended since the last call.
+  """
+  net = nnx.merge(graphdef, params)
+
+  def going(carry):
+    progress = carry[1]
+    return (progress.count < until) & ~jnp.all(progress.ended)
+
+  def step(carry):
+    cache, progress = carry
+    pos = jnp.where(progress.ended, -1, progress.pos)[:, None]
+    x, cache, _ = net.hidden(progress.token[:, None], pos, cache=cache)
+    return cache, _choose(progress, net.logits(x[:, 0]), request)
+
+  progress = dataclasses.replace(progress, ended=progress.ended | stopped)
+  return jax.lax.while_loop(going, step, (cache, progress))
+
+
+def _choose(progress: Progress, logits: Float[Array, "B V"], request: Request) -> Progress:
+  """The next token of each row from the scores behind its newest one."""
+  logits, vocab = logits.astype(jnp.float32), logits.shape[-1]
+  pos = progress.pos + 1
+  ends = jnp.zeros(vocab, bool).at[request.stop_ids].set(True, mode="drop")
+  early = progress.count < request.min_new_tokens
+  token = request.sampler(jnp.where(ends & early, -jnp.inf, logits), pos)
+  drawn = _record(progress, logits, token)
+  ended = progress.ended | ends[token]
+  return Progress(progress.count + 1, jnp.where(ended, 0, token), pos, ended, drawn)
+
+
+def _record(progress: Progress, logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Drawn:
+  """Writes what was chosen into the column of this step."""
+  drawn = progress.drawn
+  total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new[:, None], progress.count, 1)
+  logprobs = (jnp.take_along_axis(logits, token[:, None], axis=1) - total)[:, 0]
+  top_logprobs, top_tokens = drawn.top_logprobs, drawn.top_tokens
+  if drawn.top_tokens.shape[-1]:
+    values, ids = jax.lax.top_k(logits, drawn.top_tokens.shape[-1])
+    top_logprobs, top_tokens = put(top_logprobs, values - total), put(top_tokens, ids)
+  return Drawn(
+    put(drawn.tokens, jnp.where(progress.ended, -1, token)),
+    put(drawn.logprobs, logprobs), top_tokens, top_logprobs,
+  )  # fmt: skip
