@@ -12,13 +12,19 @@ import pytest
 from flax import nnx
 
 from model.config import ModelConfig
-from model.moe import Experts, router_losses
+from model.moe import Experts, Router, router_losses
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
   "mixtral": {},
-  "sigmoid": dict(router_scores="sigmoid", experts_per_token=3),
-  "plain": dict(router_renormalize=False, gated=False, activation="relu", mlp_bias=True),
+  "plain": dict(
+    router_scores="sigmoid",
+    router_renormalize=False,
+    experts_per_token=3,
+    gated=False,
+    activation="relu",
+    mlp_bias=True,
+  ),
   "shared": dict(shared_experts=2, experts_per_token=1, d_expert=6),
 }
 
@@ -31,28 +37,29 @@ def config(**changes) -> ModelConfig:
   return ModelConfig(**(settings | changes))
 
 
-def noised(cfg: ModelConfig, kernel: str) -> Experts:
+def noised(cfg: ModelConfig, kernel: str, seed=7) -> Experts:
   """Experts whose biases, too, are random."""
-  graphdef, params = nnx.split(Experts(cfg, rngs=nnx.Rngs(0)))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(7), len(leaves))
-  noise = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-  moe = nnx.merge(graphdef, jax.tree.unflatten(tree, noise))
+  moe = nnx.eval_shape(lambda: Experts(cfg, rngs=nnx.Rngs(0)))
+  random = np.random.default_rng(seed)
+  moe = jax.tree.map(lambda p: jnp.asarray(random.normal(0, 0.5, p.shape), p.dtype), moe)
   moe.kernel = kernel
   return moe
 
 
 def inputs(rows=4, length=9, width=8):
-  x = jax.random.normal(jax.random.key(1), (rows, length, width))
-  valid = jax.random.bernoulli(jax.random.key(2), 0.7, (rows, length))
-  return x, valid
+  random = np.random.default_rng(1)
+  x = random.normal(size=(rows, length, width)).astype(np.float32)
+  return jnp.asarray(x), jnp.asarray(random.random((rows, length)) < 0.7)
 
 
-@jax.jit
 def loss(moe: Experts, x, valid):
   y, sums = moe(x, valid)
   losses = router_losses(sums)
   return jnp.sin(y).sum() + losses["balance_loss"] + losses["router_z_loss"], (y, sums)
+
+
+forward = jax.jit(Experts.__call__)
+grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
 def close(got, want, tol=2e-5):
@@ -63,29 +70,39 @@ def close(got, want, tol=2e-5):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_ragged_experts_equal_the_dense_reference_in_outputs_and_gradients(name):
   cfg = config(**SETTINGS[name])
-  run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-  got, want = (run(noised(cfg, k), *inputs()) for k in ("ragged", "dense"))
+  got, want = (grads(noised(cfg, k), *inputs()) for k in ("ragged", "dense"))
   close(got, want)
   assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(got[1]))
+
+
+def test_the_router_weighs_the_best_scores_as_deepseek_v3_does():
+  cfg = config(router_scores="sigmoid", experts_per_token=3)
+  router, (x, _) = noised(cfg, "ragged").router, inputs()
+  _, probs, weights, chosen = jax.jit(Router.__call__)(router, x)
+  scores = 1 / (1 + np.exp(-np.asarray(x) @ np.asarray(router.w[...])))
+  best = np.argsort(-scores, axis=-1)[..., :3]
+  np.testing.assert_array_equal(chosen, best)
+  top = np.take_along_axis(scores, best, axis=-1)
+  close(weights, top / top.sum(-1, keepdims=True))
+  close(probs, scores / scores.sum(-1, keepdims=True))
 
 
 def test_padding_changes_no_output_no_gradient_and_no_sum():
   moe, (x, valid) = noised(config(**SETTINGS["plain"], shared_experts=1), "ragged"), inputs()
   garbage = jnp.where(valid[..., None], x, jnp.nan)
-  run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-  got, want = run(moe, garbage, valid), run(moe, x, valid)
+  got, want = grads(moe, garbage, valid), grads(moe, x, valid)
   close(got, want, tol=0)
   (_, (y, sums)), (_, into_x) = want
   assert not np.any(y[~valid]) and not np.any(into_x[~valid]) and sums["tokens"] == valid.sum()
   tokens = x[valid][None]
-  (_, (alone, alone_sums)), _ = run(moe, tokens, jnp.ones(tokens.shape[:2], bool))
+  alone, alone_sums = forward(moe, tokens, jnp.ones(tokens.shape[:2], bool))
   close((alone[0], alone_sums), (y[valid], sums))
 
 
 def test_sums_of_parts_give_the_router_losses_of_the_whole_batch():
   moe, (x, valid) = noised(config(), "ragged"), inputs()
-  whole = router_losses(moe(x, valid)[1])
-  parts = [moe(x[i : i + 1], valid[i : i + 1])[1] for i in range(4)]
+  whole = router_losses(forward(moe, x, valid)[1])
+  parts = [forward(moe, x[i : i + 2], valid[i : i + 2])[1] for i in (0, 2)]
   close(router_losses(jax.tree.map(lambda *p: sum(p), *parts)), whole)
 
 
@@ -104,10 +121,9 @@ def test_outputs_and_losses_equal_transformers_mixtral():
     theirs.experts.gate_up_proj.copy_(tensor(both.swapaxes(1, 2)))
     theirs.experts.down_proj.copy_(tensor(moe.down_proj.w[...].swapaxes(1, 2)))
     want = theirs(tensor(x)).numpy()
-  y, sums = moe(x, jnp.ones_like(valid))
-  close(y, want)
+  close(forward(moe, x, jnp.ones_like(valid))[0], want)
   for mask in (None, valid):
-    y, sums = moe(x, jnp.ones_like(valid) if mask is None else mask)
+    _, sums = forward(moe, x, jnp.ones_like(valid) if mask is None else mask)
     logits = tensor(x.reshape(-1, 8) @ moe.router.w[...])
     kept = None if mask is None else tensor(mask.astype(np.int32))
     balance = mixtral.load_balancing_loss_func((logits,), 4, 2, kept)
@@ -137,44 +153,40 @@ def test_scanned_and_rematerialized_layers_equal_a_loop():
   def looped(stack):
     h, all_sums = x, []
     for i in range(2):
-      y, sums = jax.tree.map(lambda a, i=i: a[i], stack)(h, valid)
+      y, sums = forward(jax.tree.map(lambda a, i=i: a[i], stack), h, valid)
       h, all_sums = h + y, [*all_sums, sums]
     return total(h, jax.tree.map(lambda *s: jnp.stack(s), *all_sums))
 
-  run = lambda f: jax.jit(jax.value_and_grad(f))(stack)
-  close(run(scanned), run(looped))
+  close(jax.jit(jax.value_and_grad(scanned))(stack), jax.value_and_grad(looped)(stack))
 
 
 def test_eight_devices_equal_one_and_float64_stays_float64():
   code = """
 import jax, numpy as np
 jax.config.update("jax_enable_x64", True)
-from tests.model.test_moe import config, inputs, loss
+from tests.model.test_moe import config, grads, inputs, noised
 from jax.sharding import NamedSharding, PartitionSpec as P
 from flax import nnx
-from model.moe import Experts
 from model.sharding import RULES, make_mesh
 cfg = config(dtype="float64", param_dtype="float64", shared_experts=1)
-moe, (x, valid) = Experts(cfg, rngs=nnx.Rngs(0)), inputs(rows=8)
+moe, (x, valid) = noised(cfg, "ragged"), inputs(rows=8)
 x = x.astype("float64")
-run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-want = run(moe, x, valid)
+want = grads(moe, x, valid)
 assert all(a.dtype == "float64" for a in jax.tree.leaves(want))
-for sizes in ((8, 1, 1), (2, 2, 2)):
-  mesh = make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes)))
-  batch = NamedSharding(mesh, P(("data", "fsdp")))
-  where = lambda a, names: NamedSharding(mesh, P(*(RULES[n] for n in names)))
-  graphdef, state = nnx.split(moe)
-  put = lambda p: p.replace(jax.device_put(p[...], where(p, p.get_metadata()["axes"])))
-  state = jax.tree.map(put, state, is_leaf=lambda p: isinstance(p, nnx.Param))
-  with jax.set_mesh(mesh):
-    placed = jax.device_put(x, batch), jax.device_put(valid, batch)
-    got = run(nnx.merge(graphdef, state), *placed)
-    text = run.lower(nnx.merge(graphdef, state), *placed).compile().as_text()
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
-  tokens = [f"f64[{n},9,8]" for n in (8,)] + ["f64[144,8]"]
-  assert not any(t in text for t in tokens), "the whole batch lies on one device"
+mesh = make_mesh(data=2, fsdp=2, tensor=2)
+batch = NamedSharding(mesh, P(("data", "fsdp")))
+where = lambda a, names: NamedSharding(mesh, P(*(RULES[n] for n in names)))
+graphdef, state = nnx.split(moe)
+put = lambda p: p.replace(jax.device_put(p[...], where(p, p.get_metadata()["axes"])))
+state = jax.tree.map(put, state, is_leaf=lambda p: isinstance(p, nnx.Param))
+with jax.set_mesh(mesh):
+  placed = jax.device_put(x, batch), jax.device_put(valid, batch)
+  step = grads.lower(nnx.merge(graphdef, state), *placed).compile()
+  got, text = step(nnx.merge(graphdef, state), *placed), step.as_text()
+for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+  np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+whole = "f64[8,9,8]", "f64[144,8]"
+assert not any(shape in text for shape in whole), "the whole batch lies on one device"
 print("equal")
 """
   env = os.environ | {
