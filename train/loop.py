@@ -1,0 +1,134 @@
+"""A run from the first line to the last: it reads from top to bottom."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from model.checkpoint import Checkpoints, restore_params
+from model.errors import DONE, NON_FINITE, PREEMPTED, InputError, Stop
+from model.loading import Model
+from model.sharding import make_mesh
+from train import report
+from train.config import Config
+from train.data.pipeline import Data, load_data
+from train.metrics import MetricsLog
+from train.preemption import Preemption
+from train.program import Program, build_program, put_batch
+from train.step import TrainState
+from train.workdir import check_architecture, check_same_data, check_workdir, write_config
+
+
+def train(config: Config, workdir: Path) -> int:
+  """Trains until `config.steps` are done or a signal comes; continues what `workdir` holds.
+
+  Returns:
+    The exit status: done, or preempted with the last finished step saved.
+
+  Raises:
+    InputError: for what a user can put right.
+    Stop: with the status for a loss that stays non-finite.
+  """
+  check_workdir(workdir, config)
+  mesh = make_mesh(**dataclasses.asdict(config.mesh))
+  workdir.mkdir(parents=True, exist_ok=True)
+  with jax.set_mesh(mesh), Preemption() as preemption:
+    data = load_data(
+      config, workdir=workdir, process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )  # fmt: skip
+    config = with_vocabulary(config, data)
+    write_config(workdir, config)
+    program = build_program(config, mesh)
+    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+    state, start = restore_or_init(config, program, checkpoints, data)
+    report.before(config, program, data, mesh, start)
+    status = run_steps(config, workdir, program, checkpoints, data, preemption, state, start)
+  return status
+
+
+def run_steps(
+  config: Config, workdir: Path, program: Program, checkpoints: Checkpoints, data: Data,
+  preemption: Preemption, state: TrainState, start: int,
+) -> int:  # fmt: skip
+  """The steps from `start` on, with validation, checkpoints, and what a person sees."""
+  log = MetricsLog(workdir, config, program, start)
+  saved, validation = start, None
+
+  def save(step: int) -> None:
+    log.flush()
+    meta = {
+      "config": dataclasses.asdict(config),
+      "data": {"step": step, **data.fingerprint},
+    }
+    checkpoints.save(step, state, meta, validation_loss=validation)
+
+  for step, rows in zip(range(start + 1, config.steps + 1), data.batches(start), strict=False):
+    log.trace(step - 1)
+    batch = put_batch(program, rows)
+    with jax.transfer_guard("disallow"):
+      state, metrics = program.train_step(state, batch)
+    log.step(step, metrics)
+    validation = None
+    if step % config.eval_every == 0 or step == config.steps:
+      validation = evaluate(program, state, data)
+      log.validation(step, validation)
+    stopping = preemption.asked(step)
+    if step % config.checkpoint_every == 0 or step == config.steps or stopping:
+      with log.paused():
+        save(step)
+      saved = step
+    if stopping:
+      break
+  checkpoints.close()
+  log.close()
+  if saved < config.steps:
+    return PREEMPTED
+  show_sample(config, data, state)
+  return DONE
+
+
+def with_vocabulary(config: Config, data: Data) -> Config:
+  """The config with the tokenizer's vocabulary, where it names no size itself.
+
+  Raises:
+    InputError: if the model has fewer rows than the tokenizer has tokens.
+  """
+  size, given = data.tokenizer.vocab_size, config.model.vocab_size
+  if given is not None and given < size:
+    raise InputError(
+      f"model.vocab_size={given} is smaller than the tokenizer's {size} tokens: leave it out, or "
+      f"set it to {size} or more."
+    )
+  model = dataclasses.replace(config.model, vocab_size=size if given is None else given)
+  return dataclasses.replace(config, model=model)
+
+
+def restore_or_init(
+  config: Config, program: Program, checkpoints: Checkpoints, data: Data
+) -> tuple[TrainState, int]:
+  """The newest good state of the workdir and its step, or a fresh state and 0."""
+  restored = checkpoints.restore_latest(program.state)
+  if restored is not None:
+    saved = {k: v for k, v in restored.meta["data"].items() if k != "step"}
+    check_same_data(saved, data.fingerprint)
+    return restored.state, restored.step
+  state = program.init()
+  if config.init_from is not None:
+    check_architecture(config.init_from, config)
+    params = restore_params(config.init_from, {"params": program.state.params}, cast=True)
+    params = params.state["params"]
+    ema = jax.tree.map(lambda a: a.copy(), params) if state.ema else {}
+    state = dataclasses.replace(state, params=params, ema=ema)
+  return state, 0
+
+
+def evaluate(program: Program, state: TrainState, data: Data) -> float | None:
+  """Mean nats per target token over the validation rows; None where there are none."""
+  nats = weight = 0.0
+  for rows in data.validation_batches():
+    batch_nats, batch_weight = program.eval_step(state.params, state.frozen, put_batch(program, rows))
+    nats, weight = nats + float(batch_nats), weight + float(batch_weight)
+  return nats / weight if weight else None

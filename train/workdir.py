@@ -1,0 +1,82 @@
+"""What a workdir remembers of its run, and whether the run may go on with another config."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from model import checkpoint
+from model.config import architecture
+from model.errors import InputError
+from train.config import Config
+
+# What may change when a run is continued; anything else makes it another run.
+RESUMABLE = (
+  "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints",
+  "max_bad_steps", "profile_steps", "wandb_project", "sample_prompt", "cache_dir", "cache_gib",
+  "mesh", "data.workers",
+)  # fmt: skip
+
+
+def check_workdir(workdir: Path, config: Config) -> None:
+  """Makes sure that `workdir` is new, or that its run was started with this config.
+
+  Raises:
+    InputError: listing the fields that differ, or when the workdir is a file.
+  """
+  if workdir.exists() and not workdir.is_dir():
+    raise InputError(f"--workdir={workdir} is a file: name a folder.")
+  saved = read_config(workdir)
+  if saved is None:
+    return
+  current = as_dict(config)
+  if config.model.vocab_size is None:  # It was the tokenizer's then, and will be again.
+    current["model"]["vocab_size"] = saved["model"]["vocab_size"]
+  if any((workdir / "checkpoints").glob("[0-9]*")):
+    checkpoint.check_config(saved, current, allowed=RESUMABLE)
+  elif saved != current:
+    _forget(workdir)
+
+
+def read_config(workdir: Path) -> dict[str, Any] | None:
+  """The config of the run in `workdir`; None where none was started."""
+  try:
+    return json.loads((workdir / "config.json").read_text())
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    raise InputError(f"{workdir}/config.json is damaged ({error}): restore or delete it.") from error
+
+
+def write_config(workdir: Path, config: Config) -> None:
+  """Writes config.json whole or not at all."""
+  new = workdir / "config.json.new"
+  new.write_text(json.dumps(as_dict(config), indent=2) + "\n")
+  new.replace(workdir / "config.json")
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+  """Plain values, as JSON gives them back."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def check_same_data(saved: dict[str, Any], current: dict[str, Any]) -> None:
+  """Raises an InputError if the corpus or tokenizer is not the one that the run began with."""
+  checkpoint.check_config({"data": saved}, {"data": json.loads(json.dumps(current))})
+
+
+def check_architecture(path: str, config: Config) -> None:
+  """Raises an InputError if the parameters at `path` are those of another model, listing fields."""
+  saved = checkpoint.describe(path).meta["config"]["model"]
+  ours = architecture(config.model)
+  theirs = {name: saved.get(name) for name in ours}
+  checkpoint.check_config({"model": theirs}, {"model": json.loads(json.dumps(ours))})
+
+
+def _forget(workdir: Path) -> None:
+  """Removes what a run left that never saved a checkpoint, and that had another config."""
+  for name in ("tokenizer",):
+    shutil.rmtree(workdir / name, ignore_errors=True)
+  for file in (*workdir.glob("metrics.jsonl"), *workdir.glob("events.*")):
+    file.unlink()
