@@ -1,0 +1,313 @@
+"""Tokenizer: text to ids and back, in Hugging Face form, whatever it was loaded from."""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from model.errors import InputError
+
+_ROLES = ("pad", "bos", "eos", "mask", "unk", "cls", "sep")
+# Names by which a bare tokenizer.json shows what a special token is for.
+_USUAL_NAMES = {
+  "pad": ("<pad>", "[PAD]", "<|pad|>"),
+  "bos": ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>"),
+  "eos": ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>"),
+  "mask": ("<mask>", "[MASK]"),
+  "unk": ("<unk>", "[UNK]"),
+  "cls": ("[CLS]",),
+  "sep": ("[SEP]",),
+}
+_GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+_LONG = 1 << 20  # Characters from which a document is encoded in parts, to bound memory.
+_WINDOW = 256  # Characters on each side of a cut that must encode alike cut and whole.
+_UNSPELLABLE = "\U0010ffff\ufdd0"  # Noncharacters, in place of special tokens in documents.
+
+
+class Tokenizer:
+  """A `tokenizers.Tokenizer` with the roles of its special tokens.
+
+  Args:
+    backend: what maps text to ids; its truncation and padding are switched off.
+    config: fields of tokenizer_config.json; `pad_token`, `bos_token`, `eos_token`, `mask_token` …
+      name special tokens by their text.
+  """
+
+  def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any]):
+    backend.no_truncation()
+    backend.no_padding()
+    self.backend = backend
+    self.config = config
+    self.special = {role: t for role in _ROLES if (t := self._special_token(role)) is not None}
+
+  def _special_token(self, role: str) -> str | None:
+    named = self.config.get(f"{role}_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    return named if named is not None and self.backend.token_to_id(named) is not None else None
+
+  def _id(self, role: str) -> int | None:
+    return self.backend.token_to_id(self.special[role]) if role in self.special else None
+
+  @property
+  def pad_id(self) -> int | None:
+    """Id of padding; None when there is none, as for the others."""
+    return self._id("pad")
+
+  @property
+  def bos_id(self) -> int | None:
+    """Id that begins a text."""
+    return self._id("bos")
+
+  @property
+  def eos_id(self) -> int | None:
+    """Id that ends a text."""
+    return self._id("eos")
+
+  @property
+  def mask_id(self) -> int | None:
+    """Id that stands for a token to guess."""
+    return self._id("mask")
+
+  @functools.cached_property
+  def special_ids(self) -> frozenset[int]:
+    """Ids of all special tokens: `decode` leaves them out."""
+    added = self.backend.get_added_tokens_decoder()
+    return frozenset(i for i, token in added.items() if token.special)
+
+  @functools.cached_property
+  def vocab_size(self) -> int:
+    """One more than the largest id."""
+    return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """SHA-256, in hex, of what decides the ids."""
+    decides = json.dumps([json.loads(self.backend.to_str()), self.special], sort_keys=True)
+    return hashlib.sha256(decides.encode()).hexdigest()
+
+  def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Ids of `text`; special tokens spelled in it are recognized.
+
+    Raises:
+      InputError: if the vocabulary has no token for a character and none for the unknown.
+    """
+    return self.encode_batch([text], add_special_tokens)[0]
+
+  def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    """Ids of each text, in parallel; see `encode`."""
+    return self._encode(self.backend, texts, add_special_tokens)
+
+  def encode_document(self, text: str) -> list[int]:
+    """Ids of a document to learn from; see `encode_documents`."""
+    return self.encode_documents([text])[0]
+
+  def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of documents, in parallel: the special tokens of the template and no others.
+
+    Text that merely spells a special token is encoded as the characters that it consists of.
+
+    Raises:
+      InputError: as `encode`.
+    """
+    parts = [self._parts(text) for text in texts]
+    ids = iter(self._encode(self._literal, [p for ps in parts for p in ps], False))
+    prefix, suffix = self.affixes
+    return [[*prefix, *(i for _ in ps for i in next(ids)), *suffix] for ps in parts]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Text of `ids` without special tokens."""
+    return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+  def save(self, directory: str | Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, which Transformers opens too."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    self.backend.save(str(directory / "tokenizer.json"))
+    defaults = {
+      "tokenizer_class": "PreTrainedTokenizerFast",
+      "clean_up_tokenization_spaces": False,
+      "model_max_length": int(1e30),
+    }
+    names = {f"{role}_token": token for role, token in self.special.items()}
+    config = json.dumps(defaults | names | self.config, indent=2, ensure_ascii=False)
+    (directory / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+
+  @classmethod
+  def load(cls, path: str | Path) -> "Tokenizer":
+    """Reads a tokenizer.json, a SentencePiece .model or a folder that holds one of them.
+
+    A folder may also hold GPT-2's vocabulary and merges (vocab.json and merges.txt, or
+    encoder.json and vocab.bpe). A bare SentencePiece model gets the beginning and the end of text
+    that it declares; tokenizer_config.json may switch them off (`add_bos_token`, `add_eos_token`).
+
+    Raises:
+      InputError: if nothing is there, or it is damaged.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+      raise InputError(
+        f"tokenizer {str(path)!r} does not exist: give a folder, a tokenizer.json or a .model file."
+      )
+    if path.is_file():
+      return _from_model_file(path, {}) if path.suffix == ".model" else _from_json(path, {})
+    config = _read_json(path / "special_tokens_map.json") | _read_json(
+      path / "tokenizer_config.json"
+    )
+    if (path / "tokenizer.json").is_file():
+      return _from_json(path / "tokenizer.json", config)
+    for vocabulary, merges in _GPT2_FILES:
+      if (path / vocabulary).is_file() and (path / merges).is_file():
+        return _from_gpt2(path / vocabulary, path / merges, config)
+    found = sorted(path.glob("*.model"))
+    if len(found) == 1:
+      return _from_model_file(found[0], config)
+    raise InputError(
+      f"folder {str(path)!r} holds no tokenizer: expected tokenizer.json, one SentencePiece .model "
+      "file, or vocab.json and merges.txt."
+    )
+
+  @functools.cached_property
+  def affixes(self) -> tuple[list[int], list[int]]:
+    """Special ids that the template puts before and after one text."""
+    for i in range(self.vocab_size):
+      text = "" if i in self.special_ids else self.backend.decode([i])
+      body = self.encode(text, add_special_tokens=False) if text else []
+      if body:
+        break
+    else:
+      return [], []
+    whole = self.encode(text)
+    start = next(k for k in range(len(whole)) if whole[k : k + len(body)] == body)
+    return whole[:start], whole[start + len(body) :]
+
+  @functools.cached_property
+  def _literal(self) -> tokenizers.Tokenizer:
+    """The same tokenizer, to which special tokens in a text are ordinary characters.
+
+    A unigram or whole-word vocabulary would still find their spelling, so it is changed.
+    """
+    form = json.loads(self.backend.to_str())
+    special = {t["content"] for t in form["added_tokens"] if t["special"]}
+    hide = lambda token: _UNSPELLABLE + token if token in special else token
+    model = form["model"]
+    if model["type"] == "Unigram":
+      model["vocab"] = [[hide(token), score] for token, score in model["vocab"]]
+    else:
+      model["vocab"] = {hide(token): i for token, i in model["vocab"].items()}
+      if model.get("unk_token") is not None:
+        model["unk_token"] = hide(model["unk_token"])
+    for token in form["added_tokens"]:
+      token["content"] = hide(token["content"])
+    literal = tokenizers.Tokenizer.from_str(json.dumps(form))
+    literal.encode_special_tokens = True
+    return literal
+
+  def _encode(self, backend, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+    try:
+      encodings = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+    except Exception as error:  # The library raises nothing more precise.
+      raise _unencodable(backend, texts, error) from None
+    return [e.ids for e in encodings]
+
+  def _parts(self, text: str) -> list[str]:
+    """`text` cut at line ends, where the whole is known to encode as its parts do."""
+    parts, start = [], 0
+    while len(text) - start > _LONG:
+      places = re.compile(r"(?<=\S)\n(?=\S)").finditer(text, start + _LONG // 2, start + _LONG)
+      cut = next((m.end() for m in places if self._separable(text, m.end())), None)
+      if cut is None:
+        break
+      parts.append(text[start:cut])
+      start = cut
+    return [*parts, text[start:]]
+
+  def _separable(self, text: str, cut: int) -> bool:
+    left, right = text[cut - _WINDOW : cut], text[cut : cut + _WINDOW]
+    whole, before, after = self._encode(self._literal, [left + right, left, right], False)
+    return whole == before + after
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+  """Ids of a text to continue: the template's special tokens before it, none after it."""
+  return [*tokenizer.affixes[0], *tokenizer.encode(text, add_special_tokens=False)]
+
+
+def _unencodable(backend, texts: Sequence[str], error: Exception) -> InputError:
+  known = backend.get_vocab()
+  for text in texts:
+    if not isinstance(text, str):
+      return InputError(f"the tokenizer takes text, not {type(text).__name__}.")
+    for character in text:
+      if "\ud800" <= character <= "\udfff":
+        return InputError(f"a text holds {character!r}, half of a character: it is not Unicode.")
+      if "WordLevel" in str(error) and character not in known:
+        return InputError(
+          f"the vocabulary has no character {character!r}: train the tokenizer on text that has "
+          "it, or use 'bytes' or 'bpe:N'."
+        )
+  return InputError(f"the tokenizer cannot encode a text: {error}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  if not path.is_file():
+    return {}
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise InputError(f"{path} is not JSON: {error}") from None
+  if not isinstance(values, dict):
+    raise InputError(f"{path} must hold a JSON object.")
+  return values
+
+
+def _from_json(path: Path, config: dict[str, Any]) -> Tokenizer:
+  try:
+    backend = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # The library raises nothing more precise.
+    raise InputError(f"{path} is not a tokenizer of Hugging Face tokenizers: {error}") from None
+  return Tokenizer(backend, _usual_roles(backend) | config)
+
+
+def _usual_roles(backend: tokenizers.Tokenizer) -> dict[str, Any]:
+  special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+  found = {r: [n for n in names if n in special] for r, names in _USUAL_NAMES.items()}
+  return {f"{role}_token": names[0] for role, names in found.items() if names}
+
+
+def _from_model_file(path: Path, config: dict[str, Any]) -> Tokenizer:
+  from model.sentencepiece import convert  # Rarely needed.
+
+  backend, roles = convert(
+    path.read_bytes(),
+    name=str(path),
+    add_bos=config.get("add_bos_token", True),
+    add_eos=config.get("add_eos_token", True),
+  )
+  return Tokenizer(backend, roles | config)
+
+
+def _from_gpt2(vocabulary: Path, merges: Path, config: dict[str, Any]) -> Tokenizer:
+  lines = merges.read_text(encoding="utf-8").splitlines()
+  pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+  if any(len(pair) != 2 for pair in pairs):
+    raise InputError(f"{merges} is damaged: each line must hold two tokens.")
+  try:
+    backend = tokenizers.Tokenizer(models.BPE(_read_json(vocabulary), pairs))
+  except Exception as error:  # The library raises nothing more precise.
+    raise InputError(f"{vocabulary} and {merges} do not fit together: {error}") from None
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+    add_prefix_space=bool(config.get("add_prefix_space", False))
+  )
+  backend.decoder = decoders.ByteLevel()
+  end = "<|endoftext|>"
+  roles = {}
+  if backend.token_to_id(end) is not None:
+    backend.add_special_tokens([end])
+    roles = {"bos_token": end, "eos_token": end}
+  return Tokenizer(backend, roles | config)
