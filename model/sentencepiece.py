@@ -55,10 +55,10 @@ def convert(
 
 def _parse(data: bytes, name: str) -> Any:
   from google.protobuf.message import DecodeError
-  from sentencepiece import sentencepiece_model_pb2  # pyright: ignore
+  from sentencepiece import sentencepiece_model_pb2
 
   try:
-    proto = sentencepiece_model_pb2.ModelProto.FromString(data)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(data)  # pyright: ignore
   except DecodeError:
     proto = None
   if proto is None or not proto.pieces:

@@ -4,11 +4,13 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+from jaxtyping import Int32
 from tokenizers import decoders, models, pre_tokenizers
 
 from model.errors import InputError
@@ -25,7 +27,8 @@ _USUAL_NAMES = {
   "sep": ("[SEP]",),
 }
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-_LONG = 1 << 20  # Characters from which a document is encoded in parts, to bound memory.
+_LONG = 1 << 18  # Characters from which a document is encoded in parts, to bound memory.
+_GROUP = 1 << 21  # Characters that are encoded at a time.
 _WINDOW = 256  # Characters on each side of a cut that must encode alike cut and whole.
 _UNSPELLABLE = "\U0010ffff\ufdd0"  # Noncharacters, in place of special tokens in documents.
 
@@ -103,22 +106,37 @@ class Tokenizer:
     """Ids of each text, in parallel; see `encode`."""
     return self._encode(self.backend, texts, add_special_tokens)
 
+  def encode_prompt(self, text: str) -> list[int]:
+    """Ids of a text to continue: the template's special tokens before it and none after it."""
+    return [*self.affixes[0], *self.encode(text, add_special_tokens=False)]
+
   def encode_document(self, text: str) -> list[int]:
     """Ids of a document to learn from; see `encode_documents`."""
-    return self.encode_documents([text])[0]
+    return self.encode_documents([text])[0].tolist()
 
-  def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+  def encode_documents(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
     """Ids of documents, in parallel: the special tokens of the template and no others.
 
     Text that merely spells a special token is encoded as the characters that it consists of.
+    Memory is bounded: long texts are cut where that is known to change nothing.
 
     Raises:
       InputError: as `encode`.
     """
     parts = [self._parts(text) for text in texts]
-    ids = iter(self._encode(self._literal, [p for ps in parts for p in ps], False))
-    prefix, suffix = self.affixes
-    return [[*prefix, *(i for _ in ps for i in next(ids)), *suffix] for ps in parts]
+    ids = self._encode_parts([part for one in parts for part in one])
+    prefix, suffix = (np.array(ends, np.int32) for ends in self.affixes)
+    return [np.concatenate([prefix, *(next(ids) for _ in one), suffix]) for one in parts]
+
+  def _encode_parts(self, parts: Sequence[str]) -> Iterator[Int32[np.ndarray, "_"]]:
+    group, size = [], 0
+    for i, part in enumerate(parts):
+      group.append(part)
+      size += len(part)
+      if size >= _GROUP or i == len(parts) - 1:
+        for ids in self._encode(self._literal, group, False):
+          yield np.array(ids, np.int32)
+        group, size = [], 0
 
   def decode(self, ids: Sequence[int]) -> str:
     """Text of `ids` without special tokens."""
@@ -233,11 +251,6 @@ class Tokenizer:
     return whole == before + after
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-  """Ids of a text to continue: the template's special tokens before it, none after it."""
-  return [*tokenizer.affixes[0], *tokenizer.encode(text, add_special_tokens=False)]
-
-
 def _unencodable(backend, texts: Sequence[str], error: Exception) -> InputError:
   known = backend.get_vocab()
   for text in texts:
@@ -294,9 +307,10 @@ def _from_model_file(path: Path, config: dict[str, Any]) -> Tokenizer:
 
 def _from_gpt2(vocabulary: Path, merges: Path, config: dict[str, Any]) -> Tokenizer:
   lines = merges.read_text(encoding="utf-8").splitlines()
-  pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-  if any(len(pair) != 2 for pair in pairs):
+  lines = [line for line in lines if line and not line.startswith("#version")]
+  if any(line.count(" ") != 1 for line in lines):
     raise InputError(f"{merges} is damaged: each line must hold two tokens.")
+  pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
   try:
     backend = tokenizers.Tokenizer(models.BPE(_read_json(vocabulary), pairs))
   except Exception as error:  # The library raises nothing more precise.
