@@ -157,7 +157,7 @@ def test_scanned_and_rematerialized_layers_equal_a_loop():
       h, all_sums = h + y, [*all_sums, sums]
     return total(h, jax.tree.map(lambda *s: jnp.stack(s), *all_sums))
 
-  close(jax.jit(jax.value_and_grad(scanned))(stack), jax.value_and_grad(looped)(stack))
+  close(jax.jit(jax.value_and_grad(scanned))(stack), jax.jit(jax.value_and_grad(looped))(stack))
 
 
 def test_eight_devices_equal_one_and_float64_stays_float64():
