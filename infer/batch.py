@@ -151,7 +151,10 @@ def _request(
 ) -> Request:
   """The settings as arrays, with a value per row and neutral ones where something is off."""
   tiny, huge = np.finfo(np.float32).tiny, np.finfo(np.float32).max
-  rows: Callable[[Any, Any], Any] = lambda value, dtype: np.full(size, value, dtype)
+
+  def rows(value: Any, dtype: Any) -> Any:
+    return np.full(size, value, dtype)
+
   words: Any = np.zeros((size, 2), np.uint32)
   words[: len(seeds)] = [seed_words(s) for s in seeds]
   # What float32 cannot tell from 0 is 0 for a temperature and the least number for a probability.

@@ -5,7 +5,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from model.errors import InputError
@@ -66,10 +65,12 @@ def attend(
   if name == "splash":
     seg = jnp.ones_like(q_pos) if q_seg is None else q_seg
     seg = jnp.where(q_pos >= 0, seg, 0)
-    limits = dict(causal=causal, window=window, softcap=softcap)
-    return splash_attention(q, k, v, seg, scale=scale, **limits)
-  visible = dict(causal=causal, window=window, bidirectional=bidirectional)
-  mask = attention_mask(q_pos, kv_pos, q_seg, kv_seg, **visible)
+    return splash_attention(
+      q, k, v, seg, causal=causal, window=window, scale=scale, softcap=softcap, sinks=sinks
+    )
+  mask = attention_mask(
+    q_pos, kv_pos, q_seg, kv_seg, causal=causal, window=window, bidirectional=bidirectional
+  )
   if name == "cudnn":
     return cudnn_attention(q, k, v, mask, scale=scale, causal=causal and ordered)
   dropped = (dropout, key) if dropping else None
@@ -175,7 +176,7 @@ def _splash_refusal(platform, dtype, q_shape, k_shape, ordered, asked) -> str | 
     return "masks by index: it serves training, not a pass with a cache or positions of its own"
   if T != S or T % 128:
     return f"takes sequences of a multiple of 128 tokens, not {T} queries and {S} keys"
-  return _feature(asked, ("sinks", "bias", "dropout", "prefix"))
+  return _feature(asked, ("bias", "dropout", "prefix"))
 
 
 def _cudnn_refusal(platform, dtype, q_shape, k_shape, head_limit, asked) -> str | None:

@@ -1,6 +1,7 @@
 """Attention: one module for every head layout, position scheme, window, cache and context."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -93,14 +94,18 @@ class Attention(nnx.Module):
       cache = cache.update(k, v, where.pos)
       k, v, kv_pos, kv_seg = cache.k, cache.v, cache.pos, None
       bias = relative_bias(cfg, where.table, where.pos, kv_pos)
-    y = attend(
-      q, k.astype(q.dtype), v.astype(q.dtype), q_pos=where.pos, kv_pos=kv_pos,
-      q_seg=where.seg, kv_seg=kv_seg, causal=cfg.shape != "encoder", window=self.kind.window,
-      bidirectional=where.bidirectional,
+    run = functools.partial(
+      attend, causal=cfg.shape != "encoder", window=self.kind.window,
       scale=cfg.head_width**-0.5 if cfg.attention_scale is None else cfg.attention_scale,
-      softcap=cfg.attention_softcap, sinks=self.sinks[...] if cfg.attention_sinks else None,
-      bias=bias, ordered=where.ordered and cache is None, kernel=cfg.attention_kernel,
-      dropout=cfg.attention_dropout, key=key,
+      softcap=cfg.attention_softcap, ordered=where.ordered and cache is None,
+      kernel=cfg.attention_kernel, dropout=cfg.attention_dropout,
+    )  # fmt: skip
+    if cfg.remat == "attention":
+      run = jax.checkpoint(run)
+    y = run(
+      q, k.astype(q.dtype), v.astype(q.dtype), q_pos=where.pos, kv_pos=kv_pos, q_seg=where.seg,
+      kv_seg=kv_seg, bidirectional=where.bidirectional, bias=bias, key=key,
+      sinks=self.sinks[...] if cfg.attention_sinks else None,
     )  # fmt: skip
     return self.o_proj(constrain(y, ("batch", "seq", "heads", None))), cache
 

@@ -6,6 +6,7 @@
 here and in `checkpoint_files`.
 """
 
+import contextlib
 import json
 import logging
 import threading
@@ -119,7 +120,8 @@ class Checkpoints:
         raise error
       message = self._disk_full(record)
       if jax.process_index() == 0:
-        files.remove_unfinished(self._folder)
+        with contextlib.suppress(OSError):  # Writes may be ending; the next save cleans up too.
+          files.remove_unfinished(self._folder)
       raise message from error
 
   def close(self) -> None:
@@ -253,7 +255,14 @@ def restore_params(path: epath.PathLike, abstract: dict, *, cast: bool = False) 
     InputError: when there is no such checkpoint, when it is damaged, or when it holds other
       arrays than `abstract`, listing all.
   """
-  return _restore(_candidates(path)[1], abstract, cast=cast, passed={})
+  found = _candidates(path)[1]
+  while True:
+    try:
+      return _restore(found, abstract, cast=cast, passed={})
+    except InputError:  # A run that is going on may have replaced what was being read.
+      before, found = found, _candidates(path)[1]
+      if before.keys() == found.keys():
+        raise
 
 
 def _restore(
@@ -265,7 +274,7 @@ def _restore(
       state = files.read_state(folder, record, abstract, cast=cast)
     except Damaged as damage:
       passed[step] = str(damage)
-      if len(candidates) > 1:
+      if len(candidates) > 1 and folder.exists():
         _pass_over(folder, damage)
     else:
       return Restored(state, record.meta, step)
@@ -314,8 +323,8 @@ def _pass_over(folder: epath.Path, why: object) -> None:
 
 
 def _own_report(record: logging.LogRecord) -> bool:
-  # `wait` raises what went wrong in the background; Orbax's traceback would come before it.
-  return "background save thread" not in record.getMessage()
+  # `wait` raises what goes wrong in the background; Orbax's tracebacks would come before it.
+  return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
 def _size(count: int) -> str:

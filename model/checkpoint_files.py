@@ -1,9 +1,16 @@
 """A checkpoint's folder on disk: Orbax writes and reads it, fingerprints verify it."""
 
+import contextlib
 import errno
 import functools
+import gc
+import inspect
+import logging as python_logging
 import re
 import shutil
+import sys
+import time
+import warnings
 from typing import Any
 
 import jax
@@ -90,13 +97,8 @@ def read_state(folder: epath.Path, record: Record, abstract: Any, *, cast: bool)
   _check_x64(folder, saved)
   leaves = [saved[name] for name in wanted]
   places = [_place(want) for _, want in wanted.values()]
-  arrays, problem = None, None
-  try:
-    arrays = _read_arrays(folder, leaves, places)
-  except (jax.errors.JaxRuntimeError, MemoryError, PermissionError):
-    raise  # Says nothing about the files: most often memory ran out.
-  except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
-    problem = " ".join(str(error).split())[:300] or type(error).__name__
+  with _without_tracebacks():
+    arrays, problem = _try_read(folder, leaves, places)
   if not _all_processes(arrays is not None):
     raise Damaged(f"its arrays cannot be read ({problem or 'on another process'})")
   for leaf, got in zip(leaves, fingerprints(arrays or []), strict=True):
@@ -157,6 +159,19 @@ def warn_once(message: str) -> None:
   logging.warning("%s", message)
 
 
+def _try_read(folder: epath.Path, leaves: list[Leaf], places: list) -> tuple[list | None, str]:
+  """The arrays, or None and why the files cannot be read."""
+  try:
+    return _read_arrays(folder, leaves, places), ""
+  except (jax.errors.JaxRuntimeError, MemoryError, PermissionError):
+    raise  # Says nothing about the files: most often memory ran out.
+  except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
+    problem = _innermost(error)
+  time.sleep(0.1)  # Reads of other arrays that are going on end within it, unheard.
+  gc.collect()
+  return None, problem
+
+
 def _read_arrays(folder: epath.Path, leaves: list[Leaf], places: list) -> list[jax.Array]:
   present = [(leaf, place) for leaf, place in zip(leaves, places, strict=True) if leaf.size]
   like: dict[tuple, Any] = {}
@@ -182,6 +197,37 @@ def _read_arrays(folder: epath.Path, leaves: list[Leaf], places: list) -> list[j
       raise Damaged(f"{name} is missing or of another shape")
     arrays.append(x)
   return arrays
+
+
+@contextlib.contextmanager
+def _without_tracebacks():
+  """Keeps reads that are going on when another one fails from printing tracebacks."""
+
+  def drop(record: python_logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
+
+  def hook(unraisable: Any) -> None:
+    late = "Event loop is closed" in str(unraisable.exc_value)
+    if not late and not inspect.iscoroutine(unraisable.object):
+      previous(unraisable)
+
+  log, previous = python_logging.getLogger("asyncio"), sys.unraisablehook
+  log.addFilter(drop)
+  sys.unraisablehook = hook
+  try:
+    with warnings.catch_warnings():
+      warnings.filterwarnings("ignore", message=".* was never awaited")
+      yield
+  finally:
+    sys.unraisablehook = previous
+    log.removeFilter(drop)
+
+
+def _innermost(error: BaseException) -> str:
+  while error.__cause__ is not None:
+    error = error.__cause__
+  text = " ".join(str(error).split()).split(" [", 1)[0]
+  return text[:300] or type(error).__name__
 
 
 def _place(want: Any) -> jax.sharding.Sharding:

@@ -1,11 +1,14 @@
 """Fused attention kernels of others: cuDNN's on NVIDIA GPUs, splash attention on TPUs."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-_BLOCKS = (512, 384, 256, 128)  # Of splash attention, in tokens; measured ones for TPUs by others.
+_BLOCKS = (512, 384, 256, 128)  # Of splash attention, in tokens; the first that divides.
 
 
 def cudnn_attention(
@@ -41,6 +44,7 @@ def splash_attention(
   window: int | None,
   scale: float,
   softcap: float | None,
+  sinks: Float[Array, "N"] | None = None,
   interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
   """Splash attention of JAX's Pallas kernels; T is a multiple of 128.
@@ -54,58 +58,57 @@ def splash_attention(
     causal, window: see `attention_mask`.
     scale: multiplies the scores.
     softcap: bounds the scaled scores.
+    sinks: a score per head that joins the denominator of the softmax.
     interpret: run the kernel's program step by step on any device, for tests.
   """
-  part = _on_one_device(causal, window, softcap, interpret)
+  part = functools.partial(
+    _splash_on_one_device, causal=causal, window=window, softcap=softcap, interpret=interpret
+  )
+  q = q * jnp.asarray(scale, q.dtype)
   mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty and mesh.size > 1:
-    k, v, part = _sharded(part, q, k, v, mesh)
-  y = part((q * jnp.asarray(scale, q.dtype)), k, v, seg)
+  if mesh.empty or mesh.size == 1:
+    y = part(q, k, v, seg, sinks)
+  else:
+    y = _splash_on_mesh(part, q, k, v, seg, sinks, mesh)
   return jnp.where((seg > 0)[:, :, None, None], y, 0)
 
 
-def _on_one_device(causal: bool, window: int | None, softcap: float | None, interpret: bool):
+def _splash_on_one_device(q, k, v, seg, sinks, *, causal: bool, window, softcap, interpret: bool):
   # Pallas' TPU part is large to import and not needed elsewhere.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-  def part(q, k, v, seg):
-    T, N = q.shape[1], q.shape[2]
-    block = next(b for b in _BLOCKS if T % b == 0)
-    if causal:
-      span = None if window is None else (window - 1, 0)
-      one = splash.CausalMask((T, T)) if span is None else splash.LocalMask((T, T), span, 0)
-    else:
-      span = None if window is None else (window // 2, window // 2)
-      one = splash.FullMask((T, T)) if span is None else splash.LocalMask((T, T), span, 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    kernel = splash.make_splash_mha(
-      splash.splash_attention_mask.MultiHeadMask([one] * N),
-      block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
-      attn_logits_soft_cap=softcap, head_shards=1, q_seq_shards=1, interpret=interpret,
-    )  # fmt: skip
-    heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-    run = lambda q, k, v, seg: kernel(q, k, v, splash.SegmentIds(seg, seg))
-    return heads_first(jax.vmap(run)(heads_first(q), heads_first(k), heads_first(v), seg))
-
-  return part
+  T, N = q.shape[1], q.shape[2]
+  block = next(size for size in _BLOCKS if T % size == 0)
+  if window is None:
+    mask = splash.CausalMask((T, T)) if causal else splash.FullMask((T, T))
+  else:
+    span = (window - 1, 0) if causal else (window // 2, window // 2)
+    mask = splash.LocalMask((T, T), span, 0)
+  blocks = splash.BlockSizes(
+    block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
+    block_q_dq=block, block_kv_dq=block,
+  )  # fmt: skip
+  kernel = splash.make_splash_mha(
+    splash.MultiHeadMask([mask] * N), block_sizes=blocks, attn_logits_soft_cap=softcap,
+    head_shards=1, q_seq_shards=1, interpret=interpret,
+  )  # fmt: skip
+  row = lambda q, k, v, seg: kernel(q, k, v, splash.SegmentIds(seg, seg), sinks)
+  heads_first = lambda x: jnp.swapaxes(x, 1, 2)
+  return heads_first(jax.vmap(row)(heads_first(q), heads_first(k), heads_first(v), seg))
 
 
-def _sharded(part, q: Array, k: Array, v: Array, mesh):
-  """`part` on each device's rows and heads; keys and values repeated where devices share them."""
+def _splash_on_mesh(part, q, k, v, seg, sinks, mesh):
+  """`part` on each device's rows and heads; devices that share a key/value head hold copies."""
   rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
-  count = 1
-  for axis in rows:
-    count *= mesh.shape[axis]
-  batch = rows if q.shape[0] % count == 0 else None
+  batch = rows if q.shape[0] % math.prod(mesh.shape[axis] for axis in rows) == 0 else None
   N, K, parts = q.shape[2], k.shape[2], mesh.shape.get("tensor", 1)
-  heads = "tensor" if parts > 1 and N % parts == 0 else None
+  heads = "tensor" if N % parts == 0 and (K % parts == 0 or parts % K == 0) else None
   if heads and K % parts:
-    if parts % K == 0:
-      k, v = jnp.repeat(k, parts // K, axis=2), jnp.repeat(v, parts // K, axis=2)
-    else:
-      heads = None
+    k, v = jnp.repeat(k, parts // K, axis=2), jnp.repeat(v, parts // K, axis=2)
   whole = P(batch, None, heads, None)
+  sink_place = None if sinks is None else P(heads)
   run = jax.shard_map(
-    part, in_specs=(whole, whole, whole, P(batch, None)), out_specs=whole, check_vma=False
-  )
-  return k, v, run
+    part, in_specs=(whole, whole, whole, P(batch, None), sink_place), out_specs=whole,
+    check_vma=False,
+  )  # fmt: skip
+  return run(q, k, v, seg, sinks)

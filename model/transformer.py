@@ -182,24 +182,15 @@ def _unrolled(body, x, layers):
 def _remat(cfg: ModelConfig, block: Any):
   """Which activations of a block are kept for the backward pass (`ModelConfig.remat`).
 
-  full: only its input. dots: results of matrix products without batch axes. attention: everything
-  but what lies inside attention. offload: as dots, kept in host memory.
+  full: only its input. dots: results of matrix products without batch axes. offload: as dots, in
+  host memory. attention: all but what lies inside attention, which sees to that itself.
   """
-  policies = jax.checkpoint_policies
-  match cfg.remat:
-    case "none":
-      return block
-    case "full":
-      policy = policies.nothing_saveable
-    case "dots":
-      policy = policies.dots_with_no_batch_dims_saveable
-    case "attention":
-      policy = policies.save_anything_except_these_names("attention_scores")
-    case "offload":
-      policy = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
-    case other:
-      raise ValueError(other)
-  return jax.checkpoint(block, policy=policy)
+  policies = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+  }
+  return jax.checkpoint(block, policy=policies[cfg.remat]) if cfg.remat in policies else block
 
 
 def _fold(key: jax.Array | None, index) -> jax.Array | None:
