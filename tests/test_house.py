@@ -1,0 +1,104 @@
+"""The house stays as it was designed: who imports whom, and no setting without an effect."""
+
+import ast
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from model.config import ModelConfig
+from train.config import Config, checked
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("model", "infer", "train", "configs", "launch")
+MAY_IMPORT = {
+  "model": {"model"},
+  "infer": {"infer", "model"},
+  "train": {"train", "infer", "model"},
+  "configs": {"configs", "model.config", "train.config"},
+  "launch": {"launch", "train", "model"},
+}
+NNX_NAMES = {
+  "Module", "Param", "Rngs", "List", "State", "GraphDef", "split", "merge", "state", "eval_shape",
+  "to_pure_dict",
+}  # fmt: skip
+PUBLISHED = {
+  "gpt_small": 124_439_808,
+  "llama3_8b": 8_030_261_248,
+  "llama3_70b": 70_553_706_496,
+  "mixtral_8x7b": 46_702_792_704,
+}
+
+
+def sources(folder: str) -> list[Path]:
+  return sorted((ROOT / folder).rglob("*.py"))
+
+
+def config_files() -> list[str]:
+  return [path.stem for path in sources("configs") if path.stem != "__init__"]
+
+
+def imports(tree: ast.AST) -> set[str]:
+  found = set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+  return found
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_point_one_way(folder):
+  for path in sources(folder):
+    for name in imports(ast.parse(path.read_text())):
+      if name.split(".")[0] in FOLDERS:
+        allowed = MAY_IMPORT[folder]
+        ok = any(name == a or name.startswith(a + ".") or a.startswith(name + ".") for a in allowed)
+        assert ok, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_every_config_field_is_read_somewhere():
+  text = "\n".join(p.read_text() for f in ("model", "infer", "train") for p in sources(f)
+                   if p.name not in ("flags.py",))  # fmt: skip
+  def fields(cls):
+    for field in dataclasses.fields(cls):
+      yield field.name
+      if dataclasses.is_dataclass(field.type):
+        yield from fields(field.type)
+  for name in set(fields(Config)):
+    reads = re.findall(rf"\b(?:cfg|config|data|optimizer|objective|mesh|model|self)\.{name}\b", text)
+    assert reads, f"no code reads the field {name}"
+
+
+def test_only_these_names_of_nnx_are_used():
+  for folder in FOLDERS:
+    for path in sources(folder):
+      used = set(re.findall(r"\bnnx\.(\w+)", path.read_text()))
+      assert used <= NNX_NAMES, f"{path.relative_to(ROOT)}: {used - NNX_NAMES}"
+
+
+def test_no_assert_outside_of_tests():
+  for folder in FOLDERS:
+    for path in sources(folder):
+      nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
+      assert not nodes, f"{path.relative_to(ROOT)}:{nodes[0].lineno}"
+
+
+@pytest.mark.parametrize("name", config_files())
+def test_config_files_are_valid_and_have_the_published_parameter_count(name):
+  module = importlib.import_module(f"configs.{name}")
+  config = checked(module.get_config())
+  assert f"configs/{name}.py" in (module.__doc__ or ""), "the docstring gives the command"
+  if name in PUBLISHED:
+    assert config.model.num_params() == PUBLISHED[name]
+  elif config.model.vocab_size is None:
+    sized = dataclasses.replace(config.model, vocab_size=1000)
+    assert sized.num_params() > 0
+
+
+def test_a_config_survives_json():
+  config = ModelConfig(layer_pattern=("local", "global"), window=4, vocab_size=7)
+  assert ModelConfig.from_dict(config.to_dict()) == config

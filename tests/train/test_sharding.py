@@ -1,0 +1,96 @@
+"""Eight simulated devices compute what one computes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train import tiny
+from tests.train.test_step import run
+from train.config import MeshConfig, OptimizerConfig
+
+MESHES = {
+  "data": MeshConfig(data=8),
+  "fsdp": MeshConfig(data=1, fsdp=8),
+  "tensor": MeshConfig(data=2, tensor=4),
+  "mix": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
+MODEL = dataclasses.replace(tiny.ROTARY, dtype="float64", param_dtype="float64")
+
+
+def wide_run(mesh: MeshConfig, optimizer: str, devices: int, steps: int = 3):
+  settings = OptimizerConfig(name=optimizer, warmup_steps=1, learning_rate=0.01)
+  config = tiny.config(MODEL, mesh=mesh, optimizer=settings)
+  with jax.enable_x64(True):
+    return run(config, [tiny.random_batch(seed) for seed in range(steps)], devices)
+
+
+@pytest.fixture(scope="module")
+def alone():
+  """The states after three float64 steps on one device, by optimizer."""
+  states = {}
+
+  def get(optimizer):
+    if optimizer not in states:
+      states[optimizer] = wide_run(MeshConfig(), optimizer, 1)
+    return states[optimizer]
+
+  return get
+
+
+CASES = [("adamw", mesh) for mesh in MESHES] + [(name, "mix") for name in OPTIMIZERS[1:]]
+
+
+@pytest.mark.parametrize(("optimizer", "mesh"), CASES)
+def test_eight_devices_equal_one_in_float64(alone, optimizer, mesh):
+  state, losses = wide_run(MESHES[mesh], optimizer, 8)
+  want, want_losses = alone(optimizer)
+  np.testing.assert_allclose(losses, want_losses, rtol=0, atol=1e-9)
+  assert {a.dtype for a in jax.tree.leaves(state.params)} == {np.dtype("float64")}
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
+  jax.tree.map(near, state.params, want.params)
+  jax.tree.map(near, state.opt_state, want.opt_state)
+
+
+def test_eight_devices_equal_one_over_twenty_losses_in_float32():
+  batches = [tiny.random_batch(seed) for seed in range(20)]
+  settings = OptimizerConfig(warmup_steps=1, learning_rate=1e-3)
+  model = dataclasses.replace(tiny.ROTARY, dropout=0.1)
+  one = run(tiny.config(model, optimizer=settings), batches, 1)[1]
+  mixed = run(tiny.config(model, optimizer=settings, mesh=MESHES["mix"]), batches, 8)[1]
+  np.testing.assert_allclose(mixed, one, rtol=0, atol=1e-5)
+
+
+def test_parameters_and_moments_are_split_and_born_so():
+  from model.sharding import make_mesh
+  from train.program import build_program
+
+  config = tiny.config(mesh=MESHES["mix"])
+  mesh = make_mesh(**dataclasses.asdict(config.mesh))
+  with jax.set_mesh(mesh):
+    program = build_program(config, mesh)
+    state = program.init()
+  whole = sum(a.nbytes for a in jax.tree.leaves((state.params, state.opt_state)))
+  held = lambda a: a.addressable_shards[0].data.nbytes
+  here = sum(held(a) for a in jax.tree.leaves((state.params, state.opt_state)))
+  assert here < whole / 3.5, "fsdp=2 x tensor=2 should leave about a quarter on each device"
+  q = state.params["body"]["layers"][0]["attn"]["q_proj"]["w"]
+  moments = [a for a in jax.tree.leaves(state.opt_state) if a.shape == q.shape]
+  assert len(moments) >= 2 and all(m.sharding == q.sharding for m in moments)
+
+
+@pytest.mark.parametrize(
+  ("mesh", "change", "said"),
+  [
+    (MeshConfig(data=3), {}, "does not fit 8 devices"),
+    (MeshConfig(data=1, tensor=8), {}, "kv_heads|heads=4"),
+    (MeshConfig(data=8), dict(batch_size=4), "not a multiple of mesh.data x mesh.fsdp"),
+  ],
+)
+def test_a_mesh_that_does_not_divide_is_refused(mesh, change, said):
+  from model.errors import InputError
+
+  with pytest.raises(InputError, match=said):
+    run(tiny.config(mesh=mesh, **change), [], 8)

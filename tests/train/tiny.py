@@ -1,0 +1,71 @@
+"""Tiny models and random batches that the tests of training share."""
+
+import dataclasses
+
+import numpy as np
+
+from model.config import ModelConfig
+from train.config import Config, OptimizerConfig
+
+VOCAB = 61
+ROTARY = ModelConfig(
+  vocab_size=VOCAB, vocab_multiple=8, num_layers=3, d_model=16, d_ff=32, num_heads=4,
+  num_kv_heads=2, head_dim=8, max_positions=32, layer_pattern=("local", "global"), window=3,
+)  # fmt: skip
+MODELS = {
+  "rotary_gqa_windows": ROTARY,
+  "learned_layer_norm": dataclasses.replace(
+    ROTARY, positions="learned", norm="layer", gated=False, activation="gelu_tanh",
+    layer_pattern=("global",), window=None, mlp_bias=True, attention_bias=True,
+    attention_softcap=5.0, attention_sinks=True, tie_embeddings=False,
+  ),
+  "alibi_post_norm": dataclasses.replace(ROTARY, positions="alibi", norm_placement="post"),
+  "t5_bias_sandwich_qk_norm": dataclasses.replace(
+    ROTARY, positions="t5_bias", norm_placement="sandwich", qk_norm="head", relative_buckets=8,
+  ),
+  "experts": dataclasses.replace(
+    ROTARY, layer_pattern=("global", "global+experts"), window=None, num_experts=4,
+    balance_loss=0.0, router_z_loss=0.0,
+  ),
+}  # fmt: skip
+
+
+def config(model: ModelConfig = ROTARY, **changes) -> Config:
+  optimizer = changes.pop("optimizer", OptimizerConfig(warmup_steps=1, learning_rate=0.01))
+  return Config(
+    **{**dict(steps=50, batch_size=8, seq_len=16), **changes}, model=model, optimizer=optimizer
+  )
+
+
+def documents(seed: int, lengths: list[int]) -> list[np.ndarray]:
+  rng = np.random.default_rng(seed)
+  return [rng.integers(0, VOCAB, n + 1).astype(np.int32) for n in lengths]
+
+
+def row(docs: list[np.ndarray], length: int) -> dict[str, np.ndarray]:
+  """One row that holds `docs` behind each other, written without the code under test."""
+  out = dict(
+    tokens=np.zeros(length, np.int32), targets=np.zeros(length, np.int32),
+    weights=np.zeros(length, np.float32), segments=np.zeros(length, np.int32),
+    positions=np.full(length, -1, np.int32),
+  )  # fmt: skip
+  at = 0
+  for number, doc in enumerate(docs, start=1):
+    n = len(doc) - 1
+    out["tokens"][at : at + n], out["targets"][at : at + n] = doc[:-1], doc[1:]
+    out["weights"][at : at + n], out["segments"][at : at + n] = 1, number
+    out["positions"][at : at + n] = np.arange(n)
+    at += n
+  return out
+
+
+def batch_of(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
+
+
+def random_batch(seed: int, rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
+  """Rows of two documents each and some padding."""
+  rng = np.random.default_rng(seed)
+  pairs = [sorted(rng.integers(2, length, 2)) for _ in range(rows)]
+  return batch_of([row(documents(seed * 97 + i, [int(a), max(1, int(b - a))]), length)
+                   for i, (a, b) in enumerate(pairs)])  # fmt: skip
