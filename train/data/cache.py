@@ -129,8 +129,8 @@ def _intact(path: Path) -> bool:
     if sizes != {name: size for name, (size, _, _) in sums.items()}:
       return False
     large = sum(sizes.values()) > _READ_AGAIN
-    same = lambda name: _changed(path / name) == sums[name][2]
-    return all(large and same(name) or _checksum(path / name)[1] == sums[name][1] for name in sums)
+    untouched = lambda name: large and _changed(path / name) == sums[name][2]
+    return all(untouched(name) or _checksum(path / name)[1] == sums[name][1] for name in sums)
   except (OSError, ValueError, TypeError, AttributeError):
     return False
 

@@ -58,7 +58,7 @@ def choose_tokenizer(
   return tokenizer
 
 
-class _Texts:
+class Texts:
   """The documents of sources, a limited number of characters of each."""
 
   def __init__(self, sources: list[TextSource], limit: float):
@@ -93,7 +93,7 @@ def _build(
   limit = float("inf") if kind == "char" else _ENOUGH // len(texts)
   decides = "\n".join([str(_FORMAT), spec, *(s.fingerprint for s in texts)])
   key = "tokenizer-" + hashlib.sha256(decides.encode()).hexdigest()[:32]
-  entry = cache.entry(key, lambda folder: _train(kind, size, _Texts(texts, limit)).save(folder))
+  entry = cache.entry(key, lambda folder: _train(kind, size, Texts(texts, limit)).save(folder))
   return Tokenizer.load(entry.path)
 
 
