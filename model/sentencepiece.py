@@ -96,7 +96,8 @@ def _normalizer(spec) -> normalizers.Normalizer:
   if spec.precompiled_charsmap:
     steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
   if spec.remove_extra_whitespaces:
-    steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+    trailing = f"[ {_SPACE}]" if spec.escape_whitespaces else " "
+    steps.append(normalizers.Replace(Regex(rf"\A +|{trailing}+\z"), ""))
     steps.append(normalizers.Replace(Regex(" {2,}"), " "))
   if spec.add_dummy_prefix:
     steps.append(normalizers.Prepend(_SPACE))

@@ -79,7 +79,7 @@ def _table(
   row: dict[str, np.ndarray], columns: np.ndarray, tokenizer: Tokenizer, tokens: int
 ) -> list[str]:
   shown = [*columns[:tokens], None, *columns[-tokens:]] if len(columns) > 2 * tokens else columns
-  table = [_TITLES]
+  table: list[tuple[str, ...]] = [_TITLES]
   for c in shown:
     if c is None:
       table.append(("…",) * len(_TITLES))
