@@ -1,12 +1,15 @@
 """The one exception that a user can cause, and how a command reports it."""
 
 import errno
+import logging
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 DONE, DEFECT, USER_ERROR, NON_FINITE, PREEMPTED = 0, 1, 2, 3, 75
 
@@ -76,12 +79,22 @@ def run(
       sys.exit(status or DONE)
 
   def parse(argv):
+    _quieten_libraries()
     try:
       return _parse(argv if _wants_help(argv) else prepare(argv))
     except InputError as error:
       fail(error)
 
   app.run(guarded, flags_parser=parse)
+
+
+def _quieten_libraries() -> None:
+  """Leaves our own messages, as plain lines, and the warnings of others."""
+  here = Path(__file__).parents[1]
+  ours = lambda record: Path(record.pathname).is_relative_to(here)
+  handler = absl_logging.get_absl_handler()
+  handler.addFilter(lambda record: record.levelno >= logging.WARNING or ours(record))
+  handler.setFormatter(logging.Formatter("%(message)s"))
 
 
 _USER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS,

@@ -1,12 +1,12 @@
 """A run from the first line to the last: it reads from top to bottom."""
 
 import dataclasses
-import math
+import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 
+from infer import generate
 from model.checkpoint import Checkpoints, restore_params
 from model.errors import DONE, NON_FINITE, PREEMPTED, InputError, Stop
 from model.loading import Model
@@ -18,7 +18,15 @@ from train.metrics import MetricsLog
 from train.preemption import Preemption
 from train.program import Program, build_program, put_batch
 from train.step import TrainState
-from train.workdir import check_architecture, check_same_data, check_workdir, write_config
+from train.workdir import (
+  as_dict,
+  check_architecture,
+  check_same_data,
+  check_workdir,
+  write_config,
+)
+
+SAMPLE_TOKENS = 128
 
 
 def train(config: Config, workdir: Path) -> int:
@@ -45,8 +53,7 @@ def train(config: Config, workdir: Path) -> int:
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
     state, start = restore_or_init(config, program, checkpoints, data)
     report.before(config, program, data, mesh, start)
-    status = run_steps(config, workdir, program, checkpoints, data, preemption, state, start)
-  return status
+    return run_steps(config, workdir, program, checkpoints, data, preemption, state, start)
 
 
 def run_steps(
@@ -55,30 +62,27 @@ def run_steps(
 ) -> int:  # fmt: skip
   """The steps from `start` on, with validation, checkpoints, and what a person sees."""
   log = MetricsLog(workdir, config, program, start)
-  saved, validation = start, None
-
-  def save(step: int) -> None:
-    log.flush()
-    meta = {
-      "config": dataclasses.asdict(config),
-      "data": {"step": step, **data.fingerprint},
-    }
-    checkpoints.save(step, state, meta, validation_loss=validation)
-
+  counted = {"truncated_tokens": data.truncated_tokens} if config.data.truncate else {}
+  saved = start
   for step, rows in zip(range(start + 1, config.steps + 1), data.batches(start), strict=False):
     log.trace(step - 1)
     batch = put_batch(program, rows)
     with jax.transfer_guard("disallow"):
       state, metrics = program.train_step(state, batch)
-    log.step(step, metrics)
-    validation = None
-    if step % config.eval_every == 0 or step == config.steps:
-      validation = evaluate(program, state, data)
+    log.step(step, metrics | counted)
+    if log.bad_steps >= config.max_bad_steps:
+      raise Stop(_non_finite(config, step - 1, log), NON_FINITE)
+    last, validation = step == config.steps, None
+    if step % config.eval_every == 0 or last:
+      with log.paused():
+        validation = evaluate(program, state, data)
       log.validation(step, validation)
     stopping = preemption.asked(step)
-    if step % config.checkpoint_every == 0 or step == config.steps or stopping:
+    if step % config.checkpoint_every == 0 or last or stopping:
+      log.flush()
       with log.paused():
-        save(step)
+        meta = {"config": as_dict(config), "data": data.fingerprint}
+        checkpoints.save(step, state, meta, validation_loss=validation)
       saved = step
     if stopping:
       break
@@ -86,7 +90,10 @@ def run_steps(
   log.close()
   if saved < config.steps:
     return PREEMPTED
-  show_sample(config, data, state)
+  text = sample(config, data, state)
+  if jax.process_index() == 0:
+    print(f"curves: {workdir / 'curves.png'}", file=sys.stderr)
+    print("" if text is None else f"sample: {text}", flush=True)
   return DONE
 
 
@@ -112,8 +119,7 @@ def restore_or_init(
   """The newest good state of the workdir and its step, or a fresh state and 0."""
   restored = checkpoints.restore_latest(program.state)
   if restored is not None:
-    saved = {k: v for k, v in restored.meta["data"].items() if k != "step"}
-    check_same_data(saved, data.fingerprint)
+    check_same_data(restored.meta["data"], data.fingerprint)
     return restored.state, restored.step
   state = program.init()
   if config.init_from is not None:
@@ -129,6 +135,37 @@ def evaluate(program: Program, state: TrainState, data: Data) -> float | None:
   """Mean nats per target token over the validation rows; None where there are none."""
   nats = weight = 0.0
   for rows in data.validation_batches():
-    batch_nats, batch_weight = program.eval_step(state.params, state.frozen, put_batch(program, rows))
-    nats, weight = nats + float(batch_nats), weight + float(batch_weight)
+    batch = put_batch(program, rows)
+    sums = program.eval_step(state.params, state.frozen, batch)
+    nats, weight = nats + float(sums[0]), weight + float(sums[1])
   return nats / weight if weight else None
+
+
+def sample(config: Config, data: Data, state: TrainState) -> str | None:
+  """What the trained model says behind `config.sample_prompt`; None on more than one process."""
+  if jax.process_count() > 1:
+    return None
+  tokenizer = data.tokenizer
+  prompt = tokenizer.encode_prompt(config.sample_prompt)
+  if not prompt:  # No special token begins a text: take the first one of the corpus.
+    prompt = data.batch(0)["tokens"][0, :1].tolist()
+  room = (config.model.max_positions or SAMPLE_TOKENS) - len(prompt)
+  if room < 1:
+    raise InputError(
+      f"sample_prompt has {len(prompt)} tokens and leaves no room in model.max_positions="
+      f"{config.model.max_positions}: shorten it."
+    )
+  m = Model(config.model, state.params, tokenizer)
+  tokens = min(SAMPLE_TOKENS, room)
+  return config.sample_prompt + generate(
+    m, [prompt], max_new_tokens=tokens, temperature=0.8, seed=config.seed
+  )[0].text  # fmt: skip
+
+
+def _non_finite(config: Config, step: int, log: MetricsLog) -> str:
+  first = (step - config.max_bad_steps) * config.batch_size
+  return (
+    f"loss or gradient was not finite in {config.max_bad_steps} steps in a row, the last of them "
+    f"step {step}, rows {first} to {step * config.batch_size - 1} of the data; last finite "
+    f"metrics: {log.last_finite or 'none'}. Lower optimizer.learning_rate, or look at these rows."
+  )

@@ -1,0 +1,26 @@
+"""python -m train --config=configs/X.py --workdir=DIR [--config.k=v …]: trains, or continues."""
+
+from pathlib import Path
+
+from absl import flags
+
+from model.errors import InputError
+from train.flags import config_flag, run
+
+_CONFIG = config_flag()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that exists is continued.")
+
+
+def main(argv: list[str]) -> int:
+  if len(argv) > 1:
+    raise InputError(f"{argv[1]!r} is no flag: settings are written --config.name=value.")
+  if not _WORKDIR.value:
+    raise InputError("--workdir is missing: name the folder of the run, for example runs/tiny.")
+  config = _CONFIG.value
+  from train.loop import train  # After the flags: JAX takes seconds to import.
+
+  return train(config, Path(_WORKDIR.value))
+
+
+if __name__ == "__main__":
+  run(main)
