@@ -1,0 +1,259 @@
+"""What a run writes down: metrics.jsonl, TensorBoard events, curves.png, and W&B on request."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from model.errors import InputError
+from model.flops import model_flops
+from model.hardware import peak_flops
+from train.config import Config
+from train.curves import draw_curves
+from train.program import Program
+from train.report import Progress
+
+FILE = "metrics.jsonl"
+WANDB_ID = "wandb_id"
+FIRST = ("loss", "learning_rate", "grad_norm")  # Of a line; JAX returns metrics sorted by name.
+_PAIRS = "pairs_"
+
+
+class MetricsLog:
+  """Takes in the metrics of each step and writes them down; process 0 writes, the others count.
+
+  A step is written down when the next one comes in, so that the device is never waited for while
+  it has nothing else to do. Each step stands in metrics.jsonl once, also when a killed run repeats
+  it: lines after `start` are removed first, atomically.
+
+  Attributes:
+    bad_steps: non-finite steps in a row, up to the last step that was written down.
+    last_finite: the metrics of the last step whose loss and gradient were finite, with its `step`.
+  """
+
+  def __init__(self, workdir: Path, config: Config, program: Program, start: int):
+    self._workdir, self._config = workdir, config
+    self.bad_steps, self.last_finite = 0, {}
+    self._pending: tuple[int, dict[str, Any]] | None = None
+    self._sums, self._seconds = {}, 0.0
+    self._tracing = False
+    peak = peak_flops(jax.devices()[0].device_kind, config.model.compute_dtype)
+    mesh = program.batch["tokens"].sharding.mesh
+    self._peak = None if peak is None else peak * mesh.size
+    self._writers: list[Any] = []
+    self._progress = None
+    if jax.process_index() == 0:
+      drop_after(workdir / FILE, start)
+      self._writers = [_JsonLines(workdir / FILE), _TensorBoard(workdir, start)]
+      if config.wandb_project is not None:
+        self._writers.append(_WandB(workdir, config, start))
+      self._progress = Progress(config.steps, start)
+    self._mark = time.perf_counter()
+
+  def step(self, step: int, metrics: dict[str, Any]) -> None:
+    """Takes in what the train step returned for `step`; arrays may still be being computed."""
+    self._settle()
+    self._pending = (step, metrics)
+
+  def validation(self, step: int, loss: float | None) -> None:
+    """Writes the mean nats per token over the validation rows; None (there are none): nothing."""
+    self._settle()
+    if loss is not None:
+      self._write({"step": step, "validation_loss": loss})
+      if self._progress is not None:
+        self._progress.validation(step, loss)
+
+  def trace(self, step: int) -> None:
+    """To be called before each step, with the steps done so far: starts and ends the profile."""
+    first, end = self._config.profile_steps or (0, 0)
+    if not self._tracing and first <= step < end:
+      self._settle()
+      jax.profiler.start_trace(self._workdir / "profile")
+      self._tracing = True
+    elif self._tracing and step >= end:
+      self._stop_trace()
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Around what is no training (validation, saving): its time is not in tokens per second."""
+    self._settle()
+    yield
+    self._mark = time.perf_counter()
+
+  def flush(self) -> None:
+    """Makes sure that all that came in is on disk: before each checkpoint."""
+    self._settle()
+    for writer in self._writers:
+      writer.flush()
+
+  def close(self) -> None:
+    """Writes what is left and draws curves.png."""
+    self.flush()
+    if self._tracing:
+      self._stop_trace()
+    for writer in self._writers:
+      writer.close()
+    if self._progress is not None:
+      self._progress.close()
+      draw_curves(self._workdir / FILE, self._workdir / "curves.png")
+
+  def _settle(self) -> None:
+    """Waits for the pending step and writes it down."""
+    if self._pending is None:
+      return
+    step, metrics = self._pending
+    self._pending = None
+    values = {name: _shortest(np.asarray(v)) for name, v in jax.device_get(metrics).items()}
+    now = time.perf_counter()
+    self._seconds, self._mark = self._seconds + now - self._mark, now
+    for name in ("tokens", *(n for n in values if n.startswith(_PAIRS))):
+      self._sums[name] = self._sums.get(name, 0) + values[name]
+    self.bad_steps = values["bad_steps"]
+    if self.bad_steps == 0:
+      self.last_finite = {"step": step, **_without_pairs(values)}
+    if step % self._config.log_every == 0 or step == self._config.steps:
+      self._log(step, _without_pairs(values))
+
+  def _log(self, step: int, values: dict[str, float]) -> None:
+    pairs = {n.removeprefix(_PAIRS): v for n, v in self._sums.items() if n.startswith(_PAIRS)}
+    flops = model_flops(self._config.model, self._sums["tokens"], pairs)
+    rate = self._sums["tokens"] / self._seconds
+    mfu = None if self._peak is None else flops / self._seconds / self._peak
+    self._sums, self._seconds = {}, 0.0
+    measured = {"tokens_per_second": round(rate, 1), "mfu": None if mfu is None else round(mfu, 4)}
+    first = {name: values[name] for name in FIRST}
+    self._write({"step": step, **first, **measured, **values})
+    if self._progress is not None:
+      self._progress.step(step, values["loss"], rate, mfu)
+
+  def _write(self, line: dict[str, Any]) -> None:
+    for writer in self._writers:
+      writer.write(line)
+
+  def _stop_trace(self) -> None:
+    self._settle()
+    jax.profiler.stop_trace()
+    self._tracing = False
+
+
+def drop_after(path: Path, step: int) -> None:
+  """Removes the lines of steps after `step`, and a last line that was not finished, atomically."""
+  if not path.exists():
+    return
+  new, changed = path.with_name(path.name + ".new"), False
+  with path.open() as old, new.open("w") as kept:
+    for number, line in enumerate(old, start=1):
+      place = _step_of(line)
+      if place is None:
+        print(f"{path}: line {number} is not whole and was removed.", file=sys.stderr)
+      keep = place is not None and 0 < place <= step
+      changed |= not keep
+      kept.write(line if keep else "")
+    kept.flush()
+    os.fsync(kept.fileno())
+  if changed:
+    new.replace(path)
+  else:
+    new.unlink()
+
+
+def _step_of(line: str) -> int | None:
+  try:
+    return json.loads(line)["step"] if line.endswith("\n") else None
+  except (ValueError, KeyError, TypeError):
+    return None
+
+
+def _without_pairs(values: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in values.items() if not name.startswith(_PAIRS)}
+
+
+def _shortest(scalar: np.ndarray) -> float | int:
+  """A Python number: for floats the shortest that reads back as the same value of their dtype."""
+  return scalar.item() if np.issubdtype(scalar.dtype, np.integer) else float(str(scalar))
+
+
+class _JsonLines:
+  """One object a line. JSON has no NaN: such a value is null, and `non_finite` says what it was."""
+
+  def __init__(self, path: Path):
+    self._file = path.open("a")
+
+  def write(self, line: dict[str, Any]) -> None:
+    odd = {k: str(v) for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+    plain = {k: None if k in odd else v for k, v in line.items()}
+    text = json.dumps(plain | ({"non_finite": odd} if odd else {}), allow_nan=False)
+    self._file.write(text + "\n")
+    self._file.flush()
+
+  def flush(self) -> None:
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class _TensorBoard:
+  """Event files; TensorBoard hides what earlier files hold of the steps after `start`."""
+
+  def __init__(self, workdir: Path, start: int):
+    from tensorboardX import SummaryWriter
+
+    self._writer = SummaryWriter(str(workdir), purge_step=start + 1)
+
+  def write(self, line: dict[str, Any]) -> None:
+    for name, value in line.items():
+      if name != "step" and value is not None:
+        self._writer.add_scalar(name, value, line["step"])
+
+  def flush(self) -> None:
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class _WandB:
+  """A W&B run, continued by the id that the workdir holds.
+
+  A repeated step has the same metrics, so what the run on the server already has is left out.
+  """
+
+  def __init__(self, workdir: Path, config: Config, start: int):
+    try:
+      import wandb
+    except ImportError as error:
+      raise InputError(
+        f"wandb_project={config.wandb_project!r} needs the package wandb: pip install wandb, or "
+        "leave wandb_project out."
+      ) from error
+    id_file = workdir / WANDB_ID
+    if start == 0 or not id_file.exists():
+      id_file.write_text(uuid.uuid4().hex[:12])
+    settings = wandb.Settings(console="off", silent=True)
+    self._run = wandb.init(
+      project=config.wandb_project, id=id_file.read_text(), resume="allow", dir=str(workdir),
+      config=dataclasses.asdict(config), settings=settings,
+    )  # fmt: skip
+    self._first = self._run.step
+
+  def write(self, line: dict[str, Any]) -> None:
+    if line["step"] >= self._first:
+      values = {k: v for k, v in line.items() if k != "step" and v is not None}
+      self._run.log(values, step=line["step"])
+
+  def flush(self) -> None:
+    pass
+
+  def close(self) -> None:
+    self._run.finish()
