@@ -112,8 +112,8 @@ def _decoder(spec) -> decoders.Decoder:
     decoders.ByteFallback(),
     decoders.Fuse(),
   ]
-  if spec.add_dummy_prefix:
-    steps.append(decoders.Strip(" ", 1, 0))
+  if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+    steps.append(decoders.Strip(" ", 1 << 30 if spec.remove_extra_whitespaces else 1, 0))
   return decoders.Sequence(steps)
 
 

@@ -27,7 +27,8 @@ LINES = [
 ]
 STRINGS = [
   *LINES, "", " ", "a", "  two  spaces  ", "\ttab\r\nline\n\n", "日本語 mixed 😀 text",
-  "ﬁ ½ ＡＢ é",  "12345 67.89%", "x" * 300, "▁already marked▁", "e\u0301 combined", "don't I'll we've",
+  "ﬁ ½ ＡＢ é", "12345 67.89%", "x" * 300, "▁already marked▁", "e\u0301 combined",
+  "don't I'll we've",
 ]  # fmt: skip
 SPECS = ["bytes", "char", "bpe:300", "unigram:120", "wordpiece:200"]
 
@@ -129,7 +130,8 @@ def test_the_same_corpus_gives_the_same_tokenizer_in_another_process(built):
 SENTENCEPIECE = {
   "t5": dict(model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, vocab_size=150),
   "llama": dict(model_type="bpe", byte_fallback=True, vocab_size=400,
-                remove_extra_whitespaces=False, normalization_rule_name="identity", split_digits=True),
+                remove_extra_whitespaces=False, normalization_rule_name="identity",
+                split_digits=True),
   "bpe": dict(model_type="bpe", vocab_size=150),
   "plain": dict(model_type="unigram", vocab_size=150, normalization_rule_name="identity",
                 add_dummy_prefix=False, user_defined_symbols=["<sep>"]),
