@@ -10,29 +10,27 @@ import contextlib
 import json
 import logging
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging as absl_logging
 from etils import epath
 
 from model import checkpoint_files as files
-from model.checkpoint_record import LAYOUT_VERSION, Damaged, Record, check_config, nested
+from model.checkpoint_read import (
+  Restored,
+  best_of,
+  describe,
+  pass_over,
+  resolve,
+  restore_newest,
+  restore_params,
+)
+from model.checkpoint_record import LAYOUT_VERSION, Damaged, Record, check_config
 from model.errors import InputError
 
 __all__ = ["LAYOUT_VERSION", "Checkpoints", "Restored", "check_config", "describe", "resolve",
            "restore_params"]  # fmt: skip
-
-BEST = "@best"
-
-
-class Restored(NamedTuple):
-  """What was read: arrays in the structure asked for, the meta saved with them, the step."""
-
-  state: Any
-  meta: dict[str, Any]
-  step: int
 
 
 class Checkpoints:
@@ -86,8 +84,7 @@ class Checkpoints:
     if jax.process_index() == 0:
       self._folder.mkdir(parents=True, exist_ok=True)
       files.remove_unfinished(self._folder)
-    free = files.free_bytes(self._folder)
-    if free is not None and free < files.needed_bytes(record):
+    if not files.fits(self._folder, record):
       raise self._disk_full(record)
     if jax.process_index() == 0 and target.exists():
       files.remove(target)
@@ -137,7 +134,7 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The step with the lowest validation loss among those on disk."""
-    return _best(self._records())
+    return best_of(self._records())
 
   def restore_latest(self, abstract: Any) -> Restored | None:
     """Reads the newest checkpoint that is undamaged, naming each one passed over on stderr.
@@ -156,11 +153,11 @@ class Checkpoints:
     found = files.numbered(self._folder)
     if not any(any(p.iterdir()) for p in found.values()):
       for folder in found.values():
-        _pass_over(folder, "it is empty")
+        pass_over(folder, "it is empty")
       return None
     passed: dict[int, str] = {}
     try:
-      return _restore(found, abstract, cast=False, passed=passed)
+      return restore_newest(found, abstract, cast=False, passed=passed)
     finally:
       self._damaged |= passed.keys()
 
@@ -175,7 +172,7 @@ class Checkpoints:
 
   def _settle(self) -> None:
     records = self._records()
-    best = _best(records)
+    best = best_of(records)
     if best is not None:
       text = json.dumps({"step": best, "validation_loss": records[best].validation_loss})
       new = self._folder / "best.json.new"
@@ -202,124 +199,6 @@ class Checkpoints:
       f"{_size(free or 0)} free and the checkpoint needs {_size(need)}. Free some space and run "
       "the command again; earlier checkpoints are intact."
     )
-
-
-def resolve(path: epath.PathLike) -> tuple[epath.Path, int]:
-  """The workdir and step that a PATH means: a workdir, a step in it, or `WORKDIR@best`.
-
-  A workdir means its newest whole step; whether its arrays are undamaged is seen when read.
-
-  Raises:
-    InputError: when there is no such checkpoint.
-  """
-  workdir, candidates = _candidates(path)
-  for step, folder in candidates.items():
-    try:
-      files.read_record(folder)
-    except Damaged as damage:
-      _pass_over(folder, damage)
-    else:
-      return workdir, step
-  steps = ", ".join(map(str, candidates))
-  raise InputError(f"{path}: no checkpoint is whole, of step {steps}. Restore a copy of one.")
-
-
-def describe(path: epath.PathLike) -> Restored:
-  """What the checkpoint at PATH holds, without reading arrays.
-
-  Returns:
-    `state` as nested dicts of `jax.ShapeDtypeStruct`, meta and step.
-
-  Raises:
-    InputError: when there is no such checkpoint.
-  """
-  workdir, step = resolve(path)
-  record = files.read_record(workdir / "checkpoints" / str(step))
-  leaves = {
-    leaf.path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
-    for leaf in record.leaves.values()
-  }
-  return Restored(nested(leaves), record.meta, step)
-
-
-def restore_params(path: epath.PathLike, abstract: dict, *, cast: bool = False) -> Restored:
-  """Reads some top-level parts of the state saved at PATH, and nothing of the others.
-
-  Args:
-    path: as `resolve` takes it. Of a workdir the newest undamaged step is read.
-    abstract: `{"params": …, "frozen": …}` or `{"ema": …}`: nested dicts of
-      `jax.ShapeDtypeStruct`s, with the shardings in which the arrays are to be.
-    cast: convert floating arrays to the dtypes in `abstract`; otherwise these must be equal.
-
-  Raises:
-    InputError: when there is no such checkpoint, when it is damaged, or when it holds other
-      arrays than `abstract`, listing all.
-  """
-  found = _candidates(path)[1]
-  while True:
-    try:
-      return _restore(found, abstract, cast=cast, passed={})
-    except InputError:  # A run that is going on may have replaced what was being read.
-      before, found = found, _candidates(path)[1]
-      if before.keys() == found.keys():
-        raise
-
-
-def _restore(
-  candidates: dict[int, epath.Path], abstract: Any, *, cast: bool, passed: dict[int, str]
-) -> Restored:
-  for step, folder in candidates.items():
-    try:
-      record = files.read_record(folder)
-      state = files.read_state(folder, record, abstract, cast=cast)
-    except Damaged as damage:
-      passed[step] = str(damage)
-      if len(candidates) > 1 and folder.exists():
-        _pass_over(folder, damage)
-    else:
-      return Restored(state, record.meta, step)
-  reasons = "; ".join(f"{candidates[step]}: {why}" for step, why in passed.items())
-  raise InputError(f"no undamaged checkpoint is left: {reasons}. Restore a copy, or start afresh.")
-
-
-def _candidates(path: epath.PathLike) -> tuple[epath.Path, dict[int, epath.Path]]:
-  """The workdir and the steps that PATH may mean, in the order to try."""
-  folder = epath.Path(path).expanduser()
-  best = not folder.exists() and str(path).endswith(BEST)
-  if best:
-    folder = epath.Path(str(path).removesuffix(BEST)).expanduser()
-  if not folder.exists():
-    raise InputError(f"checkpoint {path} does not exist.")
-  if folder.name.isdecimal() and folder.parent.name == "checkpoints":
-    if best:
-      raise InputError(f"{path}: {BEST} goes after a workdir, not after a step in it.")
-    return folder.parent.parent, {int(folder.name): folder}
-  found = files.numbered(folder / "checkpoints")
-  if not found:
-    raise InputError(
-      f"{folder} has no checkpoints: a workdir with checkpoints/STEP, or one such step, is needed."
-    )
-  if not best:
-    return folder, found
-  records = {}
-  for step, step_folder in found.items():
-    try:
-      records[step] = files.read_record(step_folder)
-    except Damaged as damage:
-      _pass_over(step_folder, damage)
-  step = _best(records)
-  if step is None:
-    raise InputError(f"{path}: no checkpoint was saved with a validation loss; leave out {BEST}.")
-  return folder, {step: found[step]}
-
-
-def _best(records: dict[int, Record]) -> int | None:
-  losses = {s: r.validation_loss for s, r in records.items() if r.validation_loss is not None}
-  return min(losses, key=lambda s: (losses[s], s)) if losses else None
-
-
-def _pass_over(folder: epath.Path, why: object) -> None:
-  files.warn_once(f"checkpoint {folder} is damaged and passed over: {why}.")
 
 
 def _own_report(record: logging.LogRecord) -> bool:

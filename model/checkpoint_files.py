@@ -132,15 +132,17 @@ def needed_bytes(record: Record) -> int:
 
 
 def free_bytes(folder: epath.Path) -> int | None:
-  """Free space where `folder` lies, as process 0 sees it; None when it cannot be known."""
-  free = -1
-  if jax.process_index() == 0 and "://" not in str(folder):
-    free = shutil.disk_usage(folder).free
-  if jax.process_count() > 1:
-    halves = jnp.array([free >> 31, free & (2**31 - 1)], jnp.int32)
-    high, low = multihost_utils.broadcast_one_to_all(halves)
-    free = (int(high) << 31) + int(low)
-  return None if free < 0 else free
+  """Free space where `folder` lies; None when it cannot be known (object stores)."""
+  return None if "://" in str(folder) else shutil.disk_usage(folder).free
+
+
+def fits(folder: epath.Path, record: Record) -> bool:
+  """Whether there is space for a checkpoint, as process 0 sees it; all processes agree."""
+  free = free_bytes(folder) if jax.process_index() == 0 else None
+  ok = free is None or free >= needed_bytes(record)
+  if jax.process_count() == 1:
+    return ok
+  return bool(multihost_utils.broadcast_one_to_all(jnp.array(ok)))
 
 
 def is_disk_full(error: BaseException | None) -> bool:
