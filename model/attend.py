@@ -95,20 +95,39 @@ def _xla(q, k, v, mask, scale: float, *, softcap, sinks, bias, dropped) -> Array
     scores = jnp.asarray(softcap, exact) * jnp.tanh(scores / softcap)
   if bias is not None:
     scores += group(bias).astype(exact)
-  # A finite value keeps rows that see nothing finite too; they are cleared below.
-  scores = jnp.where(mask[:, :, None], scores, jnp.finfo(exact).min)
-  weights = jax.nn.softmax(scores, axis=-1)
+  weights, total = _masked_softmax(scores, mask[:, :, None])
   if dropped is not None:
     rate, key = dropped
     kept = jax.random.bernoulli(key, 1 - rate, weights.shape)
     weights = jnp.where(kept, weights / (1 - rate), 0)
   y = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(B, T, N, H)
   if sinks is not None:
-    total = jax.nn.logsumexp(scores, axis=-1).reshape(B, N, T)
-    share = jax.nn.sigmoid(total - sinks.astype(exact)[:, None])
+    share = jax.nn.sigmoid(total.reshape(B, N, T) - sinks.astype(exact)[:, None])
     y = y * jnp.moveaxis(share, 1, 2)[..., None]
   sees = jnp.any(mask, axis=-1)[:, 0, :, None, None]
   return jnp.where(sees, y, 0).astype(q.dtype)
+
+
+@jax.custom_jvp
+def _masked_softmax(scores: Array, mask: Array) -> tuple[Array, Array]:
+  """(probabilities, log-sum-exp) over the last axis; a row without keys is finite but no softmax.
+
+  Its derivative needs the probabilities only, where automatic differentiation keeps four arrays of
+  their size: scores are the largest activations of a layer.
+  """
+  scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  powers = jnp.exp(scores - top)
+  whole = jnp.sum(powers, axis=-1, keepdims=True)
+  return powers / whole, jnp.squeeze(jnp.log(whole) + top, axis=-1)
+
+
+@_masked_softmax.defjvp
+def _masked_softmax_jvp(primals, tangents):
+  weights, total = _masked_softmax(*primals)
+  change = tangents[0]
+  mean = jnp.sum(weights * change, axis=-1, keepdims=True)
+  return (weights, total), (weights * (change - mean), jnp.squeeze(mean, axis=-1))
 
 
 def choose_kernel(
