@@ -1,6 +1,5 @@
 """attend(): one interface over the attention kernels, and the choice among them."""
 
-import functools
 import sys
 
 import jax
@@ -243,8 +242,11 @@ def device_facts() -> tuple[str, int]:
   return kind.lower() if described is not None else device.platform, 0
 
 
-@functools.cache
+_said: set[str] = set()
+
+
 def _announce(name: str, reason: str) -> None:
-  """Says once per process which kernel runs and why."""
-  if jax.process_index() == 0:
+  """Says once per process and kernel that it runs and why, whatever the number of layers."""
+  if name not in _said and jax.process_index() == 0:
     print(f"attention: {name} ({reason})", file=sys.stderr, flush=True)
+  _said.add(name)

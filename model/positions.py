@@ -77,6 +77,10 @@ def _llama3(frequency: np.ndarray, cfg: ModelConfig) -> np.ndarray:
   """Divides low frequencies by the factor, keeps high ones and interpolates between."""
   turns = _original(cfg) * frequency / (2 * math.pi)  # Over the original length.
   low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
+  if not 0 < low < high:
+    raise InputError(
+      f"model.rope_low_freq_factor={low} must be positive and below rope_high_freq_factor={high}."
+    )
   keep = np.clip((turns - low) / (high - low), 0, 1)
   return (1 - keep) * frequency / cfg.rope_factor + keep * frequency
 

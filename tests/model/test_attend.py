@@ -387,10 +387,8 @@ def test_a_named_kernel_refuses_what_it_cannot_honour(kernel, platform, call, re
     _choose(kernel, platform, **call)
 
 
-def test_the_choice_is_said_once_however_many_layers_there_are(capfd):
-  from model.attend import _announce
-
-  _announce.cache_clear()
+def test_the_choice_is_said_once_however_many_layers_there_are(capfd, monkeypatch):
+  monkeypatch.setattr("model.attend._said", set())
   x, pos = jnp.zeros((1, 9, 2, 8)), jnp.arange(9)[None]
   layer = lambda x: attend(
     x, x, x, q_pos=pos, kv_pos=pos, causal=True, scale=1.0, ordered=True, kernel="auto"
