@@ -44,11 +44,11 @@ class Data:
   truncated_tokens: int  # Targets that data.truncate leaves out, in training.
   truncated_documents: int
   num_validation_batches: int
-  _parts: list[tuple[Corpus, Rows]]
-  _validation: list[tuple[Corpus, Rows]]
-  _mixture: Mixture
-  _config: Config
-  _process: tuple[int, int]
+  _parts: list[tuple[Corpus, Rows]] = dataclasses.field(repr=False)
+  _validation: list[tuple[Corpus, Rows]] = dataclasses.field(repr=False)
+  _mixture: Mixture = dataclasses.field(repr=False)
+  _config: Config = dataclasses.field(repr=False)
+  _process: tuple[int, int] = dataclasses.field(repr=False)
 
   def batch(self, step: int) -> Batch:
     """This process' rows of the batch of `step`, counted from 0."""
@@ -166,11 +166,13 @@ def _assemble(
 def _check_enough(
   config: Config, training: list[Corpus], kept: list[np.ndarray], held_out: list[np.ndarray]
 ) -> None:
-  if not all(n.sum() for n in (*kept, *held_out)):
-    raise InputError(
-      f"data.source={config.data.source!r} is too small: after the validation part is taken off, "
-      "each part must hold at least two tokens in a row."
-    )
+  own = config.data.validation_source
+  after = "" if own else " after the validation part is taken off"
+  for name, found in ((config.data.source, kept), (own or config.data.source, held_out)):
+    if not all(predicted.sum() for predicted in found):
+      raise InputError(
+        f"{name!r} is too small: each of its parts must hold two tokens in a row{after}."
+      )
   single = sum(int((corpus.lengths == 1).sum()) for corpus in training)
   if single:
     logging.warning("%d documents of a single token hold nothing to predict.", single)

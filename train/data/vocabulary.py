@@ -112,6 +112,7 @@ def _save(tokenizer: Tokenizer, folder: Path) -> None:
   new = folder.with_name(f"tokenizer.new-{secrets.token_hex(4)}")
   try:
     tokenizer.save(new)
-    new.rename(folder)
+    if not folder.exists():
+      new.rename(folder)
   finally:
     shutil.rmtree(new, ignore_errors=True)
