@@ -98,7 +98,7 @@ class Attention(nnx.Module):
       attend, causal=cfg.shape != "encoder", window=self.kind.window,
       scale=cfg.head_width**-0.5 if cfg.attention_scale is None else cfg.attention_scale,
       softcap=cfg.attention_softcap, ordered=where.ordered and cache is None,
-      kernel=cfg.attention_kernel, dropout=cfg.attention_dropout,
+      kernel=cfg.attention_kernel if cache is None else "auto", dropout=cfg.attention_dropout,
     )  # fmt: skip
     if cfg.remat == "attention":
       run = jax.checkpoint(run)

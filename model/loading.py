@@ -152,8 +152,8 @@ def load(
     raise InputError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPES[1:])}.")
   found = checkpoint.describe(str(path))
   workdir = checkpoint.resolve(str(path))[0]
-  fields = {**found.meta["config"]["model"], "dtype": dtype, "param_dtype": dtype}
-  cfg = ModelConfig.from_dict(fields)
+  here = dict(dtype=dtype, param_dtype=dtype, remat="none", attention_kernel="auto")
+  cfg = ModelConfig.from_dict({**found.meta["config"]["model"], **here})
   params = _restore(str(path), cfg, mesh, "ema" if ema else "params")
   return Model(cfg, params, Tokenizer.load(Path(workdir) / "tokenizer"))
 

@@ -1,5 +1,6 @@
 """A run from the first line to the last: it reads from top to bottom."""
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import jax
 
 from infer import generate
 from model.checkpoint import Checkpoints, restore_params
+from model.compilation import use_compilation_cache
 from model.errors import DONE, NON_FINITE, PREEMPTED, InputError, Stop
 from model.loading import Model
 from model.sharding import make_mesh
@@ -40,6 +42,7 @@ def train(config: Config, workdir: Path) -> int:
     Stop: with the status for a loss that stays non-finite.
   """
   check_workdir(workdir, config)
+  use_compilation_cache(config.cache_dir)
   mesh = make_mesh(**dataclasses.asdict(config.mesh))
   workdir.mkdir(parents=True, exist_ok=True)
   with jax.set_mesh(mesh), Preemption() as preemption:
@@ -64,30 +67,29 @@ def run_steps(
   log = MetricsLog(workdir, config, program, start)
   counted = {"truncated_tokens": data.truncated_tokens} if config.data.truncate else {}
   saved = start
-  for step, rows in zip(range(start + 1, config.steps + 1), data.batches(start), strict=False):
-    log.trace(step - 1)
-    batch = put_batch(program, rows)
-    with jax.transfer_guard("disallow"):
-      state, metrics = program.train_step(state, batch)
-    log.step(step, metrics | counted)
-    if log.bad_steps >= config.max_bad_steps:
-      raise Stop(_non_finite(config, step - 1, log), NON_FINITE)
-    last, validation = step == config.steps, None
-    if step % config.eval_every == 0 or last:
-      with log.paused():
-        validation = evaluate(program, state, data)
-      log.validation(step, validation)
-    stopping = preemption.asked(step)
-    if step % config.checkpoint_every == 0 or last or stopping:
-      log.flush()
-      with log.paused():
-        meta = {"config": as_dict(config), "data": data.fingerprint}
-        checkpoints.save(step, state, meta, validation_loss=validation)
-      saved = step
-    if stopping:
-      break
-  checkpoints.close()
-  log.close()
+  with contextlib.closing(checkpoints), contextlib.closing(log):
+    for step, rows in zip(range(start + 1, config.steps + 1), data.batches(start), strict=False):
+      log.trace(step - 1)
+      batch = put_batch(program, rows)
+      with jax.transfer_guard("disallow"):
+        state, metrics = program.train_step(state, batch)
+      log.step(step, metrics | counted)
+      if log.bad_steps >= config.max_bad_steps:
+        raise Stop(_non_finite(config, step - 1, log), NON_FINITE)
+      last, validation = step == config.steps, None
+      if step % config.eval_every == 0 or last:
+        with log.paused():
+          validation = evaluate(program, state, data)
+        log.validation(step, validation)
+      stopping = preemption.asked(step)
+      if step % config.checkpoint_every == 0 or last or stopping:
+        log.flush()
+        with log.paused():
+          meta = {"config": as_dict(config), "data": data.fingerprint}
+          checkpoints.save(step, state, meta, validation_loss=validation)
+        saved = step
+      if stopping:
+        break
   if saved < config.steps:
     return PREEMPTED
   text = sample(config, data, state)
@@ -164,8 +166,10 @@ def sample(config: Config, data: Data, state: TrainState) -> str | None:
 
 def _non_finite(config: Config, step: int, log: MetricsLog) -> str:
   first = (step - config.max_bad_steps) * config.batch_size
+  shown = ("step", "loss", "grad_norm", "learning_rate")
+  finite = {k: v for k, v in log.last_finite.items() if k in shown}
   return (
     f"loss or gradient was not finite in {config.max_bad_steps} steps in a row, the last of them "
     f"step {step}, rows {first} to {step * config.batch_size - 1} of the data; last finite "
-    f"metrics: {log.last_finite or 'none'}. Lower optimizer.learning_rate, or look at these rows."
+    f"metrics: {finite or 'none'}. Lower optimizer.learning_rate, or look at these rows."
   )

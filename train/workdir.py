@@ -76,7 +76,8 @@ def check_architecture(path: str, config: Config) -> None:
 
 def _forget(workdir: Path) -> None:
   """Removes what a run left that never saved a checkpoint, and that had another config."""
-  for name in ("tokenizer",):
+  for name in ("tokenizer", "profile"):
     shutil.rmtree(workdir / name, ignore_errors=True)
-  for file in (*workdir.glob("metrics.jsonl"), *workdir.glob("events.*")):
-    file.unlink()
+  for pattern in ("metrics.jsonl", "events.*", "curves.png"):
+    for file in workdir.glob(pattern):
+      file.unlink()
