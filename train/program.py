@@ -47,6 +47,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     InputError: if the mesh does not divide the batch or an axis of the model.
   """
   check_batch(config, mesh)
+  check_precision(config)
   net = abstract(config.model)
   graphdef, _ = nnx.split(net, nnx.Param)
   info = param_info(net)
@@ -94,6 +95,15 @@ def check_batch(config: Config, mesh: Mesh) -> None:
       f"batch_size={config.batch_size} / accumulation={config.accumulation} = {rows} sequences is "
       f"not a multiple of mesh.data x mesh.fsdp = {shares}: change one of them."
     )
+
+
+def check_precision(config: Config) -> None:
+  """Raises an InputError if float64 is asked for while JAX computes in 32 bits."""
+  for name in ("dtype", "param_dtype"):
+    if getattr(config.model, name) == "float64" and not jax.config.jax_enable_x64:
+      raise InputError(
+        f"model.{name}='float64' needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment."
+      )
 
 
 def _abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
