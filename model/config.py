@@ -145,15 +145,20 @@ class ModelConfig:
     return self.d_ff if self.d_expert is None else self.d_expert
 
   @property
-  def padded_vocab(self) -> int:
-    """Rows of the embedding table: `vocab_size` rounded up to `vocab_multiple`.
+  def real_vocab(self) -> int:
+    """`vocab_size`, which must be known by now.
 
     Raises:
-      InputError: while `vocab_size` is None.
+      InputError: while it is None.
     """
     if self.vocab_size is None:
       raise InputError("model.vocab_size is not set and no tokenizer has set it: give a number.")
-    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+    return self.vocab_size
+
+  @property
+  def padded_vocab(self) -> int:
+    """Rows of the embedding table: `real_vocab` rounded up to `vocab_multiple`."""
+    return -(-self.real_vocab // self.vocab_multiple) * self.vocab_multiple
 
   @property
   def compute_dtype(self) -> jnp.dtype:
@@ -198,7 +203,8 @@ class ModelConfig:
     for name in values:
       if name not in known:
         raise InputError(f"model config: unknown field {name!r}.{nearest(name, known)}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return cls(**plain)
 
 
 EXECUTION_FIELDS = ("dtype", "scan_layers", "remat", "attention_kernel", "expert_kernel",
@@ -238,8 +244,10 @@ def _check_choices(cfg: ModelConfig) -> None:
 
 
 def _check_sizes(cfg: ModelConfig) -> None:
-  optional = ("vocab_size", "num_kv_heads", "head_dim", "max_positions", "window", "d_expert")
-  sizes = ("num_layers", "d_model", "d_ff", "num_heads", "vocab_multiple", "experts_per_token")
+  optional = ("vocab_size", "num_kv_heads", "head_dim", "max_positions", "window", "d_expert",
+              "rope_original_positions")  # fmt: skip
+  sizes = ("num_layers", "d_model", "d_ff", "num_heads", "vocab_multiple", "experts_per_token",
+           "relative_buckets", "relative_max_distance")  # fmt: skip
   for name in (*sizes, *optional):
     value = getattr(cfg, name)
     if value is None and name in optional:
@@ -249,10 +257,17 @@ def _check_sizes(cfg: ModelConfig) -> None:
   for name in ("dropout", "attention_dropout"):
     if not 0 <= getattr(cfg, name) < 1:
       raise InputError(f"model.{name}={getattr(cfg, name)} is a probability: use 0 <= p < 1.")
-  for name in ("attention_softcap", "logit_softcap", "attention_scale", "norm_eps", "init_std"):
+  positive = ("attention_softcap", "logit_softcap", "attention_scale", "norm_eps", "init_std",
+              "rope_theta", "rope_local_theta", "rope_factor", "rope_attention_factor",
+              "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast",
+              "rope_beta_slow")  # fmt: skip
+  for name in positive:
     value = getattr(cfg, name)
     if value is not None and not 0 < value < float("inf"):
       raise InputError(f"model.{name}={value} must be a positive number.")
+  for name in ("num_experts", "shared_experts", "balance_loss", "router_z_loss"):
+    if not 0 <= getattr(cfg, name) < float("inf"):
+      raise InputError(f"model.{name}={getattr(cfg, name)} must be at least 0.")
   if cfg.head_dim is None and cfg.d_model % cfg.num_heads:
     raise InputError(
       f"model.d_model={cfg.d_model} is not a multiple of num_heads={cfg.num_heads}: "
@@ -309,7 +324,8 @@ def _check_layers(cfg: ModelConfig) -> None:
   for name, word in (("window", "local"), ("num_experts", "experts")):
     if getattr(cfg, name) and word not in words:
       raise InputError(
-        f"model.{name}={getattr(cfg, name)} has no effect: no word of model.layer_pattern has {word!r}."
+        f"model.{name}={getattr(cfg, name)} has no effect: no word of model.layer_pattern has "
+        f"{word!r}."
       )
   if cfg.num_experts and cfg.experts_per_token > cfg.num_experts:
     raise InputError(

@@ -1,6 +1,8 @@
 """Config: everything that decides a run, as typed dataclasses."""
 
 import dataclasses
+import types
+import typing
 from typing import Any
 
 from model.config import ModelConfig
@@ -217,14 +219,44 @@ class Config:
       )
     if self.ema_decay is not None and not 0 < self.ema_decay < 1:
       raise InputError(f"ema_decay={self.ema_decay} must lie between 0 and 1, or be None.")
-    if self.profile_steps is not None and not 0 <= self.profile_steps[0] < self.profile_steps[1]:
-      raise InputError(f"profile_steps={self.profile_steps} must be (first, end), first < end.")
-    if self.cache_gib <= 0:
+    if not 0 <= self.seed < 2**32:
+      raise InputError(f"seed={self.seed} must be a whole number from 0 to 2**32 - 1.")
+    if self.eval_batches is not None and self.eval_batches < 1:
+      raise InputError(f"eval_batches={self.eval_batches} must be at least 1, or None for all.")
+    traced = self.profile_steps
+    if traced is not None and (len(traced) != 2 or not 0 <= traced[0] < traced[1]):
+      raise InputError(f"profile_steps={traced} must be (first, end), first < end.")
+    if self.wandb_project == "":
+      raise InputError("wandb_project is empty: name a project, or leave it out.")
+    if not self.cache_gib > 0:
       raise InputError(f"cache_gib={self.cache_gib} must be positive.")
 
 
-def checked(config: Any) -> Any:
-  """Rebuilds a config tree so that each __post_init__ sees the command line."""
-  values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-  inner = {name: checked(v) for name, v in values.items() if dataclasses.is_dataclass(v)}
+def checked(config: Any, prefix: str = "") -> Any:
+  """Rebuilds a config tree so that each __post_init__ sees the command line.
+
+  Raises:
+    InputError: for a value that is not of its field's type, or that a check refuses.
+  """
+  inner = {}
+  for field in dataclasses.fields(config):
+    name, value = prefix + field.name, getattr(config, field.name)
+    if not _is_of(value, field.type):
+      wanted = getattr(field.type, "__name__", str(field.type))
+      raise InputError(f"{name}={value!r} is a {type(value).__name__}; {wanted} is needed.")
+    if dataclasses.is_dataclass(value):
+      inner[field.name] = checked(value, f"{name}.")
   return dataclasses.replace(config, **inner)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+  """Whether a value is of an annotated type. A whole number is a float too, a bool is no number."""
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin is types.UnionType:
+    return any(_is_of(value, k) for k in args)
+  if origin is tuple:
+    kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+    return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_of, value, kinds))
+  if kind in (int, float):
+    return isinstance(value, int | kind) and not isinstance(value, bool)
+  return isinstance(value, kind)

@@ -25,6 +25,7 @@ from train.workdir import (
   check_architecture,
   check_same_data,
   check_workdir,
+  read_config,
   write_config,
 )
 
@@ -45,12 +46,15 @@ def train(config: Config, workdir: Path) -> int:
   use_compilation_cache(config.cache_dir)
   mesh = make_mesh(**dataclasses.asdict(config.mesh))
   workdir.mkdir(parents=True, exist_ok=True)
+  if read_config(workdir) is None:  # What a failed start leaves is known as this config's.
+    write_config(workdir, config)
   with jax.set_mesh(mesh), Preemption() as preemption:
     data = load_data(
       config, workdir=workdir, process_index=jax.process_index(),
       process_count=jax.process_count(),
     )  # fmt: skip
     config = with_vocabulary(config, data)
+    sample_tokens(config, data)  # What is wrong with the prompt is said before the training.
     write_config(workdir, config)
     program = build_program(config, mesh)
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
@@ -147,21 +151,30 @@ def sample(config: Config, data: Data, state: TrainState) -> str | None:
   """What the trained model says behind `config.sample_prompt`; None on more than one process."""
   if jax.process_count() > 1:
     return None
-  tokenizer = data.tokenizer
-  prompt = tokenizer.encode_prompt(config.sample_prompt)
+  prompt, room = sample_tokens(config, data)
+  m = Model(config.model, state.params, data.tokenizer)
+  return config.sample_prompt + generate(
+    m, [prompt], max_new_tokens=room, temperature=0.8, seed=config.seed
+  )[0].text  # fmt: skip
+
+
+def sample_tokens(config: Config, data: Data) -> tuple[list[int], int]:
+  """`config.sample_prompt` as token ids, and how many the sample may add.
+
+  Raises:
+    InputError: if the model has no position left behind the prompt.
+  """
+  prompt = data.tokenizer.encode_prompt(config.sample_prompt)
   if not prompt:  # No special token begins a text: take the first one of the corpus.
     prompt = data.batch(0)["tokens"][0, :1].tolist()
-  room = (config.model.max_positions or SAMPLE_TOKENS) - len(prompt)
+  limit = config.model.max_positions
+  room = SAMPLE_TOKENS if limit is None else min(SAMPLE_TOKENS, limit - len(prompt))
   if room < 1:
     raise InputError(
-      f"sample_prompt has {len(prompt)} tokens and leaves no room in model.max_positions="
-      f"{config.model.max_positions}: shorten it."
+      f"sample_prompt has {len(prompt)} tokens and leaves no room in model.max_positions={limit}: "
+      "shorten it."
     )
-  m = Model(config.model, state.params, tokenizer)
-  tokens = min(SAMPLE_TOKENS, room)
-  return config.sample_prompt + generate(
-    m, [prompt], max_new_tokens=tokens, temperature=0.8, seed=config.seed
-  )[0].text  # fmt: skip
+  return prompt, room
 
 
 def _non_finite(config: Config, step: int, log: MetricsLog) -> str:

@@ -241,10 +241,16 @@ class _WandB:
     if start == 0 or not id_file.exists():
       id_file.write_text(uuid.uuid4().hex[:12])
     settings = wandb.Settings(console="off", silent=True)
-    self._run = wandb.init(
-      project=config.wandb_project, id=id_file.read_text(), resume="allow", dir=str(workdir),
-      config=dataclasses.asdict(config), settings=settings,
-    )  # fmt: skip
+    try:
+      self._run = wandb.init(
+        project=config.wandb_project, id=id_file.read_text(), resume="allow", dir=str(workdir),
+        config=dataclasses.asdict(config), settings=settings,
+      )  # fmt: skip
+    except wandb.Error as error:
+      raise InputError(
+        f"wandb_project={config.wandb_project!r} cannot be used: {error} Set WANDB_MODE=offline to "
+        "log without an account, or leave wandb_project out."
+      ) from error
     self._first = self._run.step
 
   def write(self, line: dict[str, Any]) -> None:

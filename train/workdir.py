@@ -46,7 +46,8 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
   except FileNotFoundError:
     return None
   except ValueError as error:
-    raise InputError(f"{workdir}/config.json is damaged ({error}): restore or delete it.") from error
+    text = f"{workdir}/config.json is damaged ({error}): restore or delete it."
+    raise InputError(text) from error
 
 
 def write_config(workdir: Path, config: Config) -> None:
@@ -78,6 +79,6 @@ def _forget(workdir: Path) -> None:
   """Removes what a run left that never saved a checkpoint, and that had another config."""
   for name in ("tokenizer", "profile"):
     shutil.rmtree(workdir / name, ignore_errors=True)
-  for pattern in ("metrics.jsonl", "events.*", "curves.png"):
+  for pattern in ("config.json", "metrics.jsonl", "events.*", "curves.png"):
     for file in workdir.glob(pattern):
       file.unlink()

@@ -190,6 +190,9 @@ def test_another_mesh_continues_and_another_model_is_refused(bench, reference):
     ("--config.mesh.tensor=3", "does not fit 1 devices"),
     ("--config.model.num_heads=5", "num_heads=5"),
     ("--config.optimizer.name=adam", "adamw"),
+    ("--config.seed=-1", "seed=-1"),
+    ("--config.profile_steps=3", "profile_steps=(3,)"),
+    ("--config.sample_prompt=" + "a" * 64, "sample_prompt has 65 tokens"),
   ],
 )
 def test_wrong_input_ends_with_one_line_and_status_2(bench, override, said):
@@ -198,6 +201,31 @@ def test_wrong_input_ends_with_one_line_and_status_2(bench, override, said):
   assert status == 2 and not out, err
   assert last.startswith("error: ") and said in last
   assert "Traceback" not in err
+
+
+def test_a_value_of_another_type_than_its_fields_is_refused():
+  from train.config import Config, ModelConfig, checked
+
+  for config, said in (
+    (Config(steps=1e4), "steps=10000.0 is a float; int is needed"),  # pyright: ignore[reportArgumentType]
+    (Config(seed=True), "seed=True is a bool"),
+    (Config(model=ModelConfig(dtype="float32", rope_theta=10)), None),
+  ):
+    if said is None:
+      assert checked(config) == config
+      continue
+    with pytest.raises(ValueError, match=re.escape(said)):
+      checked(config)
+
+
+def test_a_start_that_failed_leaves_nothing_that_the_next_one_takes(bench):
+  workdir, table = bench.folder / "failed", bench.folder / "table.jsonl"
+  table.write_text('{"text": 3}\n')
+  for tokenizer in ("bytes", "char"):
+    status, _, err = bench.run(
+      workdir, f"--config.data.source={table}", f"--config.data.tokenizer={tokenizer}"
+    )
+    assert status == 2 and "holds int, not text" in err.splitlines()[-1], err
 
 
 def test_an_empty_corpus_an_unknown_platform_and_lost_precision_are_refused(bench):

@@ -99,6 +99,8 @@ def find_files(spec: str) -> list[Path]:
   Raises:
     InputError: if there are none.
   """
+  if not spec.strip():
+    raise InputError("data.source is empty: give a file, a glob, python_stdlib or tfds:NAME.")
   path = Path(spec).expanduser()
   if path.is_file():
     return [path]
