@@ -55,8 +55,8 @@ def rates(seconds: dict[str, list[float]], amount: float) -> dict[str, dict[str,
 
 def report(name: str, rows: list[dict], *, write: bool) -> None:
   """Prints a table and, if asked, writes results/NAME.json."""
-  result = dict(machine=machine(), commit=commit(), jax=jax.__version__, rows=rows)
-  print(f"{name} on {result['machine']}")
+  where = machine()
+  print(f"{name} on {where}")
   for row in rows:
     print(f"  {row['what']}")
     for way, rate in row["rates"].items():
@@ -68,7 +68,8 @@ def report(name: str, rows: list[dict], *, write: bool) -> None:
       print(f"    {pair:<28}{ratio:>12.2f}")
   if write:
     RESULTS.mkdir(exist_ok=True)
-    kind = "".join(c if c.isalnum() else "_" for c in result["machine"].lower())[:60].strip("_")
+    kind = "".join(c if c.isalnum() else "_" for c in where.lower())[:60].strip("_")
     path = RESULTS / f"{name}_{kind}.json"
+    result = dict(machine=where, commit=commit(), jax=jax.__version__, rows=rows)
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written: {path}")

@@ -56,7 +56,8 @@ def pytorch(batch: dict[str, np.ndarray], steps: int, *, compiled: bool) -> Call
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
   config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-  model = transformers.GPT2LMHeadModel(config).to(device)
+  model = transformers.GPT2LMHeadModel(config)
+  torch.nn.Module.to(model, device)
   optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
   forward = torch.compile(model) if compiled else model
   tokens = torch.tensor(batch["tokens"], dtype=torch.long, device=device)

@@ -1,6 +1,6 @@
 """A GPT of 1M parameters on the sources of Python's standard library.
 
-    python -m train --config=configs/gpt_tiny.py --workdir=runs/tiny
+python -m train --config=configs/gpt_tiny.py --workdir=runs/tiny
 """
 
 from model.config import ModelConfig

@@ -4,7 +4,8 @@
         --config.data.source=tfds:c4/en:3.1.0 --config.data.tokenizer=TOKENIZER_FOLDER
 
 where the folder holds a tokenizer of at most 128,256 entries. 4M tokens a step; parameters and
-moments take 847 GB in float32, shared by the devices of the fsdp and tensor axes. Not trained by us yet.
+moments take 847 GB in float32, shared by the devices of the fsdp and tensor axes. Not trained by us
+yet.
 """
 
 from model.config import ModelConfig

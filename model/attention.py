@@ -63,11 +63,11 @@ class Attention(nnx.Module):
   def __init__(self, cfg: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
     D, N, K, H = cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_width
     self.cfg, self.kind = cfg, kind
-    into = dict(rngs=rngs, bias=cfg.attention_bias)
+    into = functools.partial(Einsum, cfg, rngs=rngs, bias=cfg.attention_bias)
     kv_axes = ("embed", "kv_heads", "head_dim")
-    self.q_proj = Einsum(cfg, "BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"), **into)
-    self.k_proj = Einsum(cfg, "BTD,DKH->BTKH", (D, K, H), kv_axes, **into)
-    self.v_proj = Einsum(cfg, "BTD,DKH->BTKH", (D, K, H), kv_axes, **into)
+    self.q_proj = into("BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"))
+    self.k_proj = into("BTD,DKH->BTKH", (D, K, H), kv_axes)
+    self.v_proj = into("BTD,DKH->BTKH", (D, K, H), kv_axes)
     self.o_proj = Einsum(
       cfg, "BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"), rngs=rngs, inputs=2,
       bias=cfg.attention_out_bias, init=residual_init(cfg),
@@ -113,9 +113,9 @@ class Attention(nnx.Module):
     q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
     if self.cfg.qk_norm != "none":
       q, k = self.q_norm(q), self.k_norm(k)
-    if self.kind.rotary:
-      local = self.kind.window is not None and where.local_angles is not None
-      angles = where.local_angles if local else where.angles
+    local = self.kind.window is not None and where.local_angles is not None
+    angles = where.local_angles if local else where.angles
+    if self.kind.rotary and angles is not None:
       turn = lambda h: positions.apply_rotary(h, angles, interleaved=self.cfg.rope_interleaved)
       q, k = turn(q), turn(k)
     return constrain(q, ("batch", "seq", "heads", None)), k, v

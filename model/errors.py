@@ -23,7 +23,7 @@ class Stop(SystemExit):
 
   def __init__(self, message: str, status: int):
     super().__init__(status)
-    self.message = message
+    self.message, self.status = message, status
 
 
 def nearest(name: str, known) -> str:
@@ -64,7 +64,7 @@ def run(
     try:
       status = main(argv)
     except Stop as stop:
-      fail(stop.message, stop.code)
+      fail(stop.message, stop.status)
     except InputError as error:
       fail(error)
     except OSError as error:
@@ -97,5 +97,14 @@ def _quieten_libraries() -> None:
   handler.setFormatter(logging.Formatter("%(message)s"))
 
 
-_USER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS,
-               errno.ENOTDIR, errno.EISDIR, errno.EADDRINUSE}
+_USER_ERRNO = {
+  errno.ENOENT,
+  errno.EACCES,
+  errno.EPERM,
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EROFS,
+  errno.ENOTDIR,
+  errno.EISDIR,
+  errno.EADDRINUSE,
+}

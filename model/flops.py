@@ -37,7 +37,7 @@ def matmul_params(cfg: ModelConfig) -> float:
   net = abstract(cfg)
   shapes = jax.tree.leaves(nnx.to_pure_dict(nnx.state(net, nnx.Param)))
   infos = jax.tree.leaves(param_info(net), is_leaf=lambda i: isinstance(i, ParamInfo))
-  vocab = cfg.vocab_size or 0
+  vocab = cfg.real_vocab
   total = cfg.d_model * vocab if cfg.tie_embeddings else 0
   for shape, info in zip((s.shape for s in shapes), infos, strict=True):
     if info.role == "matrix":

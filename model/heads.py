@@ -33,9 +33,9 @@ class LanguageHead(nnx.Module):
       logits += self.bias[...]
     if cfg.logit_softcap is not None:
       logits = cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap)
-    if cfg.padded_vocab == cfg.vocab_size:
+    if cfg.padded_vocab == cfg.real_vocab:
       return logits
-    return jnp.where(jnp.arange(cfg.padded_vocab) < cfg.vocab_size, logits, -jnp.inf)
+    return jnp.where(jnp.arange(cfg.padded_vocab) < cfg.real_vocab, logits, -jnp.inf)
 
 
 class Network(nnx.Module):
@@ -46,8 +46,9 @@ class Network(nnx.Module):
     self.head = LanguageHead(cfg, rngs=rngs)
 
   def hidden(
-    self, tokens: Int[Array, "B T"], pos: Int[Array, "B T"], seg: Int[Array, "B T"] | None = None, *,
-    cache: tuple[KVCache, ...] | None = None, key: jax.Array | None = None, ordered: bool = False,
+    self, tokens: Int[Array, "B T"], pos: Int[Array, "B T"], seg: Int[Array, "B T"] | None = None,
+    *, cache: tuple[KVCache, ...] | None = None, key: jax.Array | None = None,
+    ordered: bool = False,
   ) -> tuple[Float[Array, "B T D"], tuple[KVCache, ...] | None, Aux]:  # fmt: skip
     """The last hidden states; see Decoder."""
     return self.body(tokens, pos, seg, cache=cache, key=key, ordered=ordered)
@@ -89,7 +90,7 @@ def count_params(cfg: ModelConfig) -> int:
   net = abstract(cfg)
   infos = jax.tree.leaves(param_info(net), is_leaf=lambda i: isinstance(i, ParamInfo))
   shapes = [p.shape for p in jax.tree.leaves(nnx.to_pure_dict(nnx.state(net, nnx.Param)))]
-  real = lambda axis, size: cfg.vocab_size if axis == "vocab" else size
+  real = lambda axis, size: cfg.real_vocab if axis == "vocab" else size
   return sum(
     math.prod(real(a, s) for a, s in zip(info.axes, shape, strict=True))
     for info, shape in zip(infos, shapes, strict=True)

@@ -155,7 +155,8 @@ class MLP(nnx.Module):
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, width: int | None = None):
     D, F = cfg.d_model, cfg.d_ff if width is None else width
-    into, back = ("BTD,DF->BTF", (D, F), ("embed", "mlp")), ("BTF,FD->BTD", (F, D), ("mlp", "embed"))
+    into = ("BTD,DF->BTF", (D, F), ("embed", "mlp"))
+    back = ("BTF,FD->BTD", (F, D), ("mlp", "embed"))
     self.activation = cfg.activation
     if cfg.gated:
       self.gate_proj = Einsum(cfg, *into, rngs=rngs, bias=cfg.mlp_bias)

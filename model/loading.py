@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from model import checkpoint, sharding
@@ -80,7 +81,7 @@ class Model:
     return _hidden_compiled(self.graphdef, self.params, tokens, segments, positions)
 
   def _checked(self, tokens: Any, segments: Any, positions: Any) -> Int[Array, "B T"]:
-    if isinstance(tokens, jax.core.Tracer):
+    if isinstance(tokens, Tracer):
       return tokens
     ids = np.asarray(tokens)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
@@ -91,7 +92,7 @@ class Model:
     for name, other in (("segments", segments), ("positions", positions)):
       if other is not None and np.shape(other) != ids.shape:
         raise InputError(f"{name} have shape {np.shape(other)}, but tokens {ids.shape}.")
-    if ids.min() < 0 or ids.max() >= (self.config.vocab_size or 0):
+    if ids.min() < 0 or ids.max() >= self.config.real_vocab:
       bad = ids.max() if ids.min() >= 0 else ids.min()
       raise InputError(f"token {bad} is outside of the vocabulary of {self.config.vocab_size}.")
     self._check_positions(ids.shape[1], segments, positions)
@@ -99,12 +100,12 @@ class Model:
 
   def _check_positions(self, length: int, segments: Any, positions: Any) -> None:
     limit = self.config.max_positions
-    if limit is None or isinstance(positions, jax.core.Tracer):
+    if limit is None or isinstance(positions, Tracer):
       return
     last = length - 1
     if positions is not None:
       last = int(np.max(positions))
-    elif segments is not None and not isinstance(segments, jax.core.Tracer):
+    elif segments is not None and not isinstance(segments, Tracer):
       last = int(np.max(positions_of(jnp.asarray(segments))))
     if last >= limit:
       raise InputError(
@@ -166,7 +167,8 @@ def _restore(path: str, cfg: ModelConfig, mesh: jax.sharding.Mesh | None, part: 
   else:
     info = param_info(net)
     where = sharding.shardings(shapes, jax.tree.map(lambda i: i.axes, info), mesh)
-  wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
+  place = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
+  wanted = jax.tree.map(place, shapes, where)
   return checkpoint.restore_params(path, {part: wanted}, cast=True).state[part]
 
 

@@ -1,5 +1,6 @@
 """The mesh, and the one table from what an axis is to where it goes."""
 
+import math
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def _placed(name: str | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | 
   where = RULES[name]
   if where is None:
     return None
-  parts = int(np.prod([mesh.shape[axis] for axis in np.atleast_1d(where)]))
+  parts = mesh_parts(name, mesh)
   if parts == 1:
     return None
   if size % parts == 0:
@@ -77,6 +78,13 @@ def _placed(name: str | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | 
   raise InputError(
     f"{name}={size} is not a multiple of mesh.{where}={parts}: change the size or the mesh."
   )
+
+
+def mesh_parts(name: str | None, mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+  """Into how many parts `mesh` splits a logical axis."""
+  where = RULES[name]
+  axes = () if where is None else (where,) if isinstance(where, str) else where
+  return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
@@ -105,7 +113,6 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return x
   places = []
   for name, size in zip(axes, x.shape, strict=True):
-    where = RULES[name]
-    parts = 1 if where is None else int(np.prod([mesh.shape[a] for a in np.atleast_1d(where)]))
-    places.append(where if parts > 1 and size % parts == 0 else None)
+    parts = mesh_parts(name, mesh)
+    places.append(RULES[name] if parts > 1 and size % parts == 0 else None)
   return jax.lax.with_sharding_constraint(x, P(*places))

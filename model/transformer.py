@@ -96,8 +96,9 @@ class Decoder(nnx.Module):
       self.final_norm = Norm(cfg, rngs=rngs)
 
   def __call__(
-    self, tokens: Int[Array, "B T"], pos: Int[Array, "B T"], seg: Int[Array, "B T"] | None = None, *,
-    cache: tuple[KVCache, ...] | None = None, key: jax.Array | None = None, ordered: bool = False,
+    self, tokens: Int[Array, "B T"], pos: Int[Array, "B T"], seg: Int[Array, "B T"] | None = None,
+    *, cache: tuple[KVCache, ...] | None = None, key: jax.Array | None = None,
+    ordered: bool = False,
   ) -> tuple[Float[Array, "B T D"], tuple[KVCache, ...] | None, Aux]:  # fmt: skip
     """Returns (last hidden states, the cache after these tokens, sums that router losses need)."""
     where = self._where(pos, seg, cached=cache is not None, ordered=ordered)

@@ -1,12 +1,9 @@
 """The --config flag of commands: a Python file, overridden by --config.a.b=value."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from absl import flags
 
 from model import errors
 from model.errors import InputError, nearest
@@ -38,7 +35,8 @@ def config_flag() -> ConfigFlag:
   """Defines --config; call it once, at the top of a command's module."""
   from ml_collections import config_flags
 
-  return ConfigFlag(config_flags.DEFINE_config_file("config", None, "Python file of the experiment."))
+  holder = config_flags.DEFINE_config_file("config", None, "Python file of the experiment.")
+  return ConfigFlag(holder)
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -96,14 +94,15 @@ def _check_file(argv: list[str]) -> None:
 
 def _load_once(path: str) -> None:
   """Runs the file, so that what is wrong in it is told with its place before flags are parsed."""
-  space = {"__name__": "config_check", "__file__": path}
+  space: dict[str, Any] = {"__name__": "config_check", "__file__": path}
   try:
     exec(compile(Path(path).read_text(), path, "exec"), space)
     config = space["get_config"]()
   except (InputError, SyntaxError, ImportError, TypeError, AttributeError, NameError) as error:
-    line = getattr(sys.exc_info()[2].tb_next, "tb_lineno", None)
+    line = getattr(getattr(error.__traceback__, "tb_next", None), "tb_lineno", None)
     raise InputError(f"{path}{f', line {line}' if line else ''}: {error}") from error
   except KeyError as error:
     raise InputError(f"{path}: it has no function get_config().") from error
   if not isinstance(config, Config):
-    raise InputError(f"{path}: get_config() returned {type(config).__name__}, not train.config.Config.")
+    found = type(config).__name__
+    raise InputError(f"{path}: get_config() returned {found}, not train.config.Config.")

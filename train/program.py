@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from model.errors import InputError
 from model.heads import abstract, init_params
 from model.layers import param_info
-from model.sharding import RULES, batch_sharding, replicated, shardings
+from model.sharding import batch_sharding, mesh_parts, replicated, shardings
 from train.config import Config
 from train.objectives.loss import make_loss
 from train.optim import make_optimizer, state_axes
@@ -28,7 +28,7 @@ BATCH_DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What a run is made of. The compiled steps accept the shapes they were compiled for, no others."""
+  """What a run is made of. The compiled steps take the shapes they were compiled for, no others."""
 
   graphdef: nnx.GraphDef
   info: dict  # ParamInfo of each parameter.
@@ -88,7 +88,7 @@ def put_batch(program: Program, rows: dict[str, np.ndarray]) -> Batch:
 
 def check_batch(config: Config, mesh: Mesh) -> None:
   """Raises an InputError if the devices cannot share a part of the batch equally."""
-  shares = int(np.prod([mesh.shape[axis] for axis in np.atleast_1d(RULES["batch"])]))
+  shares = mesh_parts("batch", mesh)
   rows = config.batch_size // config.accumulation
   if rows % shares:
     raise InputError(
@@ -100,7 +100,7 @@ def check_batch(config: Config, mesh: Mesh) -> None:
 def check_precision(config: Config) -> None:
   """Raises an InputError if float64 is asked for while JAX computes in 32 bits."""
   for name in ("dtype", "param_dtype"):
-    if getattr(config.model, name) == "float64" and not jax.config.jax_enable_x64:
+    if getattr(config.model, name) == "float64" and not jax.config.read("jax_enable_x64"):
       raise InputError(
         f"model.{name}='float64' needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment."
       )
@@ -112,14 +112,16 @@ def _abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruc
 
 
 def _state_shardings(shapes: TrainState, info: dict, tx: Any, mesh: Mesh) -> TrainState:
+  """A state with a sharding in the place of each array."""
+  whole: Any = replicated(mesh)
   params = shardings(shapes.params, jax.tree.map(lambda i: i.axes, info), mesh)
   return TrainState(
-    step=replicated(mesh),
+    step=whole,
     params=params,
     frozen={},
     opt_state=shardings(shapes.opt_state, state_axes(tx, shapes.params, info), mesh),
     ema=params if shapes.ema else {},
-    bad_steps=replicated(mesh),
+    bad_steps=whole,
   )
 
 

@@ -89,9 +89,10 @@ def make_train_step(
     new = dataclasses.replace(
       new, step=state.step + 1, bad_steps=jnp.where(finite, 0, state.bad_steps + 1)
     )
-    metrics = dict(
+    metrics: dict[str, Array] = dict(
       loss=loss.nats / loss.weight, minimized=value / loss.weight, grad_norm=grad_norm,
-      learning_rate=schedule(state.step), target_tokens=loss.weight, tokens=loss.tokens,
+      learning_rate=jnp.asarray(schedule(state.step)), target_tokens=loss.weight,
+      tokens=loss.tokens,
       bad_steps=new.bad_steps, skipped_steps=skipped_steps(new.opt_state),
       **{f"pairs_{name}": n for name, n in loss.pairs.items()},
     )  # fmt: skip

@@ -17,7 +17,8 @@ def get_config() -> Config:
     keep_checkpoints=2,
     ema_decay=0.9,
     model=ModelConfig(
-      num_layers=2, d_model=32, d_ff=64, num_heads=4, max_positions=64, vocab_multiple=8, dropout=0.1
+      num_layers=2, d_model=32, d_ff=64, num_heads=4, max_positions=64, vocab_multiple=8,
+      dropout=0.1,
     ),
     data=DataConfig(tokenizer="bytes", documents="line", validation_fraction=0.1),
     optimizer=OptimizerConfig(warmup_steps=2, learning_rate=3e-3),

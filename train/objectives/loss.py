@@ -50,7 +50,7 @@ def make_loss(graphdef: nnx.GraphDef, cfg: ModelConfig, objective: ObjectiveConf
     pos, seg = batch["positions"], batch["segments"]
     x, _, stats = net.hidden(batch["tokens"], pos, seg, key=key, ordered=True)
     minimized, weight, nats = token_loss(
-      net.logits(x), batch["targets"], batch["weights"], vocab_size=cfg.vocab_size or 0,
+      net.logits(x), batch["targets"], batch["weights"], vocab_size=cfg.real_vocab,
       z_loss=objective.z_loss, label_smoothing=objective.label_smoothing,
     )  # fmt: skip
     return Loss(
