@@ -17,6 +17,7 @@ from infer.batch import text_of
 from infer.generate import Completion, generate, stream
 from infer.settings import Settings
 from model import Model, load
+from model.compilation import use_compilation_cache
 from model.errors import InputError, run
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -27,6 +28,10 @@ _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "File with one prompt 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object a line for each prompt.")
 _STREAM = flags.DEFINE_bool(
   "stream", None, "Print text as it comes, one prompt after the other (default: on a terminal)."
+)
+
+_CACHE_DIR = flags.DEFINE_string(
+  "cache_dir", "~/.cache/triune", "Where compiled programs are kept."
 )
 
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
@@ -63,6 +68,7 @@ def main(argv: list[str]) -> int:
     min_p=_MIN_P.value, seed=seed, logprobs=_LOGPROBS.value,
   )  # fmt: skip
   seeds = Settings(**settings).seeds(len(prompts))  # What is impossible is said before the load.
+  use_compilation_cache(_CACHE_DIR.value)
   m = load(_CHECKPOINT.value)
   live = sys.stdout.isatty() and len(prompts) == 1 if _STREAM.value is None else _STREAM.value
   try:

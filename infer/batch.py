@@ -21,7 +21,7 @@ from model.cache import new_cache
 if TYPE_CHECKING:
   from model import Model
 
-LEAST_PROMPT, LEAST_LENGTH, LEAST_ROOM, LEAST_ENDS = 16, 64, 16, 8  # The smallest sizes.
+LEAST_PROMPT, LEAST_LENGTH, LEAST_ROOM, LEAST_ENDS = 16, 64, 64, 8  # The smallest sizes.
 PROMPT_TOKENS = 16_384  # The most tokens of a batch's padded prompts, which are read in one pass.
 CACHE_BYTES = 2**31  # The most bytes of a batch's cache, where a device does not tell its memory.
 CACHE_SHARE = 0.5  # Of the memory that is free on a device.

@@ -1,0 +1,82 @@
+"""`python -m infer`: what goes to stdout, to stderr, and with which status."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import infer
+import model
+from tests.infer import tiny
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ("--max_new_tokens=20", "--temperature=0.9", "--top_k=50")
+SAME = dict(max_new_tokens=20, temperature=0.9, top_k=50)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run") / "tiny"
+  model.save(tiny.model(), folder)
+  return folder
+
+
+def command(*arguments: object, folder: Path) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, "-m", "infer", *map(str, arguments), f"--cache_dir={folder / 'cache'}"],
+    capture_output=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False,
+  )  # fmt: skip
+
+
+def test_json_holds_what_generate_returns_for_each_prompt_in_order(workdir, tmp_path):
+  prompts = [*tiny.PROMPTS[:3], "tabs\tand 日本"]
+  (tmp_path / "prompts.txt").write_text("\n".join(prompts[1:]) + "\n", encoding="utf-8")
+  done = command(
+    f"--checkpoint={workdir}", f"--prompt={prompts[0]}", f"--prompts_file={tmp_path}/prompts.txt",
+    "--json", "--logprobs=2", *[f"--seed={s}" for s in range(4)], "--stop=zz", *SETTINGS,
+    folder=tmp_path,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr.decode()
+  got = [json.loads(line) for line in done.stdout.decode().splitlines()]
+  m = model.load(workdir)
+  want = infer.generate(m, prompts, logprobs=2, seed=[0, 1, 2, 3], stop="zz", **SAME)
+  for values, c in zip(got, want, strict=True):
+    assert (values["text"], values["tokens"]) == (c.text, c.tokens)
+    assert values["finish_reason"] == c.finish_reason
+    assert values["logprobs"] == pytest.approx(c.logprobs, abs=1e-4)
+    assert [[t["token"] for t in place] for place in values["top_logprobs"]] == [
+      [t for t, _ in place] for place in c.top_logprobs
+    ]
+
+
+def test_stdout_holds_the_completion_only_and_a_stream_is_the_same(workdir, tmp_path):
+  want = infer.generate(model.load(workdir), list(tiny.PROMPTS[:2]), **SAME)
+  one = command(
+    f"--checkpoint={workdir}", f"--prompt={tiny.PROMPTS[0]}", *SETTINGS, folder=tmp_path
+  )
+  assert one.stdout.decode() == want[0].text + "\n"
+  both = command(
+    f"--checkpoint={workdir}", *[f"--prompt={p}" for p in tiny.PROMPTS[:2]], "--stream", *SETTINGS,
+    folder=tmp_path,
+  )  # fmt: skip
+  assert both.stdout.decode() == f"{want[0].text}\n---\n{want[1].text}\n"
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (("--checkpoint={workdir}",), "there is no prompt"),
+    (("--checkpoint={workdir}", "--prompt=a", "--temperature=nan"), "temperature=nan"),
+    (("--checkpoint={workdir}", "--prompt=a", "--top_kk=3"), "top_k"),
+    (("--checkpoint={workdir}/no", "--prompt=a"), "no"),
+    (("--checkpoint={workdir}", "--prompts_file=/no/such/file"), "/no/such/file"),
+  ],
+)
+def test_wrong_use_is_one_error_line_and_status_2(workdir, tmp_path, arguments, said):
+  done = command(*[a.format(workdir=workdir) for a in arguments], folder=tmp_path)
+  last = done.stderr.decode().strip().splitlines()[-1]
+  assert done.returncode == 2 and last.startswith("error:") and said in last
+  assert b"Traceback" not in done.stderr and done.stdout == b""

@@ -1,0 +1,23 @@
+"""A tiny random model with a byte tokenizer, which the tests of inference share."""
+
+import dataclasses
+
+import jax
+
+from model.config import ModelConfig
+from model.heads import init_params
+from model.loading import Model
+from model.vocabulary import build_tokenizer
+
+CONFIG = ModelConfig(
+  vocab_size=260, vocab_multiple=8, num_layers=2, d_model=32, d_ff=48, num_heads=4, num_kv_heads=2,
+  head_dim=8, max_positions=96, init_std=0.3, layer_pattern=("local", "global"), window=5,
+)  # fmt: skip
+PROMPTS = ("Hi", "Some words: é", "x", "def f(n):\n")
+
+
+def model(seed: int = 0, **changes) -> Model:
+  """Random and sure of itself: without repeating one token for ever, as smaller weights do."""
+  cfg = dataclasses.replace(CONFIG, **changes)
+  params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(seed))
+  return Model(cfg, params, build_tokenizer("bytes", None, []))
