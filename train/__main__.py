@@ -1,5 +1,10 @@
 """python -m train --config=configs/X.py --workdir=DIR [--config.k=v …]: trains, or continues."""
 
+from train.preemption import leave_at_once
+
+if __name__ == "__main__":
+  leave_at_once()  # Before all imports that take seconds.
+
 from pathlib import Path
 
 from absl import flags
@@ -17,7 +22,7 @@ def main(argv: list[str]) -> int:
   if not _WORKDIR.value:
     raise InputError("--workdir is missing: name the folder of the run, for example runs/tiny.")
   config = _CONFIG.value
-  from train.loop import train  # After the flags: JAX takes seconds to import.
+  from train.loop import train  # After the flags: what is wrong with them is said sooner.
 
   return train(config, Path(_WORKDIR.value))
 

@@ -97,12 +97,13 @@ def _load_once(path: str) -> None:
   space: dict[str, Any] = {"__name__": "config_check", "__file__": path}
   try:
     exec(compile(Path(path).read_text(), path, "exec"), space)
+    if "get_config" not in space:
+      raise InputError("it has no function get_config().")
     config = space["get_config"]()
-  except (InputError, SyntaxError, ImportError, TypeError, AttributeError, NameError) as error:
+  except Exception as error:  # Whatever it is, it is in the user's file.
     line = getattr(getattr(error.__traceback__, "tb_next", None), "tb_lineno", None)
-    raise InputError(f"{path}{f', line {line}' if line else ''}: {error}") from error
-  except KeyError as error:
-    raise InputError(f"{path}: it has no function get_config().") from error
+    kind = "" if isinstance(error, InputError | SyntaxError) else f"{type(error).__name__}: "
+    raise InputError(f"{path}{f', line {line}' if line else ''}: {kind}{error}") from error
   if not isinstance(config, Config):
     found = type(config).__name__
     raise InputError(f"{path}: get_config() returned {found}, not train.config.Config.")

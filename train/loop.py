@@ -48,7 +48,7 @@ def train(config: Config, workdir: Path) -> int:
   workdir.mkdir(parents=True, exist_ok=True)
   if read_config(workdir) is None:  # What a failed start leaves is known as this config's.
     write_config(workdir, config)
-  with jax.set_mesh(mesh), Preemption() as preemption:
+  with jax.set_mesh(mesh):
     data = load_data(
       config, workdir=workdir, process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -60,7 +60,8 @@ def train(config: Config, workdir: Path) -> int:
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
     state, start = restore_or_init(config, program, checkpoints, data)
     report.before(config, program, data, mesh, start)
-    return run_steps(config, workdir, program, checkpoints, data, preemption, state, start)
+    with Preemption() as preemption:
+      return run_steps(config, workdir, program, checkpoints, data, preemption, state, start)
 
 
 def run_steps(
@@ -95,6 +96,8 @@ def run_steps(
       if stopping:
         break
   if saved < config.steps:
+    if jax.process_index() == 0:
+      print(f"stopped: step {saved} is saved; the same command goes on.", file=sys.stderr)
     return PREEMPTED
   text = sample(config, data, state)
   if jax.process_index() == 0:

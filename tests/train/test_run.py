@@ -153,6 +153,17 @@ def test_a_signal_saves_the_last_finished_step_and_ends_with_75(bench, reference
   assert_same_run(workdir, reference[0])
 
 
+def test_a_signal_before_the_first_step_ends_with_75_too(bench):
+  workdir = bench.folder / "early"
+  process, deadline = bench.start(workdir), time.monotonic() + 300
+  while not (workdir / "config.json").exists() and time.monotonic() < deadline:
+    time.sleep(0.02)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 75, err
+  assert err.splitlines()[-1] == "stopped by SIGTERM: no step was under way."
+
+
 def newest(workdir: Path) -> int:
   names = [p.name for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal()]
   return max(map(int, names), default=0)
