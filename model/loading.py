@@ -61,56 +61,68 @@ class Model:
     Raises:
       InputError: for ids outside of the vocabulary, or positions that the model does not have.
     """
-    tokens = self._checked(tokens, segments, positions)
-    return _logits(self.graphdef, self.config, self.params, tokens, segments, positions)
+    return _logits(
+      self.graphdef, self.config, self.params, *self._checked(tokens, segments, positions)
+    )
 
   def apply(
     self, params: dict, tokens: Int[Array, "B T"], *, segments: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
   ) -> Float[Array, "B T V"]:  # fmt: skip
     """As calling the model, pure in `params` and traceable: for jax.grad and jax.jit."""
-    tokens = self._checked(tokens, segments, positions)
-    return _apply(self.graphdef, self.config, params, tokens, segments, positions)
+    return _apply(self.graphdef, self.config, params, *self._checked(tokens, segments, positions))
 
   def hidden(
     self, tokens: Int[Array, "B T"], *, segments: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
   ) -> Float[Array, "B T D"]:  # fmt: skip
     """Last hidden states, behind the last norm. Arguments and errors as in calling the model."""
-    tokens = self._checked(tokens, segments, positions)
-    return _hidden_compiled(self.graphdef, self.params, tokens, segments, positions)
+    return _hidden_compiled(self.graphdef, self.params, *self._checked(tokens, segments, positions))
 
-  def _checked(self, tokens: Any, segments: Any, positions: Any) -> Int[Array, "B T"]:
-    if isinstance(tokens, Tracer):
-      return tokens
-    ids = np.asarray(tokens)
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
-      raise InputError(
-        f"tokens have shape {ids.shape} and dtype {ids.dtype}: whole numbers of shape (B, T), "
-        "none of them 0, are needed."
-      )
+  def _checked(self, tokens: Any, segments: Any, positions: Any) -> tuple[Any, Any, Any]:
+    """The three as int32 arrays (or None); of what is traced only the shape is checked."""
+    tokens = _whole_numbers("tokens", tokens, least=0)
+    if segments is not None:
+      segments = _whole_numbers("segments", segments, least=0)
+    if positions is not None:
+      positions = _whole_numbers("positions", positions, least=-1)
     for name, other in (("segments", segments), ("positions", positions)):
-      if other is not None and np.shape(other) != ids.shape:
-        raise InputError(f"{name} have shape {np.shape(other)}, but tokens {ids.shape}.")
-    if ids.min() < 0 or ids.max() >= self.config.real_vocab:
-      bad = ids.max() if ids.min() >= 0 else ids.min()
-      raise InputError(f"token {bad} is outside of the vocabulary of {self.config.vocab_size}.")
-    self._check_positions(ids.shape[1], segments, positions)
-    return jnp.asarray(ids, jnp.int32)
+      if other is not None and other.shape != tokens.shape:
+        raise InputError(f"{name} have shape {other.shape}, but tokens {tokens.shape}.")
+    if not isinstance(tokens, Tracer) and np.max(tokens) >= self.config.real_vocab:
+      raise InputError(
+        f"token {np.max(tokens)} is outside of the vocabulary of {self.config.vocab_size}."
+      )
+    self._check_positions(tokens.shape[1], segments, positions)
+    return tokens, segments, positions
 
   def _check_positions(self, length: int, segments: Any, positions: Any) -> None:
     limit = self.config.max_positions
-    if limit is None or isinstance(positions, Tracer):
+    if limit is None or isinstance(positions, Tracer) or isinstance(segments, Tracer):
       return
     last = length - 1
     if positions is not None:
       last = int(np.max(positions))
-    elif segments is not None and not isinstance(segments, Tracer):
-      last = int(np.max(positions_of(jnp.asarray(segments))))
+    elif segments is not None:
+      with jax.ensure_compile_time_eval():  # Also where only the parameters are traced.
+        last = int(np.max(positions_of(jnp.asarray(segments))))
     if last >= limit:
       raise InputError(
         f"position {last} is beyond the model's max_positions={limit}: shorten the input."
       )
+
+
+def _whole_numbers(name: str, values: Any, *, least: int) -> Any:
+  """int32 (B, T); of a tracer only the shape and dtype are checked."""
+  array = values if isinstance(values, Tracer) else np.asarray(values)
+  if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or not array.size:
+    raise InputError(
+      f"{name} have shape {array.shape} and dtype {array.dtype}: whole numbers of shape (B, T), "
+      "neither of them 0, are needed."
+    )
+  if not isinstance(array, Tracer) and array.min() < least:
+    raise InputError(f"{name} hold {array.min()}, the least that they may hold is {least}.")
+  return array.astype(np.int32)
 
 
 def _hidden(graphdef, params, tokens, segments, positions):

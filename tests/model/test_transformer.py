@@ -239,8 +239,25 @@ def test_the_padding_of_the_vocabulary_is_never_predicted_or_counted():
 def test_wrong_tokens_are_refused_by_name():
   m = Model(tiny.ROTARY, init_params(tiny.ROTARY, jax.random.key(0)))
   for tokens, said in (
-    ([[61]], "token 61"), ([[-1]], "token -1"), ([[0.5]], "whole numbers"), ([1, 2], "shape"),
+    ([[61]], "token 61"), ([[-1]], "tokens hold -1"), ([[0.5]], "whole numbers"), ([1, 2], "shape"),
     (np.zeros((1, 33), int), "position 32"),
   ):  # fmt: skip
     with pytest.raises(ValueError, match=said):
       m(np.asarray(tokens))
+  for name, values, said in (
+    ("segments", [[-1, 0]], "segments hold -1"), ("positions", [[-2, 0]], "positions hold -2"),
+    ("segments", [[1.0, 1.0]], "segments have shape"), ("positions", [[0]], r"tokens \(1, 2\)"),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=said):
+      m([[1, 2]], **{name: values})
+  with pytest.raises(ValueError, match="position 32"):
+    jax.jit(lambda tokens: m.apply(m.params, tokens))(np.zeros((1, 33), int))
+
+
+def test_lists_and_concrete_arrays_in_a_traced_call_give_the_same_logits():
+  m = Model(tiny.ROTARY, init_params(tiny.ROTARY, jax.random.key(0)))
+  tokens, segments, positions = [[5, 6, 7, 8]], [[1, 1, 2, 0]], [[0, 1, 0, -1]]
+  want = m(np.array(tokens), segments=np.array(segments), positions=np.array(positions))
+  np.testing.assert_array_equal(m(tokens, segments=segments), want)
+  traced = jax.jit(lambda params: m.apply(params, tokens, segments=segments))(m.params)
+  np.testing.assert_allclose(traced, want, atol=1e-5)
