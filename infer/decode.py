@@ -103,14 +103,20 @@ def decode(
     progress = carry[1]
     return (progress.count < until) & ~jnp.all(progress.ended)
 
+  # XLA updates the cache in place if a batch of one row goes round the loop without its axis.
+  alone = stopped.shape[0] == 1
+  squeeze = lambda cache: jax.tree.map(lambda a: a[0], cache) if alone else cache
+  expand = lambda cache: jax.tree.map(lambda a: a[None], cache) if alone else cache
+
   def step(carry):
     cache, progress = carry
     pos = jnp.where(progress.ended, -1, progress.pos)[:, None]
-    x, cache, _ = net.hidden(progress.token[:, None], pos, cache=cache)
-    return cache, _choose(progress, net.logits(x[:, 0]), request)
+    x, cache, _ = net.hidden(progress.token[:, None], pos, cache=expand(cache))
+    return squeeze(cache), _choose(progress, net.logits(x[:, 0]), request)
 
   progress = dataclasses.replace(progress, ended=progress.ended | stopped)
-  return jax.lax.while_loop(going, step, (cache, progress))
+  cache, progress = jax.lax.while_loop(going, step, (squeeze(cache), progress))
+  return expand(cache), progress
 
 
 def _choose(progress: Progress, logits: Float[Array, "B V"], request: Request) -> Progress:
