@@ -1,5 +1,7 @@
 """Prints one batch as a person reads it: python -m train.inspect --config=configs/gpt_tiny.py."""
 
+import os
+import sys
 import textwrap
 from pathlib import Path
 
@@ -35,7 +37,11 @@ def main(argv: list[str]) -> None:
     raise InputError(f"--workdir={_WORKDIR.value} holds no tokenizer: leave it out.")
   workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
   data = load_data(_CONFIG.value, workdir=workdir)
-  print(describe(data.batch(_STEP.value), data.tokenizer, _ROWS.value, _TOKENS.value))
+  text = describe(data.batch(_STEP.value), data.tokenizer, _ROWS.value, _TOKENS.value)
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:  # The reader has seen enough; Python must not flush into it at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def describe(batch: Batch, tokenizer: Tokenizer, rows: int | None, tokens: int) -> str:

@@ -22,7 +22,7 @@ from train.program import Program, build_program, put_batch
 from train.step import TrainState
 from train.workdir import (
   as_dict,
-  check_architecture,
+  check_init,
   check_same_data,
   check_workdir,
   read_config,
@@ -132,7 +132,7 @@ def restore_or_init(
     return restored.state, restored.step
   state = program.init()
   if config.init_from is not None:
-    check_architecture(config.init_from, config)
+    check_init(config.init_from, config, data.tokenizer)
     params = restore_params(config.init_from, {"params": program.state.params}, cast=True)
     params = params.state["params"]
     ema = jax.tree.map(lambda a: a.copy(), params) if state.ema else {}

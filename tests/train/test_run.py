@@ -190,6 +190,13 @@ def test_another_mesh_continues_and_another_model_is_refused(bench, reference):
   assert "10 of 12 done" in err
 
 
+def test_parameters_of_another_vocabulary_are_not_started_from(bench, reference):
+  status, _, err = bench.run(
+    bench.folder / "other", f"--config.init_from={reference[0]}", "--config.data.tokenizer=bpe:260"
+  )
+  assert status == 2 and "another tokenizer" in err.splitlines()[-1], err
+
+
 @pytest.mark.parametrize(
   ("override", "said"),
   [
