@@ -35,7 +35,7 @@ _CACHE_DIR = flags.DEFINE_string(
 )
 
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", Settings.max_new_tokens, "The most tokens to add to a prompt."
+  "max_new_tokens", None, "The most tokens to add to a prompt (default: 64, if there is room)."
 )
 _MIN_NEW_TOKENS = flags.DEFINE_integer("min_new_tokens", 0, "Nothing ends a text before so many.")
 _STOP = flags.DEFINE_multi_string("stop", [], "End before this text; again for more.")

@@ -63,7 +63,7 @@ class Batch:
     self._request = _request(settings, seeds, size, self._ends, m.config.padded_vocab)
     self._cache, self._progress = prefill(
       self._net, self._params, tokens, lengths, self._request, cfg=m.config,
-      length=_cache_length(m, longest, settings), room=bucket(settings.max_new_tokens, LEAST_ROOM),
+      length=_cache_length(m, longest, settings), room=bucket(settings.most_new_tokens(), LEAST_ROOM),
       top=bucket(settings.logprobs, 1, m.config.vocab_size) if settings.logprobs else 0,
     )  # fmt: skip
     self.count = 0  # New tokens of the rows that have not ended.
@@ -72,13 +72,13 @@ class Batch:
   @property
   def finished(self) -> bool:
     """True when no row goes on."""
-    return self.count >= self.settings.max_new_tokens or all(row.ended for row in self.rows)
+    return self.count >= self.settings.most_new_tokens() or all(row.ended for row in self.rows)
 
   def advance(self, steps: int) -> None:
     """Takes up to so many steps in one compiled call."""
     stopped = np.ones(len(self._request.sampler.seed), bool)
     stopped[: len(self.rows)] = [row.ended for row in self.rows]
-    until = np.int32(min(self.count + steps, self.settings.max_new_tokens))
+    until = np.int32(min(self.count + steps, self.settings.most_new_tokens()))
     self._cache, self._progress = decode(
       self._net, self._params, self._cache, self._progress, stopped, until, self._request
     )
@@ -143,7 +143,7 @@ def bucket(size: int, least: int, most: int | None = None) -> int:
 
 def _cache_length(m: "Model", longest: int, settings: Settings) -> int:
   most = m.config.max_positions
-  return bucket(longest + settings.max_new_tokens, LEAST_LENGTH, most)
+  return bucket(longest + settings.most_new_tokens(), LEAST_LENGTH, most)
 
 
 def _request(

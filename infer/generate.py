@@ -55,12 +55,15 @@ def generate(m: "Model", prompts: Prompt | Sequence[Prompt], **settings: Any) ->
   seeds = chosen.seeds(len(encoded))
   follow = bool(chosen.stop_strings())
   done: dict[int, Completion] = {}
-  for rows in batches(m, encoded, chosen):
-    prompt, seed = [encoded[i] for i in rows], [seeds[i] for i in rows]
-    batch = Batch(m, prompt, seed, chosen, follow=follow)
-    while not batch.finished:
-      batch.advance(STOP_STEPS if follow else chosen.max_new_tokens)
-    done.update(zip(rows, _completions(batch), strict=True))
+  for room, members in _by_room(m, encoded, chosen).items():
+    limited = dataclasses.replace(chosen, max_new_tokens=room)
+    for places in batches(m, [encoded[i] for i in members], limited):
+      rows = [members[place] for place in places]
+      prompt, seed = [encoded[i] for i in rows], [seeds[i] for i in rows]
+      batch = Batch(m, prompt, seed, limited, follow=follow)
+      while not batch.finished:
+        batch.advance(STOP_STEPS if follow else room)
+      done.update(zip(rows, _completions(batch), strict=True))
   return [done[i] for i in range(len(encoded))]
 
 
@@ -74,6 +77,7 @@ def stream(m: "Model", prompt: Prompt, **settings: Any) -> Iterator[str]:
   encoded = _checked(m, prompt, chosen)
   if len(encoded) != 1:
     raise InputError(f"stream takes one prompt and got {len(encoded)}: call it once for each.")
+  chosen = dataclasses.replace(chosen, max_new_tokens=next(iter(_by_room(m, encoded, chosen))))
   return _pieces(Batch(m, encoded, chosen.seeds(1), chosen, follow=True))
 
 
@@ -120,13 +124,25 @@ def _checked(m: "Model", prompts: Any, settings: Settings) -> list[list[int]]:
   for i, prompt in enumerate(encoded):
     for token in prompt:
       _in_vocabulary(f"prompt {i}", token, vocab)
-    if limit is not None and len(prompt) + settings.max_new_tokens > limit:
+    asked = settings.max_new_tokens or max(1, settings.min_new_tokens)
+    if limit is not None and len(prompt) + asked > limit:
       raise InputError(
-        f"prompt {i} has {len(prompt)} tokens and max_new_tokens={settings.max_new_tokens}: "
-        f"together {len(prompt) + settings.max_new_tokens}, and the model has {limit} positions. "
-        "Shorten the prompt or ask for fewer tokens."
+        f"prompt {i} has {len(prompt)} tokens and {asked} new ones are asked for: together "
+        f"{len(prompt) + asked}, and the model has {limit} positions. Shorten the prompt or ask "
+        "for fewer tokens (max_new_tokens)."
       )
   return encoded
+
+
+def _by_room(m: "Model", prompts: list[list[int]], settings: Settings) -> dict[int, list[int]]:
+  """Indices of prompts by the most new tokens that each may get."""
+  groups: dict[int, list[int]] = {}
+  for i, prompt in enumerate(prompts):
+    room, limit = settings.most_new_tokens(), m.config.max_positions
+    if settings.max_new_tokens is None and limit is not None:
+      room = min(room, limit - len(prompt))
+    groups.setdefault(room, []).append(i)
+  return groups
 
 
 def _listed(prompts: Any) -> list[Any]:

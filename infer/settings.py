@@ -8,12 +8,14 @@ from typing import Any
 
 from model.errors import InputError, nearest
 
+DEFAULT_NEW_TOKENS = 64
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
   """What `infer.generate` takes, with Transformers' meaning where it has the same thing."""
 
-  max_new_tokens: int = 64
+  max_new_tokens: int | None = None  # None: 64, or as many as the model has positions for.
   min_new_tokens: int = 0  # No end token, stop token or stop string counts before.
   stop: Sequence[str | int] | str | int = ()  # Strings or token ids that end a sequence.
   temperature: float = 0.0  # 0 is greedy.
@@ -24,11 +26,13 @@ class Settings:
   logprobs: int | None = None  # Also report this many of the most probable tokens.
 
   def __post_init__(self):
-    _whole("max_new_tokens", self.max_new_tokens, least=1)
     _whole("min_new_tokens", self.min_new_tokens, least=0)
-    if self.min_new_tokens > self.max_new_tokens:
+    if self.max_new_tokens is not None:
+      _whole("max_new_tokens", self.max_new_tokens, least=1)
+    if self.min_new_tokens > self.most_new_tokens():
       raise InputError(
-        f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}."
+        f"min_new_tokens={self.min_new_tokens} exceeds "
+        f"max_new_tokens={self.most_new_tokens()}."
       )
     _number("temperature", self.temperature, "at least 0 (0 is greedy)", lambda t: t >= 0)
     if self.top_k is not None:
@@ -48,6 +52,10 @@ class Settings:
         raise InputError("stop='' is an empty string, which is everywhere: leave it out.")
       if not isinstance(stop, str):
         _whole("stop", stop, least=0)
+
+  def most_new_tokens(self) -> int:
+    """`max_new_tokens`, the default resolved; a model may have room for fewer."""
+    return DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
   def _stops(self) -> list[str | int]:
     return [self.stop] if isinstance(self.stop, str | int) else _items("stop", self.stop)

@@ -35,7 +35,7 @@ class LayerKind:
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class ModelConfig:
-  """A transformer. Sizes count elements, lengths count tokens; see docs/configuration.md.
+  """A transformer. Sizes count elements, lengths count tokens.
 
   A word of `layer_pattern` describes one layer: `global` or `local` (windowed) attention, then
   `+experts` for a mixture of experts in place of the MLP and `+nope` for no rotary positions. The

@@ -218,3 +218,13 @@ def test_a_model_without_a_tokenizer_continues_token_ids(m):
   for prompts, settings in (("a", {}), ([[1]], {"stop": "a"})):
     with pytest.raises(ValueError, match="tokenizer"):
       infer.generate(bare, prompts, **settings)
+
+
+def test_without_a_number_a_text_ends_where_the_model_has_no_positions_left(m):
+  limit = m.config.max_positions
+  ids = [5] * (limit - 9)
+  short, full = infer.generate(m, [[5, 6, 7], ids], min_new_tokens=3)
+  assert len(full.tokens) <= 9 and full.tokens == infer.generate(m, ids, min_new_tokens=3)[0].tokens
+  assert short.tokens == infer.generate(m, [5, 6, 7], min_new_tokens=3)[0].tokens
+  with pytest.raises(ValueError, match="new ones are asked for"):
+    infer.generate(m, ids, max_new_tokens=10)
