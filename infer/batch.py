@@ -63,7 +63,8 @@ class Batch:
     self._request = _request(settings, seeds, size, self._ends, m.config.padded_vocab)
     self._cache, self._progress = prefill(
       self._net, self._params, tokens, lengths, self._request, cfg=m.config,
-      length=_cache_length(m, longest, settings), room=bucket(settings.most_new_tokens(), LEAST_ROOM),
+      length=_cache_length(m, longest, settings),
+      room=bucket(settings.most_new_tokens(), LEAST_ROOM),
       top=bucket(settings.logprobs, 1, m.config.vocab_size) if settings.logprobs else 0,
     )  # fmt: skip
     self.count = 0  # New tokens of the rows that have not ended.

@@ -99,7 +99,9 @@ def _xla(q, k, v, mask, scale: float, *, softcap, sinks, bias, dropped) -> Array
     rate, key = dropped
     kept = jax.random.bernoulli(key, 1 - rate, weights.shape)
     weights = jnp.where(kept, weights / (1 - rate), 0)
-  y = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(B, T, N, H)
+  # In this order XLA need not turn the values around before each step of decoding.
+  y = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v)
+  y = jnp.moveaxis(y, 3, 1).reshape(B, T, N, H)
   if sinks is not None:
     share = jax.nn.sigmoid(total.reshape(B, N, T) - sinks.astype(exact)[:, None])
     y = y * jnp.moveaxis(share, 1, 2)[..., None]

@@ -12,7 +12,7 @@ from model import positions
 from model.attend import attend
 from model.cache import KVCache
 from model.config import LayerKind, ModelConfig
-from model.layers import Einsum, Norm, param, residual_init
+from model.layers import Linear, Norm, param, residual_init
 from model.sharding import constrain
 
 Angles = tuple[Float[Array, "B T R"], Float[Array, "B T R"]]
@@ -63,13 +63,13 @@ class Attention(nnx.Module):
   def __init__(self, cfg: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
     D, N, K, H = cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_width
     self.cfg, self.kind = cfg, kind
-    into = functools.partial(Einsum, cfg, rngs=rngs, bias=cfg.attention_bias)
+    into = functools.partial(Linear, cfg, rngs=rngs, bias=cfg.attention_bias)
     kv_axes = ("embed", "kv_heads", "head_dim")
-    self.q_proj = into("BTD,DNH->BTNH", (D, N, H), ("embed", "heads", "head_dim"))
-    self.k_proj = into("BTD,DKH->BTKH", (D, K, H), kv_axes)
-    self.v_proj = into("BTD,DKH->BTKH", (D, K, H), kv_axes)
-    self.o_proj = Einsum(
-      cfg, "BTNH,NHD->BTD", (N, H, D), ("heads", "head_dim", "embed"), rngs=rngs, inputs=2,
+    self.q_proj = into((D, N, H), ("embed", "heads", "head_dim"))
+    self.k_proj = into((D, K, H), kv_axes)
+    self.v_proj = into((D, K, H), kv_axes)
+    self.o_proj = Linear(
+      cfg, (N, H, D), ("heads", "head_dim", "embed"), rngs=rngs, inputs=2,
       bias=cfg.attention_out_bias, init=residual_init(cfg),
     )  # fmt: skip
     if cfg.qk_norm != "none":
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
     kv_pos, kv_seg, bias = where.pos, where.seg, where.bias
     if cache is not None:
       cache = cache.update(k, v, where.pos)
-      k, v, kv_pos, kv_seg = cache.k, cache.v, cache.pos, None
+      k, v, kv_pos, kv_seg = cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2), cache.pos, None
       bias = relative_bias(cfg, where.table, where.pos, kv_pos)
     run = functools.partial(
       attend, causal=cfg.shape != "encoder", window=self.kind.window,

@@ -18,19 +18,25 @@ class KVCache:
   number of tokens that are still to be seen, the ones of one update included.
   """
 
-  k: Float[Array, "... B S K H"]
-  v: Float[Array, "... B S K H"]
+  k: Float[Array, "... B K S H"]  # Heads outermost: no product with a query has to turn it.
+  v: Float[Array, "... B K S H"]
   pos: Int[Array, "... B S"]  # Position of the token in a slot; -1: empty.
 
   def update(
     self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], pos: Int[Array, "B T"]
   ) -> "KVCache":
     """Writes each token at slot pos % S; padding (position -1) writes nothing."""
-    S = self.pos.shape[1]
+    B, S = self.pos.shape
     slot = jnp.where(pos < 0, S, pos % S)  # Slot S does not exist: dropped.
-    row = jnp.arange(pos.shape[0])[:, None]
-    put = lambda old, new: old.at[row, slot].set(new.astype(old.dtype), mode="drop")
-    return KVCache(put(self.k, k), put(self.v, v), put(self.pos, pos))
+    row = jnp.arange(B)[:, None]
+
+    def put(old: Float[Array, "B K S H"], new: Float[Array, "B T K H"]) -> Float[Array, "B K S H"]:
+      new = new.astype(old.dtype)
+      if B == 1:  # Written without the axis, one row is updated in place; with it, XLA copies all.
+        return old[0].at[:, slot[0]].set(new[0].swapaxes(0, 1), mode="drop")[None]
+      return old.at[row, :, slot].set(new, mode="drop")
+
+    return KVCache(put(self.k, k), put(self.v, v), self.pos.at[row, slot].set(pos, mode="drop"))
 
 
 def cache_length(window: int | None, length: int, chunk: int) -> int:
@@ -54,7 +60,7 @@ def new_cache(
 
   def empty(window: int | None, lead: tuple[int, ...]) -> KVCache:
     S = cache_length(window, length, chunk)
-    shape = (*lead, batch, S, cfg.kv_heads, cfg.head_width)
+    shape = (*lead, batch, cfg.kv_heads, S, cfg.head_width)
     pos = jnp.full((*lead, batch, S), -1, jnp.int32)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), pos)
 

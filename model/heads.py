@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from model.cache import KVCache
 from model.config import ModelConfig
-from model.layers import Einsum, ParamInfo, param, param_info
+from model.layers import Linear, ParamInfo, param, param_info
 from model.transformer import Aux, Decoder
 
 
@@ -20,7 +20,7 @@ class LanguageHead(nnx.Module):
     self.cfg = cfg
     D, V, axes = cfg.d_model, cfg.padded_vocab, ("embed", "vocab")
     if not cfg.tie_embeddings:
-      self.proj = Einsum(cfg, "...D,DV->...V", (D, V), axes, rngs=rngs)
+      self.proj = Linear(cfg, (D, V), axes, rngs=rngs)
     if cfg.logit_bias:
       zeros = jax.nn.initializers.zeros
       self.bias = param(cfg, rngs, (V,), ("vocab",), role="vector", init=zeros)

@@ -1,4 +1,4 @@
-"""What every model is made of: parameters declared once, Einsum, norms, embeddings, the MLP."""
+"""What every model is made of: parameters declared once, Linear, norms, embeddings, the MLP."""
 
 import dataclasses
 from collections.abc import Callable
@@ -64,13 +64,15 @@ def residual_init(cfg: ModelConfig) -> Initializer:
   return jax.nn.initializers.normal(cfg.init_std * scale)
 
 
-class Einsum(nnx.Module):
-  """A weight matrix with any number of input and output axes, in the compute dtype."""
+class Linear(nnx.Module):
+  """A weight matrix with any number of input and output axes, in the compute dtype.
+
+  The first `inputs` axes of `shape` are contracted with the last ones of what it is called with.
+  """
 
   def __init__(
     self,
     cfg: ModelConfig,
-    equation: str,
     shape: tuple[int, ...],
     axes: tuple[str, ...],
     *,
@@ -79,14 +81,15 @@ class Einsum(nnx.Module):
     bias: bool = False,
     init: Initializer | None = None,
   ):
-    self.equation, self.dtype = equation, cfg.compute_dtype
+    self.inputs, self.dtype = inputs, cfg.compute_dtype
     self.w = param(cfg, rngs, shape, axes, inputs=inputs, init=init)
     if bias:
       zeros = jax.nn.initializers.zeros
       self.b = param(cfg, rngs, shape[inputs:], axes[inputs:], role="vector", init=zeros)
 
-  def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-    y = jnp.einsum(self.equation, x.astype(self.dtype), self.w[...].astype(self.dtype))
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    # An einsum would contract axes in alphabetical order, which turns the weights at every call.
+    y = jnp.tensordot(x.astype(self.dtype), self.w[...].astype(self.dtype), self.inputs)
     return y + self.b[...].astype(self.dtype) if hasattr(self, "b") else y
 
 
@@ -155,13 +158,13 @@ class MLP(nnx.Module):
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, width: int | None = None):
     D, F = cfg.d_model, cfg.d_ff if width is None else width
-    into = ("BTD,DF->BTF", (D, F), ("embed", "mlp"))
-    back = ("BTF,FD->BTD", (F, D), ("mlp", "embed"))
+    into = ((D, F), ("embed", "mlp"))
+    back = ((F, D), ("mlp", "embed"))
     self.activation = cfg.activation
     if cfg.gated:
-      self.gate_proj = Einsum(cfg, *into, rngs=rngs, bias=cfg.mlp_bias)
-    self.up_proj = Einsum(cfg, *into, rngs=rngs, bias=cfg.mlp_bias)
-    self.down_proj = Einsum(cfg, *back, rngs=rngs, bias=cfg.mlp_bias, init=residual_init(cfg))
+      self.gate_proj = Linear(cfg, *into, rngs=rngs, bias=cfg.mlp_bias)
+    self.up_proj = Linear(cfg, *into, rngs=rngs, bias=cfg.mlp_bias)
+    self.down_proj = Linear(cfg, *back, rngs=rngs, bias=cfg.mlp_bias, init=residual_init(cfg))
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     act, up = activation(self.activation), self.up_proj(x)

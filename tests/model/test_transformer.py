@@ -88,7 +88,7 @@ NEOX = (
   ("gpt_neox.layers.{i}.mlp.dense_4h_to_h.bias", "mlp.down_proj.b", "d -> d"),
   ("gpt_neox.final_layer_norm.weight", "final_norm.scale", "d -> d"),
   ("gpt_neox.final_layer_norm.bias", "final_norm.bias", "d -> d"),
-  ("embed_out.weight", "head.proj.w", "v d -> d v"),
+  ("lm_head.weight", "head.proj.w", "v d -> d v"),
 )  # fmt: skip
 BIASED = dict(
   norm="layer", gated=False, mlp_bias=True, attention_bias=True, attention_out_bias=True,
@@ -180,7 +180,8 @@ def test_logits_and_gradients_equal_transformers(name):
   theirs, m = theirs_and_ours(name)
   import torch
 
-  tokens = np.random.default_rng(0).integers(0, 96, (2, 40))
+  # Not the padding tokens: torch leaves their rows of the embedding without a gradient.
+  tokens = np.random.default_rng(0).integers(5, 96, (2, 40))
   logits = theirs(torch.tensor(tokens)).logits
   np.testing.assert_allclose(m(tokens), logits.detach().numpy(), atol=2e-4, rtol=1e-4)
   logits.logsumexp(-1).sum().backward()
@@ -194,7 +195,8 @@ def test_logits_and_gradients_equal_transformers(name):
       a, b = leaf(grads, path, stack), leaf(want, path, stack)
       a, b = (x[: m.config.vocab_size] if path == "embed.table" else x for x in (a, b))
       a, b = (x[..., : m.config.vocab_size] if path == "head.proj.w" else x for x in (a, b))
-      assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b), path
+      # The gradient of a key bias is zero: a softmax does not see what all scores have in common.
+      assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-6, path
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
