@@ -94,8 +94,9 @@ def run(
 
 def _quieten_libraries() -> None:
   """Leaves our own messages, as plain lines, and the warnings of others."""
-  here = Path(__file__).parents[1]
-  ours = lambda record: Path(record.pathname).is_relative_to(here)
+  house = Path(__file__).parents[1]
+  folders = [house / name for name in ("model", "infer", "train", "launch")]
+  ours = lambda record: any(Path(record.pathname).is_relative_to(f) for f in folders)
   handler = absl_logging.get_absl_handler()
   handler.addFilter(lambda record: record.levelno >= logging.WARNING or ours(record))
   handler.setFormatter(logging.Formatter("%(message)s"))
