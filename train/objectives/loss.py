@@ -30,7 +30,9 @@ def token_loss(
       (Szegedy et al., arXiv:1512.00567, section 7).
   """
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  label = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  # A gather would scatter its gradient into a second array of the logits' size.
+  chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+  label = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
   nats = log_z - label
   minimized = nats
   if label_smoothing:
