@@ -31,8 +31,7 @@ class Settings:
       _whole("max_new_tokens", self.max_new_tokens, least=1)
     if self.min_new_tokens > self.most_new_tokens():
       raise InputError(
-        f"min_new_tokens={self.min_new_tokens} exceeds "
-        f"max_new_tokens={self.most_new_tokens()}."
+        f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.most_new_tokens()}."
       )
     _number("temperature", self.temperature, "at least 0 (0 is greedy)", lambda t: t >= 0)
     if self.top_k is not None:
