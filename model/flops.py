@@ -1,7 +1,6 @@
 """Model FLOPs: what the mathematics of a training step needs, however it is computed."""
 
 import functools
-import math
 
 import jax
 from flax import nnx
@@ -41,8 +40,7 @@ def matmul_params(cfg: ModelConfig) -> float:
   total = cfg.d_model * vocab if cfg.tie_embeddings else 0
   for shape, info in zip((s.shape for s in shapes), infos, strict=True):
     if info.role == "matrix":
-      real = (vocab if a == "vocab" else n for a, n in zip(info.axes, shape, strict=True))
-      total += math.prod(real) * _share(cfg, info)
+      total += info.count(shape, vocab) * _share(cfg, info)
   return total
 
 

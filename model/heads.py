@@ -1,7 +1,5 @@
 """Heads, and the whole network: a body with a head on it."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -90,8 +88,5 @@ def count_params(cfg: ModelConfig) -> int:
   net = abstract(cfg)
   infos = jax.tree.leaves(param_info(net), is_leaf=lambda i: isinstance(i, ParamInfo))
   shapes = [p.shape for p in jax.tree.leaves(nnx.to_pure_dict(nnx.state(net, nnx.Param)))]
-  real = lambda axis, size: cfg.real_vocab if axis == "vocab" else size
-  return sum(
-    math.prod(real(a, s) for a, s in zip(info.axes, shape, strict=True))
-    for info, shape in zip(infos, shapes, strict=True)
-  )
+  pairs = zip(infos, shapes, strict=True)
+  return sum(info.count(shape, cfg.real_vocab) for info, shape in pairs)

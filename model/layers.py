@@ -1,6 +1,7 @@
 """What every model is made of: parameters declared once, Linear, norms, embeddings, the MLP."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,11 @@ class ParamInfo:
   axes: tuple[str | None, ...]
   role: str
   inputs: int
+
+  def count(self, shape: tuple[int, ...], vocab: int) -> int:
+    """Elements of the parameter, with a vocabulary of `vocab` in place of the padded one."""
+    pairs = zip(self.axes, shape, strict=True)
+    return math.prod(vocab if axis == "vocab" else size for axis, size in pairs)
 
 
 def param(

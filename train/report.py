@@ -62,7 +62,7 @@ def parameter_lines(config: Config, program: Program) -> list[str]:
   for kind, tree in (("trained", program.state.params), ("frozen", program.state.frozen)):
     for path, leaf in _leaves(tree):
       part, size = _part(path, infos[path]), math.prod(leaf.shape) * leaf.dtype.itemsize
-      count = _count(leaf.shape, infos[path], config.model.vocab_size)
+      count = infos[path].count(leaf.shape, config.model.real_vocab)
       counts[part], sizes[part] = counts[part] + count, sizes[part] + size
       totals[kind] = [totals[kind][0] + count, totals[kind][1] + size]
   everything = sum(counts.values())
@@ -204,11 +204,6 @@ def _count_text(count: int, noun: str) -> str:
 def _leaves(tree: dict) -> list[tuple[tuple[str, ...], Any]]:
   flat = jax.tree_util.tree_flatten_with_path(tree)[0]
   return [(tuple(str(k.key) for k in path), leaf) for path, leaf in flat]
-
-
-def _count(shape: tuple[int, ...], info: ParamInfo, vocab_size: int | None) -> int:
-  real = lambda axis, size: vocab_size if axis == "vocab" else size
-  return math.prod(real(a, n) or n for a, n in zip(info.axes, shape, strict=True))
 
 
 def _part(path: tuple[str, ...], info: ParamInfo) -> str:
