@@ -209,7 +209,9 @@ class _TensorBoard:
   def __init__(self, workdir: Path, start: int):
     from tensorboardX import SummaryWriter
 
-    self._writer = SummaryWriter(str(workdir), purge_step=start + 1)
+    # The suffix keeps files apart whose names, seconds, are equal: they would be overwritten.
+    suffix = f".{start}"
+    self._writer = SummaryWriter(str(workdir), purge_step=start + 1, filename_suffix=suffix)
 
   def write(self, line: dict[str, Any]) -> None:
     for name, value in line.items():
