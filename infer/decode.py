@@ -9,10 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from infer.sampling import Sampler
-from model.cache import KVCache, new_cache
+from model.cache import Cache, new_cache
 from model.config import ModelConfig
-
-Cache = tuple[KVCache, ...]
+from model.transformer import Inputs
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +68,7 @@ def prefill(
   index = jnp.arange(T)
   pos = jnp.where(index < lengths[:, None], index, -1)
   cache = new_cache(cfg, B, length, stacked=False, chunk=T)
-  x, cache, _ = net.hidden(tokens, pos, cache=cache)
+  x, cache, _ = net.hidden(Inputs(tokens, pos), cache=cache)
   last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
   start = Progress(
     count=jnp.zeros((), jnp.int32),
@@ -111,7 +110,7 @@ def decode(
   def step(carry):
     cache, progress = carry
     pos = jnp.where(progress.ended, -1, progress.pos)[:, None]
-    x, cache, _ = net.hidden(progress.token[:, None], pos, cache=expand(cache))
+    x, cache, _ = net.hidden(Inputs(progress.token[:, None], pos), cache=expand(cache))
     return squeeze(cache), _choose(progress, net.logits(x[:, 0]), request)
 
   progress = dataclasses.replace(progress, ended=progress.ended | stopped)

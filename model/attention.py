@@ -12,6 +12,7 @@ from model import positions
 from model.attend import attend
 from model.cache import KVCache
 from model.config import LayerKind, ModelConfig
+from model.errors import InputError
 from model.layers import Linear, Norm, param, residual_init
 from model.sharding import constrain
 
@@ -20,12 +21,23 @@ Angles = tuple[Float[Array, "B T R"], Float[Array, "B T R"]]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Context:
+  """What an encoder has read: its last hidden states, and where they are."""
+
+  x: Float[Array, "B S D"]
+  pos: Int[Array, "B S"]
+  seg: Int[Array, "B S"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Where:
   """Where the tokens of a pass are, and what every layer derives from it once.
 
   `angles` and `local_angles` are rotary; `bias` is the relative bias of a pass without a cache;
-  `table` holds what computes it against a cache's positions. `ordered` promises, statically, that
-  tokens lie in row order with positions rising by one in each segment.
+  `table` holds what computes it against a cache's positions. `bidirectional` marks the tokens of
+  prefixes. `ordered` promises, statically, that tokens lie in row order with positions rising by
+  one in each segment.
   """
 
   pos: Int[Array, "B T"]
@@ -35,34 +47,37 @@ class Where:
   bias: Float[Array, "B N T T"] | None = None
   table: Float[Array, "buckets N"] | None = None
   bidirectional: Bool[Array, "B T"] | None = None
+  context: Context | None = None
   ordered: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def relative_bias(
-  cfg: ModelConfig, table: Array | None, q_pos: Int[Array, "B T"], kv_pos: Int[Array, "B S"]
-) -> Float[Array, "B N T S"] | None:
+  cfg: ModelConfig, table: Array | None, q_pos: Int[Array, "B T"], kv_pos: Int[Array, "B S"],
+  *, causal: bool,
+) -> Float[Array, "B N T S"] | None:  # fmt: skip
   """What T5's buckets or ALiBi add to the scores; None for the other position schemes."""
   if cfg.positions == "alibi":
     return positions.alibi_bias(q_pos, kv_pos, cfg.num_heads)
   if cfg.positions != "t5_bias" or table is None:
     return None
   buckets = positions.relative_bias_buckets(
-    q_pos, kv_pos, bidirectional=cfg.shape == "encoder",
+    q_pos, kv_pos, bidirectional=not causal,
     num_buckets=cfg.relative_buckets, max_distance=cfg.relative_max_distance,
   )  # fmt: skip
   return jnp.moveaxis(table[buckets], -1, 1)
 
 
 class Attention(nnx.Module):
-  """MHA, GQA, MQA, windowed and cached attention.
+  """MHA, GQA, MQA, windowed, bidirectional, cached and cross-attention.
 
-  Head counts choose MHA, GQA or MQA; positions, segments and the layer's window choose the mask; a
-  cache makes it incremental.
+  Head counts choose MHA, GQA or MQA; positions, segments, causality and the layer's window choose
+  the mask; a cache makes it incremental. `cross` attends to an encoder's tokens, all of those of
+  the query's segment: there positions, windows and relative biases say nothing.
   """
 
-  def __init__(self, cfg: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+  def __init__(self, cfg: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs, cross: bool = False):
     D, N, K, H = cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_width
-    self.cfg, self.kind = cfg, kind
+    self.cfg, self.kind, self.cross = cfg, kind, cross
     into = functools.partial(Linear, cfg, rngs=rngs, bias=cfg.attention_bias)
     kv_axes = ("embed", "kv_heads", "head_dim")
     self.q_proj = into((D, N, H), ("embed", "heads", "head_dim"))
@@ -87,35 +102,59 @@ class Attention(nnx.Module):
     self, x: Float[Array, "B T D"], where: Where, *,
     cache: KVCache | None = None, key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], KVCache | None]:  # fmt: skip
-    cfg = self.cfg
-    q, k, v = self._heads(x, where)
-    kv_pos, kv_seg, bias = where.pos, where.seg, where.bias
-    if cache is not None:
-      cache = cache.update(k, v, where.pos)
-      k, v, kv_pos, kv_seg = cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2), cache.pos, None
-      bias = relative_bias(cfg, where.table, where.pos, kv_pos)
+    """Of cross-attention the cache is read only: see `keys_values` for what fills it."""
+    cfg, causal = self.cfg, self.kind.causal and not self.cross
+    q = self._turned(self.q_proj(x), where, "q_norm")
+    k, v, kv_pos, kv_seg, cache = self._seen(x, where, cache)
+    bias = where.bias
+    if self.cross:
+      bias = None
+    elif cache is not None:
+      bias = relative_bias(cfg, where.table, where.pos, kv_pos, causal=causal)
     run = functools.partial(
-      attend, causal=cfg.shape != "encoder", window=self.kind.window,
+      attend, causal=causal, window=None if self.cross else self.kind.window,
       scale=cfg.head_width**-0.5 if cfg.attention_scale is None else cfg.attention_scale,
-      softcap=cfg.attention_softcap, ordered=where.ordered and cache is None,
+      softcap=cfg.attention_softcap, ordered=where.ordered and cache is None and not self.cross,
       kernel=cfg.attention_kernel if cache is None else "auto", dropout=cfg.attention_dropout,
     )  # fmt: skip
     if cfg.remat == "attention":
       run = jax.checkpoint(run)
     y = run(
-      q, k.astype(q.dtype), v.astype(q.dtype), q_pos=where.pos, kv_pos=kv_pos, q_seg=where.seg,
-      kv_seg=kv_seg, bidirectional=where.bidirectional, bias=bias, key=key,
+      constrain(q, ("batch", "seq", "heads", None)), k.astype(q.dtype), v.astype(q.dtype),
+      q_pos=where.pos, kv_pos=kv_pos, q_seg=where.seg, kv_seg=kv_seg, bias=bias, key=key,
+      bidirectional=None if self.cross else where.bidirectional,
       sinks=self.sinks[...] if cfg.attention_sinks else None,
     )  # fmt: skip
     return self.o_proj(constrain(y, ("batch", "seq", "heads", None))), cache
 
-  def _heads(self, x: Float[Array, "B T D"], where: Where) -> tuple[Array, Array, Array]:
-    q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+  def keys_values(
+    self, x: Float[Array, "B S D"], where: Where | Context
+  ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Keys and values of the tokens `x`: what is attended to, and what a cache keeps."""
+    return self._turned(self.k_proj(x), where, "k_norm"), self.v_proj(x)
+
+  def _seen(self, x: Array, where: Where, cache: KVCache | None):
+    """(keys, values, their positions, their segments, the cache after this)."""
+    if self.cross and cache is None:
+      context = where.context
+      if context is None:
+        raise InputError("cross-attention needs what the encoder has read: give its tokens.")
+      return *self.keys_values(context.x, context), context.pos, context.seg, None
+    if not self.cross:
+      k, v = self.keys_values(x, where)
+      if cache is None:
+        return k, v, where.pos, where.seg, None
+      cache = cache.update(k, v, where.pos)
+    return cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2), cache.pos, None, cache
+
+  def _turned(self, heads: Array, where: Where | Context, norm: str) -> Float[Array, "B T N H"]:
+    """Queries or keys after their norm and, in self-attention, rotation."""
     if self.cfg.qk_norm != "none":
-      q, k = self.q_norm(q), self.k_norm(k)
+      heads = getattr(self, norm)(heads)
+    if self.cross or isinstance(where, Context) or not self.kind.rotary:
+      return heads
     local = self.kind.window is not None and where.local_angles is not None
     angles = where.local_angles if local else where.angles
-    if self.kind.rotary and angles is not None:
-      turn = lambda h: positions.apply_rotary(h, angles, interleaved=self.cfg.rope_interleaved)
-      q, k = turn(q), turn(k)
-    return constrain(q, ("batch", "seq", "heads", None)), k, v
+    if angles is None:
+      return heads
+    return positions.apply_rotary(heads, angles, interleaved=self.cfg.rope_interleaved)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from model.config import ModelConfig
+from model.config import LayerKind, ModelConfig
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +39,18 @@ class KVCache:
     return KVCache(put(self.k, k), put(self.v, v), self.pos.at[row, slot].set(pos, mode="drop"))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+  """What a layer keeps between steps: of its own tokens, and of what its encoder has read."""
+
+  own: KVCache
+  cross: KVCache | None = None  # Filled once for each request.
+
+
+Cache = tuple[LayerCache, ...]
+
+
 def cache_length(window: int | None, length: int, chunk: int) -> int:
   """Slots of a layer: all of `length`, or a ring of the window and what one step may write."""
   return length if window is None else min(length, window + chunk - 1)
@@ -46,24 +58,29 @@ def cache_length(window: int | None, length: int, chunk: int) -> int:
 
 def new_cache(
   cfg: ModelConfig, batch: int, length: int, *, stacked: bool, chunk: int | None = None,
-  dtype: jnp.dtype | None = None,
-) -> tuple[KVCache, ...]:  # fmt: skip
+  source: int = 0, dtype: jnp.dtype | None = None,
+) -> Cache:  # fmt: skip
   """Empty caches for sequences of up to `length` tokens, in the order of the decoder's layers.
 
   Args:
     stacked: one cache per stack with a leading layer axis, as in training; otherwise one per layer.
     chunk: the most tokens that one step writes (None: `length`), which sizes the rings.
+    source: tokens that the encoder reads, of an encoder–decoder.
     dtype: of keys and values; None: the compute dtype.
   """
   dtype = cfg.compute_dtype if dtype is None else dtype
   chunk = length if chunk is None else chunk
 
-  def empty(window: int | None, lead: tuple[int, ...]) -> KVCache:
-    S = cache_length(window, length, chunk)
+  def slots(S: int, lead: tuple[int, ...]) -> KVCache:
     shape = (*lead, batch, cfg.kv_heads, S, cfg.head_width)
     pos = jnp.full((*lead, batch, S), -1, jnp.int32)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), pos)
 
+  def empty(kind: LayerKind, lead: tuple[int, ...]) -> LayerCache:
+    own = slots(cache_length(kind.window, length, chunk), lead)
+    return LayerCache(own, slots(source, lead) if kind.cross else None)
+
   if not stacked:
-    return tuple(empty(kind.window, ()) for kind in cfg.layers())
-  return tuple(empty(kind.window, (n,)) for pattern, n in cfg.groups() for kind in pattern)
+    return tuple(empty(kind, ()) for kind in cfg.layers("decoder"))
+  groups = cfg.groups("decoder")
+  return tuple(empty(kind, (n,)) for pattern, n in groups for kind in pattern)

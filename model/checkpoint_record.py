@@ -14,7 +14,7 @@ from etils import epath
 from model.errors import InputError
 from model.fingerprint import check_dtype, fingerprints
 
-LAYOUT_VERSION = 1  # Of the parameters' names, shapes and meaning, and of this record.
+LAYOUT_VERSION = 2  # Of the parameters' names, shapes and meaning, and of this record.
 
 Path = tuple[str | int, ...]  # Keys from the root of a state to a leaf; list indices are ints.
 

@@ -8,29 +8,40 @@ import jax.numpy as jnp
 
 from model.errors import InputError, nearest
 
-SHAPES = ("decoder",)
+SHAPES = ("decoder", "encoder", "encoder_decoder")
 POSITIONS = ("learned", "sinusoidal", "rotary", "t5_bias", "alibi", "none")
 ROPE_SCALINGS = ("none", "linear", "dynamic", "yarn", "llama3")
 NORMS = ("layer", "rms")
 NORM_PLACEMENTS = ("pre", "post", "sandwich", "output")
 RESIDUALS = ("serial", "parallel", "parallel_two_norms")
 QK_NORMS = ("none", "head", "full")
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "silu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "silu", "tanh")
+HEADS = ("language", "masked_lm", "replaced_token", "sequence", "token", "span", "embedding")
+PROBLEMS = ("single_label", "multi_label", "regression")
+POOLINGS = ("first", "last", "mean")
 REMAT = ("none", "full", "dots", "attention", "offload")
 ATTENTION_KERNELS = ("auto", "xla", "cudnn", "splash")
 EXPERT_KERNELS = ("ragged", "dense")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PARAM_DTYPES = ("float32", "bfloat16", "float64")
-LAYER_WORDS = ("global", "local", "experts", "nope")
+LAYER_WORDS = ("global", "local", "experts", "nope", "unnormed")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-  """What one layer is. `window` counts the tokens a query sees, itself included (None: all)."""
+  """What one layer is.
+
+  `window` counts the tokens a query sees, itself included where attention is causal (None: all).
+  `cross` layers also attend to what an encoder has read. `normed` is False where attention takes
+  the residual stream as it is, though others norm it before (the first layer of ModernBERT).
+  """
 
   window: int | None
   experts: bool
   rotary: bool
+  causal: bool
+  cross: bool
+  normed: bool
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -38,15 +49,17 @@ class ModelConfig:
   """A transformer. Sizes count elements, lengths count tokens.
 
   A word of `layer_pattern` describes one layer: `global` or `local` (windowed) attention, then
-  `+experts` for a mixture of experts in place of the MLP and `+nope` for no rotary positions. The
-  pattern repeats after `layer_prefix` until `num_layers` layers are named.
+  `+experts` for a mixture of experts in place of the MLP, `+nope` for no rotary positions and
+  `+unnormed` for no norm before attention. The pattern repeats after `layer_prefix` until all
+  layers are named, in the encoder and in the decoder alike.
   """
 
   # Size.
   shape: str = "decoder"
   vocab_size: int | None = None  # None: as many as the tokenizer has.
   vocab_multiple: int = 128  # Rows of the table are padded to a multiple; never predicted.
-  num_layers: int = 12
+  num_layers: int = 12  # Of the encoder, where there are two stacks.
+  num_decoder_layers: int | None = None  # Encoder–decoders; None: num_layers.
   d_model: int = 768
   d_ff: int = 3072
   num_heads: int = 12
@@ -58,6 +71,7 @@ class ModelConfig:
 
   # Positions.
   positions: str = "rotary"
+  position_offset: int = 0  # Rows of the learned table before position 0 (BART, RoBERTa: 2).
   rope_theta: float = 10_000.0
   rope_local_theta: float | None = None  # Base of local layers, unscaled; None: as the others.
   rope_fraction: float = 1.0  # Share of the head width that rotates.
@@ -89,12 +103,15 @@ class ModelConfig:
   norm_eps: float = 1e-5
   norm_offset: bool = False  # The scale is stored as its difference from 1 (Gemma).
   norm_bias: bool = True  # Of layer norms.
+  token_types: int = 0  # Rows of the table of token types; 0: none (BERT: 2).
   embed_norm: bool = False
   final_norm: bool = True
   tie_embeddings: bool = True
   scale_embeddings: bool = False  # By √d_model.
+  logit_scale: float | None = None  # Multiplies what the head reads; None: nothing (tied T5: 1/√D).
   logit_softcap: float | None = None
   logit_bias: bool = False
+  decoder_start_id: int | None = None  # Encoder–decoders: what the decoder reads first.
 
   # MLP and experts.
   activation: str = "silu"
@@ -108,6 +125,18 @@ class ModelConfig:
   router_renormalize: bool = True  # The chosen experts' weights sum to 1.
   balance_loss: float = 0.01
   router_z_loss: float = 0.001
+
+  # Head.
+  head: str | None = None  # None: masked_lm on an encoder, language on the others.
+  head_dense: bool = False  # A dense layer with activation (BERT's transform, BERT's pooler).
+  head_activation: str = "gelu"  # Of that layer.
+  head_norm: bool = False  # A norm behind that layer.
+  head_bias: bool = True  # Of that layer, and of the projection to labels.
+  pair_head: bool = False  # Also tells whether two texts follow each other (BERT, ALBERT).
+  num_labels: int | None = None  # None: as many as the data has.
+  problem: str = "single_label"  # What a sequence head tells: one label, several, or a number.
+  pooling: str = "first"  # Which hidden state stands for a text: first, last, or their mean.
+  normalize: bool = False  # Embeddings of texts have length 1.
 
   # Initialization and regularization.
   init_std: float = 0.02
@@ -124,10 +153,20 @@ class ModelConfig:
   expert_kernel: str = "ragged"
 
   def __post_init__(self):
-    _check_choices(self)
-    _check_sizes(self)
-    _check_positions(self)
-    _check_layers(self)
+    from model.config_checks import check  # It needs the names above.
+
+    check(self)
+
+  @property
+  def stacks(self) -> tuple[str, ...]:
+    """The stacks of layers that a model of this shape has, in the order in which they run."""
+    return ("encoder", "decoder") if self.shape == "encoder_decoder" else (self.shape,)
+
+  @property
+  def head_kind(self) -> str:
+    """What sits on the last stack, the default resolved."""
+    default = "masked_lm" if self.shape == "encoder" else "language"
+    return default if self.head is None else self.head
 
   @property
   def kv_heads(self) -> int:
@@ -166,18 +205,39 @@ class ModelConfig:
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(auto if self.dtype == "auto" else self.dtype)
 
-  def layers(self) -> tuple[LayerKind, ...]:
-    """The kind of each layer, first to last."""
-    words = list(self.layer_prefix)
-    while len(words) < self.num_layers:
-      words.extend(self.layer_pattern)
-    return tuple(_layer_kind(self, w) for w in words[: self.num_layers])
+  @property
+  def outputs(self) -> int:
+    """Labels that the head tells apart; 1 for a number, 2 for the ends of a span.
 
-  def groups(self) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
+    Raises:
+      InputError: while `num_labels` is needed and is None.
+    """
+    fixed = {"span": 2, "replaced_token": 1}.get(self.head_kind)
+    if fixed is not None or self.problem == "regression":
+      return fixed or 1
+    if self.num_labels is None:
+      raise InputError("model.num_labels is not set and no data has set it: give a number.")
+    return self.num_labels
+
+  def depth(self, stack: str) -> int:
+    """Number of layers of a stack."""
+    decoder = stack == "decoder" and self.shape == "encoder_decoder"
+    if decoder and self.num_decoder_layers is not None:
+      return self.num_decoder_layers
+    return self.num_layers
+
+  def layers(self, stack: str) -> tuple[LayerKind, ...]:
+    """The kind of each layer of a stack, first to last."""
+    words = list(self.layer_prefix)
+    while len(words) < self.depth(stack):
+      words.extend(self.layer_pattern)
+    return tuple(_layer_kind(self, stack, w) for w in words[: self.depth(stack)])
+
+  def groups(self, stack: str) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
     """Runs of equal repeats: `(pattern, repeats)` for the prefix, the repeats and the remainder."""
-    kinds = self.layers()
-    start, size = len(self.layer_prefix), len(self.layer_pattern)
-    repeats = max(0, (self.num_layers - start) // size)
+    kinds = self.layers(stack)
+    start, size = min(len(self.layer_prefix), len(kinds)), len(self.layer_pattern)
+    repeats = max(0, (len(kinds) - start) // size)
     middle = start + repeats * size
     parts = ((kinds[:start], 1), (kinds[start : start + size], repeats), (kinds[middle:], 1))
     return tuple((pattern, n) for pattern, n in parts if pattern and n)
@@ -210,6 +270,9 @@ class ModelConfig:
 EXECUTION_FIELDS = ("dtype", "scan_layers", "remat", "attention_kernel", "expert_kernel",
                     "dropout", "attention_dropout", "balance_loss", "router_z_loss",
                     "init_std", "init_residual_scale", "param_dtype")  # fmt: skip
+HEAD_FIELDS = ("head", "head_dense", "head_activation", "head_norm", "head_bias", "pair_head",
+               "num_labels", "problem", "pooling", "normalize", "logit_scale", "logit_softcap",
+               "logit_bias", "tie_embeddings")  # fmt: skip
 
 
 def architecture(cfg: ModelConfig) -> dict[str, Any]:
@@ -217,117 +280,13 @@ def architecture(cfg: ModelConfig) -> dict[str, Any]:
   return {k: v for k, v in cfg.to_dict().items() if k not in EXECUTION_FIELDS}
 
 
-def _layer_kind(cfg: ModelConfig, word: str) -> LayerKind:
+def _layer_kind(cfg: ModelConfig, stack: str, word: str) -> LayerKind:
   parts = word.split("+")
-  local = "local" in parts
   return LayerKind(
-    window=cfg.window if local else None,
+    window=cfg.window if "local" in parts else None,
     experts="experts" in parts,
     rotary=cfg.positions == "rotary" and "nope" not in parts,
+    causal=stack == "decoder",
+    cross=stack == "decoder" and cfg.shape == "encoder_decoder",
+    normed="unnormed" not in parts,
   )
-
-
-def _check_choices(cfg: ModelConfig) -> None:
-  choices = dict(
-    shape=SHAPES, positions=POSITIONS, rope_scaling=ROPE_SCALINGS, norm=NORMS,
-    norm_placement=NORM_PLACEMENTS, residual=RESIDUALS, qk_norm=QK_NORMS, activation=ACTIVATIONS,
-    remat=REMAT, attention_kernel=ATTENTION_KERNELS, expert_kernel=EXPERT_KERNELS, dtype=DTYPES,
-    param_dtype=PARAM_DTYPES, router_scores=("softmax", "sigmoid"),
-  )  # fmt: skip
-  for name, allowed in choices.items():
-    value = getattr(cfg, name)
-    if value not in allowed:
-      raise InputError(
-        f"model.{name}={value!r} is not known: use one of {', '.join(allowed)}."
-        f"{nearest(str(value), allowed)}"
-      )
-
-
-def _check_sizes(cfg: ModelConfig) -> None:
-  optional = ("vocab_size", "num_kv_heads", "head_dim", "max_positions", "window", "d_expert",
-              "rope_original_positions")  # fmt: skip
-  sizes = ("num_layers", "d_model", "d_ff", "num_heads", "vocab_multiple", "experts_per_token",
-           "relative_buckets", "relative_max_distance")  # fmt: skip
-  for name in (*sizes, *optional):
-    value = getattr(cfg, name)
-    if value is None and name in optional:
-      continue
-    if not isinstance(value, int) or value < 1:
-      raise InputError(f"model.{name}={value!r} must be a whole number of at least 1.")
-  for name in ("dropout", "attention_dropout"):
-    if not 0 <= getattr(cfg, name) < 1:
-      raise InputError(f"model.{name}={getattr(cfg, name)} is a probability: use 0 <= p < 1.")
-  positive = ("attention_softcap", "logit_softcap", "attention_scale", "norm_eps", "init_std",
-              "rope_theta", "rope_local_theta", "rope_factor", "rope_attention_factor",
-              "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast",
-              "rope_beta_slow")  # fmt: skip
-  for name in positive:
-    value = getattr(cfg, name)
-    if value is not None and not 0 < value < float("inf"):
-      raise InputError(f"model.{name}={value} must be a positive number.")
-  for name in ("num_experts", "shared_experts", "balance_loss", "router_z_loss"):
-    if not 0 <= getattr(cfg, name) < float("inf"):
-      raise InputError(f"model.{name}={getattr(cfg, name)} must be at least 0.")
-  if cfg.head_dim is None and cfg.d_model % cfg.num_heads:
-    raise InputError(
-      f"model.d_model={cfg.d_model} is not a multiple of num_heads={cfg.num_heads}: "
-      "change one of them or set model.head_dim."
-    )
-  if cfg.num_heads % cfg.kv_heads:
-    raise InputError(
-      f"model.num_heads={cfg.num_heads} is not a multiple of num_kv_heads={cfg.kv_heads}: every "
-      "key/value head must serve the same number of query heads. Use num_kv_heads=num_heads "
-      "(MHA), 1 (MQA) or a divisor (GQA)."
-    )
-
-
-def _check_positions(cfg: ModelConfig) -> None:
-  if cfg.positions in ("learned",) and cfg.max_positions is None:
-    raise InputError("model.positions='learned' needs model.max_positions: the table's length.")
-  if cfg.positions == "rotary":
-    rotated = int(cfg.head_width * cfg.rope_fraction)
-    if not 0 < cfg.rope_fraction <= 1 or rotated < 2 or rotated % 2:
-      raise InputError(
-        f"model.rope_fraction={cfg.rope_fraction} of head_dim={cfg.head_width} rotates {rotated} "
-        "elements: it must be an even number of at least 2 and at most the head width."
-      )
-  scaled = cfg.rope_scaling != "none"
-  if scaled and cfg.rope_factor < 1:
-    raise InputError(f"model.rope_factor={cfg.rope_factor} must be at least 1.")
-  if cfg.rope_scaling in ("dynamic", "yarn", "llama3") and cfg.rope_original_positions is None:
-    raise InputError(
-      f"model.rope_scaling={cfg.rope_scaling!r} needs model.rope_original_positions: the length "
-      "that the model was trained on before scaling."
-    )
-  if not scaled and cfg.rope_factor != 1.0:
-    raise InputError("model.rope_factor has no effect without model.rope_scaling: set one.")
-
-
-def _check_layers(cfg: ModelConfig) -> None:
-  if not cfg.layer_pattern:
-    raise InputError("model.layer_pattern is empty: name at least one layer, for example 'global'.")
-  if len(cfg.layer_prefix) > cfg.num_layers:
-    raise InputError(f"model.layer_prefix names more than num_layers={cfg.num_layers} layers.")
-  for word in (*cfg.layer_prefix, *cfg.layer_pattern):
-    parts = word.split("+")
-    unknown = [p for p in parts if p not in LAYER_WORDS]
-    if unknown or ("global" in parts) == ("local" in parts):
-      raise InputError(
-        f"model.layer_pattern: {word!r} must be 'global' or 'local', then '+experts' and '+nope' "
-        f"where wanted.{nearest(unknown[0], LAYER_WORDS) if unknown else ''}"
-      )
-    if "local" in parts and cfg.window is None:
-      raise InputError("model.layer_pattern has local layers: set model.window, in tokens.")
-    if "experts" in parts and not cfg.num_experts:
-      raise InputError("model.layer_pattern has expert layers: set model.num_experts.")
-  words = "+".join((*cfg.layer_prefix, *cfg.layer_pattern)).split("+")
-  for name, word in (("window", "local"), ("num_experts", "experts")):
-    if getattr(cfg, name) and word not in words:
-      raise InputError(
-        f"model.{name}={getattr(cfg, name)} has no effect: no word of model.layer_pattern has "
-        f"{word!r}."
-      )
-  if cfg.num_experts and cfg.experts_per_token > cfg.num_experts:
-    raise InputError(
-      f"model.experts_per_token={cfg.experts_per_token} exceeds num_experts={cfg.num_experts}."
-    )

@@ -1,47 +1,58 @@
 """Model FLOPs: what the mathematics of a training step needs, however it is computed."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 from flax import nnx
 
 from model.config import ModelConfig
-from model.heads import abstract
+from model.heads import WORD_HEADS, abstract
 from model.layers import ParamInfo, param_info
 
 
-def model_flops(cfg: ModelConfig, tokens: float, pairs: dict[str, float]) -> float:
+def model_flops(cfg: ModelConfig, tokens: Mapping[str, float], pairs: Mapping[str, float]) -> float:
   """FLOPs of one forward and backward pass; the backward pass costs twice the forward.
 
   Args:
-    tokens: tokens that are not padding.
-    pairs: for each window of `cfg.layers()` (by `str(window)`), the query-key pairs that one layer
-      with it can see: see `visible_pairs`. Masked pairs are not counted.
+    tokens: by stack the tokens that it reads and that are not padding, and by `head` the vectors
+      that the head reads.
+    pairs: query-key pairs that one layer computes, masked ones not counted (see `visible_pairs`):
+      by `STACK.WINDOW` of `cfg.layers`, and by `cross` those of cross-attention.
 
   A multiplication and an addition count as two. Recomputed activations, the embedding lookup,
   norms and element-wise functions are not counted (PaLM, arXiv:2204.02311, appendix B).
   """
   width = cfg.num_heads * cfg.head_width
-  attention = sum(4 * pairs[str(kind.window)] * width for kind in cfg.layers())  # QK' and AV.
-  return 3 * (2 * matmul_params(cfg) * tokens + attention)
+  weights = matmul_params(cfg)
+  products = sum(2 * weights[part] * tokens[part] for part in weights)
+  seen = 0.0
+  for stack in cfg.stacks:
+    for kind in cfg.layers(stack):
+      seen += pairs[f"{stack}.{kind.window}"] + (pairs["cross"] if kind.cross else 0.0)
+  return 3 * (products + 4 * seen * width)  # QK' and AV.
 
 
 @functools.lru_cache
-def matmul_params(cfg: ModelConfig) -> float:
-  """Weights that each token is multiplied with.
+def matmul_params(cfg: ModelConfig) -> dict[str, float]:
+  """Weights that each token is multiplied with, by the stack whose tokens they are, and `head`.
 
   All matrices, of experts the share that a token goes through; the embedding only where it is also
-  the head. Padding of the vocabulary is left out.
+  the head. Keys and values of cross-attention belong to the encoder's tokens. Padding of the
+  vocabulary is left out.
   """
   net = abstract(cfg)
-  shapes = jax.tree.leaves(nnx.to_pure_dict(nnx.state(net, nnx.Param)))
+  flat = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(net, nnx.Param)))[0]
   infos = jax.tree.leaves(param_info(net), is_leaf=lambda i: isinstance(i, ParamInfo))
-  vocab = cfg.real_vocab
-  total = cfg.d_model * vocab if cfg.tie_embeddings else 0
-  for shape, info in zip((s.shape for s in shapes), infos, strict=True):
-    if info.role == "matrix":
-      total += info.count(shape, vocab) * _share(cfg, info)
-  return total
+  totals = dict.fromkeys((*cfg.stacks, "head"), 0.0)
+  if cfg.tie_embeddings and cfg.head_kind in WORD_HEADS:
+    totals["head"] += cfg.d_model * cfg.real_vocab
+  for (path, leaf), info in zip(flat, infos, strict=True):
+    names = [str(part.key) for part in path]
+    if info.role == "matrix" and names[0] in totals:
+      fed = "encoder" if "cross_attn" in names and names[-2] in ("k_proj", "v_proj") else names[0]
+      totals[fed] += info.count(leaf.shape, cfg.real_vocab) * _share(cfg, info)
+  return totals
 
 
 def _share(cfg: ModelConfig, info: ParamInfo) -> float:
@@ -50,7 +61,14 @@ def _share(cfg: ModelConfig, info: ParamInfo) -> float:
   return cfg.experts_per_token / cfg.num_experts if axes[0] == "expert" else 1.0
 
 
-def visible_pairs(length: int, window: int | None) -> int:
-  """Query-key pairs of a causal document of `length` tokens: position p sees min(p + 1, window)."""
-  near = length if window is None else min(length, window)
-  return near * (near + 1) // 2 + (length - near) * near
+def visible_pairs(length: int, window: int | None, *, causal: bool) -> int:
+  """Query-key pairs of a document of `length` tokens that a layer with this window computes.
+
+  Causal: position p sees min(p + 1, window) keys; otherwise all that are at most window // 2 away.
+  """
+  if causal:
+    near = length if window is None else min(length, window)
+    return near * (near + 1) // 2 + (length - near) * near
+  reach = length if window is None else min(length, window // 2 + 1)  # Own place included.
+  one_side = reach * (reach + 1) // 2 + (length - reach) * reach
+  return 2 * one_side - length

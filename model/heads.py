@@ -1,31 +1,83 @@
-"""Heads, and the whole network: a body with a head on it."""
+"""Heads, and the whole network: embeddings, an encoder or decoder or both, and a head."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from model.cache import KVCache
+from model.attention import Context
+from model.cache import Cache
 from model.config import ModelConfig
-from model.layers import Linear, ParamInfo, param, param_info
-from model.transformer import Aux, Decoder
+from model.errors import InputError
+from model.layers import Embed, Linear, Norm, ParamInfo, activation, dropout, param, param_info
+from model.transformer import Aux, Inputs, Stack, join_aux
+
+TEXT_HEADS = ("sequence", "embedding")  # One answer for a text; the others have one for a token.
+WORD_HEADS = ("language", "masked_lm")  # Score the vocabulary.
 
 
-class LanguageHead(nnx.Module):
-  """Scores of the next token; the embedding table is its matrix when the two are tied."""
+class Head(nnx.Module):
+  """What a network says: scores of the vocabulary or of labels, ends of spans, or an embedding.
+
+  Where asked for, a dense layer with an activation and a norm come first: the transform of BERT's
+  masked-LM head, its pooler, the discriminator's layer of ELECTRA. Vocabularies are scored against
+  the embedding table where the two are tied.
+  """
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
     self.cfg = cfg
-    D, V, axes = cfg.d_model, cfg.padded_vocab, ("embed", "vocab")
-    if not cfg.tie_embeddings:
-      self.proj = Linear(cfg, (D, V), axes, rngs=rngs)
-    if cfg.logit_bias:
-      zeros = jax.nn.initializers.zeros
-      self.bias = param(cfg, rngs, (V,), ("vocab",), role="vector", init=zeros)
+    D, zeros = cfg.d_model, jax.nn.initializers.zeros
+    if cfg.head_dense:
+      self.dense = Linear(cfg, (D, D), ("embed", "embed_out"), rngs=rngs, bias=cfg.head_bias)
+    if cfg.head_norm:
+      self.norm = Norm(cfg, rngs=rngs)
+    if cfg.head_kind in WORD_HEADS:
+      if not cfg.tie_embeddings:
+        self.proj = Linear(cfg, (D, cfg.padded_vocab), ("embed", "vocab"), rngs=rngs)
+      if cfg.logit_bias:
+        shape, axes = (cfg.padded_vocab,), ("vocab",)
+        self.bias = param(cfg, rngs, shape, axes, role="vector", init=zeros)
+    elif cfg.head_kind != "embedding":
+      axes = ("embed", "label")
+      self.proj = Linear(cfg, (D, cfg.outputs), axes, rngs=rngs, bias=cfg.head_bias)
 
-  def __call__(self, x: Float[Array, "... D"], body: Decoder) -> Float[Array, "... V"]:
+  def __call__(
+    self, x: Float[Array, "... D"], embed: Embed, key: jax.Array | None = None
+  ) -> Float[Array, "... C"]:
+    """Scores in at least float32; embeddings of length 1 where the config asks for it.
+
+    Args:
+      x: hidden states, of tokens or of whole texts (`pool`).
+      embed: the table of tokens.
+      key: of the dropout before labels are told.
+    """
+    x = self._transformed(x, key)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    if self.cfg.head_kind in WORD_HEADS:
+      return self._words(x, embed)
+    if self.cfg.head_kind != "embedding":
+      return self.proj(x).astype(wide)
+    x = x.astype(wide)
+    if not self.cfg.normalize:
+      return x
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+  def _transformed(self, x: Array, key: jax.Array | None) -> Array:
+    labels = self.cfg.head_kind in ("sequence", "token", "span")
+    keys = (None, None) if key is None or not labels else jax.random.split(key)
+    if self.cfg.head_dense:
+      x = dropout(x, self.cfg.dropout, keys[0]) if self.cfg.head_kind == "sequence" else x
+      x = activation(self.cfg.head_activation)(self.dense(x))
+    if self.cfg.head_norm:
+      x = self.norm(x)
+    return dropout(x, self.cfg.dropout, keys[1])
+
+  def _words(self, x: Array, embed: Embed) -> Float[Array, "... V"]:
+    """Scores over the padded vocabulary; what is padding scores -inf."""
     cfg = self.cfg
-    logits = body.embed.attend(x) if cfg.tie_embeddings else self.proj(x)
+    if cfg.logit_scale is not None:
+      x = x * jnp.asarray(cfg.logit_scale, x.dtype)
+    logits = embed.attend(x) if cfg.tie_embeddings else self.proj(x)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if cfg.logit_bias:
       logits += self.bias[...]
@@ -36,24 +88,103 @@ class LanguageHead(nnx.Module):
     return jnp.where(jnp.arange(cfg.padded_vocab) < cfg.real_vocab, logits, -jnp.inf)
 
 
+class PairHead(nnx.Module):
+  """Whether two texts belong together, from the first token's hidden state (BERT's pooler)."""
+
+  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    axes = ("embed", "embed_out")
+    self.dense = Linear(cfg, (cfg.d_model, cfg.d_model), axes, rngs=rngs, bias=True)
+    self.proj = Linear(cfg, (cfg.d_model, 2), ("embed", "label"), rngs=rngs, bias=True)
+
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... 2"]:
+    """Scores of (they follow each other, they do not)."""
+    scores = self.proj(jnp.tanh(self.dense(x)))
+    return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+
+
 class Network(nnx.Module):
-  """A body (embeddings and blocks) and a head."""
+  """Embeddings of tokens, the stacks of the config's shape, and a head on the last of them."""
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, stacked: bool = True):
-    self.body = Decoder(cfg, rngs=rngs, stacked=stacked)
-    self.head = LanguageHead(cfg, rngs=rngs)
+    self.cfg = cfg
+    self.embed = Embed(cfg, cfg.padded_vocab, "vocab", rngs=rngs)
+    if "encoder" in cfg.stacks:
+      self.encoder = Stack(cfg, "encoder", rngs=rngs, stacked=stacked)
+    if "decoder" in cfg.stacks:
+      self.decoder = Stack(cfg, "decoder", rngs=rngs, stacked=stacked)
+    self.head = Head(cfg, rngs=rngs)
+    if cfg.pair_head:
+      self.pair = PairHead(cfg, rngs=rngs)
+
+  def encode(
+    self, inputs: Inputs, *, key: jax.Array | None = None
+  ) -> tuple[Float[Array, "B S D"], Aux]:
+    """Last hidden states of the encoder, and sums that router losses need."""
+    x, _, aux = self.encoder(self.embed, inputs, key=key)
+    return x, aux
 
   def hidden(
-    self, tokens: Int[Array, "B T"], pos: Int[Array, "B T"], seg: Int[Array, "B T"] | None = None,
-    *, cache: tuple[KVCache, ...] | None = None, key: jax.Array | None = None,
-    ordered: bool = False,
-  ) -> tuple[Float[Array, "B T D"], tuple[KVCache, ...] | None, Aux]:  # fmt: skip
-    """The last hidden states; see Decoder."""
-    return self.body(tokens, pos, seg, cache=cache, key=key, ordered=ordered)
+    self, inputs: Inputs, *, source: Inputs | None = None, cache: Cache | None = None,
+    key: jax.Array | None = None,
+  ) -> tuple[Float[Array, "B T D"], Cache | None, Aux]:  # fmt: skip
+    """Last hidden states; see Stack.
 
-  def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Scores in at least float32, over the padded vocabulary; what is padding scores -inf."""
-    return self.head(x, self.body)
+    Args:
+      inputs: what the last stack reads: of an encoder–decoder what the decoder reads, the token
+        that starts it first.
+      source: what the encoder of an encoder–decoder reads; not given with a cache (`read`).
+    """
+    if len(self.cfg.stacks) == 1:
+      stack = self.encoder if self.cfg.shape == "encoder" else self.decoder
+      return stack(self.embed, inputs, cache=cache, key=key)
+    keys = (None, None) if key is None else jax.random.split(key)
+    context, auxes = None, []
+    if source is not None:
+      x, aux = self.encode(source, key=keys[0])
+      context, auxes = Context(x, source.pos, source.seg), [aux] if aux else []
+    elif cache is None:
+      raise InputError("an encoder–decoder needs tokens for its encoder and for its decoder.")
+    x, cache, aux = self.decoder(self.embed, inputs, context=context, cache=cache, key=keys[1])
+    return x, cache, join_aux(auxes + ([aux] if aux else []))
+
+  def read(self, cache: Cache, source: Inputs) -> Cache:
+    """The cache of a decoder with what the encoder makes of `source`, one text a row."""
+    x, _ = self.encode(source)
+    return self.decoder.read(cache, Context(x, source.pos, None))
+
+  def logits(self, x: Float[Array, "... D"], key: jax.Array | None = None) -> Float[Array, "... C"]:
+    """What the head says about hidden states of tokens, or about pooled ones of texts."""
+    return self.head(x, self.embed, key)
+
+  def pair_logits(self, x: Float[Array, "... D"]) -> Float[Array, "... 2"]:
+    """What the pair head says about hidden states of first tokens."""
+    return self.pair(x)
+
+
+def pool(
+  x: Float[Array, "B T D"], pos: Int[Array, "B T"], seg: Int[Array, "B T"] | None, *,
+  how: str, segments: int,
+) -> Float[Array, "B S D"]:  # fmt: skip
+  """One vector for each of the first `segments` segments of a row; zeros where there is none.
+
+  Args:
+    seg: None: each row is one segment.
+    how: `first`, `last` (by position) or `mean`, which is taken in at least float32.
+  """
+  seg = jnp.ones_like(pos) if seg is None else seg
+  number = jnp.arange(1, segments + 1)[:, None]
+  own = (seg[:, None] == number) & (pos[:, None] >= 0)  # (B, S, T)
+  if how != "mean":
+    edge = jnp.where(
+      own, pos[:, None] if how == "last" else -pos[:, None], jnp.iinfo(jnp.int32).min
+    )
+    place = jnp.argmax(edge, axis=-1)
+    rows = jnp.take_along_axis(x, place[..., None], axis=1)
+    return jnp.where(jnp.any(own, axis=-1)[..., None], rows, 0)
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  weight = own / jnp.maximum(jnp.sum(own, axis=-1, keepdims=True), 1)
+  mean = jnp.einsum("BST,BTD->BSD", weight.astype(wide), x.astype(wide), precision="highest")
+  return mean.astype(x.dtype)
 
 
 def build(cfg: ModelConfig, rngs: nnx.Rngs, *, stacked: bool = True) -> Network:
@@ -73,14 +204,17 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict:
 
 def unstack(cfg: ModelConfig, params: dict) -> dict:
   """Parameters of stacked layers -> parameters with one entry per layer (`stacked=False`)."""
-  layers, stack = [], 0
-  stacks = params["body"]["layers"]
-  for pattern, repeats in cfg.groups():
-    for r in range(repeats):
-      for place in range(len(pattern)):
-        layers.append(jax.tree.map(lambda a: a[r], stacks[stack + place]))  # noqa: B023
-    stack += len(pattern)
-  return {**params, "body": {**params["body"], "layers": dict(enumerate(layers))}}
+  out = dict(params)
+  for name in cfg.stacks:
+    layers, stack = [], 0
+    stacks = params[name]["layers"]
+    for pattern, repeats in cfg.groups(name):
+      for r in range(repeats):
+        for place in range(len(pattern)):
+          layers.append(jax.tree.map(lambda a: a[r], stacks[stack + place]))  # noqa: B023
+      stack += len(pattern)
+    out[name] = {**params[name], "layers": dict(enumerate(layers))}
+  return out
 
 
 def count_params(cfg: ModelConfig) -> int:

@@ -132,7 +132,7 @@ class Norm(nnx.Module):
 class Embed(nnx.Module):
   """A table of `rows` vectors; `attend` scores vectors against all of them (tied embeddings)."""
 
-  def __init__(self, cfg: ModelConfig, rows: int, row_axis: str, *, rngs: nnx.Rngs):
+  def __init__(self, cfg: ModelConfig, rows: int, row_axis: str | None, *, rngs: nnx.Rngs):
     self.dtype = cfg.compute_dtype
     shape, axes = (rows, cfg.d_model), (row_axis, "embed")
     self.table = param(cfg, rngs, shape, axes, role="embedding")
@@ -156,6 +156,7 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     "relu": jax.nn.relu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
   }[name]
 
 

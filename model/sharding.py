@@ -26,6 +26,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
   "mlp": "tensor",
   "expert": None,
   "position": None,
+  "label": None,
 }
 
 

@@ -1,16 +1,17 @@
-"""Block, and the Decoder made of it: stacks of equal layers that are scanned, or unrolled."""
+"""Block, and the Stack made of it: encoder or decoder, layers that are scanned, or unrolled."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model import positions
-from model.attention import Attention, Where, relative_bias
-from model.cache import KVCache
+from model.attention import Attention, Context, Where, relative_bias
+from model.cache import Cache, LayerCache
 from model.config import LayerKind, ModelConfig
 from model.layers import MLP, Embed, Norm, dropout, param
 from model.moe import Experts
@@ -19,8 +20,27 @@ from model.sharding import constrain
 Aux = dict[str, Array]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """The tokens that a stack reads, and where they are.
+
+  `seg` counts segments from 1, 0 is nothing. `types` are token types. `bidirectional` marks the
+  tokens of prefixes, which a decoder reads in both directions. `ordered` promises, statically, that
+  tokens lie in row order with positions rising by one in each segment.
+  """
+
+  tokens: Int[Array, "B T"]
+  pos: Int[Array, "B T"]  # -1: nothing here.
+  seg: Int[Array, "B T"] | None = None
+  types: Int[Array, "B T"] | None = None
+  bidirectional: Bool[Array, "B T"] | None = None
+  ordered: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
 class Block(nnx.Module):
-  """Attention and an MLP (or experts) around a residual stream.
+  """Attention, cross-attention where there is an encoder, and an MLP or experts, each added to a
+  residual stream.
 
   `norm_placement`: pre  x + f(norm(x));  post  norm(x + f(x));  sandwich  x + norm(f(norm(x)));
   output  x + norm(f(x)).  `residual`: parallel adds attention and MLP of the same normed input.
@@ -28,26 +48,40 @@ class Block(nnx.Module):
 
   def __init__(self, cfg: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
     self.cfg = cfg
-    self.attn = Attention(cfg, kind, rngs=rngs)
-    self.mlp = Experts(cfg, rngs=rngs) if kind.experts else MLP(cfg, rngs=rngs)
     before, after = cfg.norm_placement in ("pre", "sandwich"), cfg.norm_placement != "pre"
-    if before:
+    self.attn = Attention(cfg, kind, rngs=rngs)
+    if before and kind.normed:
       self.attn_norm = Norm(cfg, rngs=rngs)
+    if after:
+      self.attn_post_norm = Norm(cfg, rngs=rngs)
+    if kind.cross:
+      self.cross_attn = Attention(cfg, kind, rngs=rngs, cross=True)
+      if before:
+        self.cross_attn_norm = Norm(cfg, rngs=rngs)
+      if after:
+        self.cross_attn_post_norm = Norm(cfg, rngs=rngs)
+    self.mlp = Experts(cfg, rngs=rngs) if kind.experts else MLP(cfg, rngs=rngs)
     if before and cfg.residual != "parallel":
       self.mlp_norm = Norm(cfg, rngs=rngs)
     if after:
-      self.attn_post_norm, self.mlp_post_norm = Norm(cfg, rngs=rngs), Norm(cfg, rngs=rngs)
+      self.mlp_post_norm = Norm(cfg, rngs=rngs)
 
   def __call__(
     self, x: Float[Array, "B T D"], where: Where, *,
-    cache: KVCache | None = None, key: jax.Array | None = None,
-  ) -> tuple[Float[Array, "B T D"], KVCache | None, Aux]:  # fmt: skip
-    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+    cache: LayerCache | None = None, key: jax.Array | None = None,
+  ) -> tuple[Float[Array, "B T D"], LayerCache | None, Aux]:  # fmt: skip
+    keys = (None,) * 5 if key is None else jax.random.split(key, 5)
     x = constrain(x, ("batch", "seq", None))
     normed = self._norm("attn_norm", x)
-    y, cache = self.attn(normed, where, cache=cache, key=keys[0])
+    own, cross = (None, None) if cache is None else (cache.own, cache.cross)
+    y, own = self.attn(normed, where, cache=own, key=keys[0])
+    cache = None if own is None else LayerCache(own, cross)
     if self.cfg.residual == "serial":
       x = self._add(x, y, "attn_post_norm", keys[1])
+      if hasattr(self, "cross_attn"):
+        normed = self._norm("cross_attn_norm", x)
+        y, _ = self.cross_attn(normed, where, cache=cross, key=keys[3])
+        x = self._add(x, y, "cross_attn_post_norm", keys[4])
       y, aux = self._mlp(self._norm("mlp_norm", x), where)
       return self._add(x, y, "mlp_post_norm", keys[2]), cache, aux
     both = normed if self.cfg.residual == "parallel" else self._norm("mlp_norm", x)
@@ -69,71 +103,98 @@ class Block(nnx.Module):
     return x + dropout(self._norm(norm, y), self.cfg.dropout, key)
 
 
-class Decoder(nnx.Module):
-  """Embeddings, blocks and the last norm.
+class Stack(nnx.Module):
+  """An encoder or a decoder: what positions and token types add to embeddings, blocks, last norm.
 
   `layers` holds one stack of blocks for each place of the layer pattern (`ModelConfig.groups`),
   parameters with a leading layer axis; or, with `stacked=False`, one block for each layer, which is
   faster to decode with.
   """
 
-  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, stacked: bool = True):
-    self.cfg, self.stacked = cfg, stacked
-    self.embed = Embed(cfg, cfg.padded_vocab, "vocab", rngs=rngs)
+  def __init__(self, cfg: ModelConfig, name: str, *, rngs: nnx.Rngs, stacked: bool = True):
+    self.cfg, self.name, self.stacked = cfg, name, stacked
     if cfg.positions == "learned":
-      self.position_embed = Embed(cfg, cfg.max_positions or 0, "position", rngs=rngs)
+      rows = (cfg.max_positions or 0) + cfg.position_offset
+      self.position_embed = Embed(cfg, rows, "position", rngs=rngs)
+    if cfg.token_types and name == cfg.stacks[0]:
+      self.type_embed = Embed(cfg, cfg.token_types, None, rngs=rngs)
     if cfg.positions == "t5_bias":
       shape, axes = (cfg.relative_buckets, cfg.num_heads), (None, "heads")
       self.relative_bias = param(cfg, rngs, shape, axes, role="embedding")
     if cfg.embed_norm:
       self.embed_norm = Norm(cfg, rngs=rngs)
     if stacked:
-      stacks = [_stack(cfg, kind, n, rngs) for pattern, n in cfg.groups() for kind in pattern]
+      groups = cfg.groups(name)
+      stacks = [_stack(cfg, kind, n, rngs) for pattern, n in groups for kind in pattern]
     else:
-      stacks = [Block(cfg, kind, rngs=rngs) for kind in cfg.layers()]
+      stacks = [Block(cfg, kind, rngs=rngs) for kind in cfg.layers(name)]
     self.layers = nnx.List(stacks)
     if cfg.final_norm:
       self.final_norm = Norm(cfg, rngs=rngs)
 
   def __call__(
-    self, tokens: Int[Array, "B T"], pos: Int[Array, "B T"], seg: Int[Array, "B T"] | None = None,
-    *, cache: tuple[KVCache, ...] | None = None, key: jax.Array | None = None,
-    ordered: bool = False,
-  ) -> tuple[Float[Array, "B T D"], tuple[KVCache, ...] | None, Aux]:  # fmt: skip
-    """Returns (last hidden states, the cache after these tokens, sums that router losses need)."""
-    where = self._where(pos, seg, cached=cache is not None, ordered=ordered)
-    x = self._embed(tokens, pos)
+    self, embed: Embed, inputs: Inputs, *, context: Context | None = None,
+    cache: Cache | None = None, key: jax.Array | None = None,
+  ) -> tuple[Float[Array, "B T D"], Cache | None, Aux]:  # fmt: skip
+    """Returns (last hidden states, the cache after these tokens, sums that router losses need).
+
+    Args:
+      embed: the table of tokens.
+      context: what the encoder has read, for a decoder that attends to one; not needed with a
+        cache that holds it (`read`).
+    """
+    where = self._where(inputs, context, cached=cache is not None)
+    x = self._embed(embed, inputs)
     if key is not None:
-      x = dropout(x, self.cfg.dropout, jax.random.fold_in(key, self.cfg.num_layers))
+      x = dropout(x, self.cfg.dropout, jax.random.fold_in(key, self.cfg.depth(self.name)))
     run = self._run_stacked if self.stacked else self._run_unstacked
     x, cache, aux = run(x, where, cache, key)
     return (self.final_norm(x) if self.cfg.final_norm else x), cache, aux
 
-  def _embed(self, tokens: Int[Array, "B T"], pos: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+  def read(self, cache: Cache, context: Context) -> Cache:
+    """The cache with keys and values of what the encoder has read, once for all steps."""
+
+    def fill(block: Block, cache: LayerCache) -> LayerCache:
+      if cache.cross is None:
+        return cache
+      k, v = block.cross_attn.keys_values(context.x, context)
+      return LayerCache(cache.own, cache.cross.update(k, v, context.pos))
+
+    fill = jax.vmap(fill) if self.stacked else fill
+    return tuple(fill(block, slots) for block, slots in zip(self.layers, cache, strict=True))
+
+  def _embed(self, embed: Embed, inputs: Inputs) -> Float[Array, "B T D"]:
     cfg = self.cfg
-    x = constrain(self.embed(tokens), ("batch", "seq", None))
+    x = constrain(embed(inputs.tokens), ("batch", "seq", None))
     if cfg.scale_embeddings:
       x *= jnp.asarray(cfg.d_model**0.5, x.dtype)
+    if hasattr(self, "type_embed"):
+      types = jnp.zeros_like(inputs.tokens) if inputs.types is None else inputs.types
+      x += self.type_embed(types)
     if cfg.positions == "learned":
-      x += constrain(self.position_embed(jnp.maximum(pos, 0)), ("batch", "seq", None))
+      row = jnp.maximum(inputs.pos, 0) + cfg.position_offset
+      x += constrain(self.position_embed(row), ("batch", "seq", None))
     if cfg.positions == "sinusoidal":
-      x += positions.sinusoidal(pos, cfg.d_model).astype(x.dtype)
+      x += positions.sinusoidal(inputs.pos, cfg.d_model).astype(x.dtype)
     return self.embed_norm(x) if cfg.embed_norm else x
 
-  def _where(self, pos: Array, seg: Array | None, *, cached: bool, ordered: bool) -> Where:
-    cfg, angles, local = self.cfg, None, None
+  def _where(self, inputs: Inputs, context: Context | None, *, cached: bool) -> Where:
+    cfg, angles, local, pos = self.cfg, None, None, inputs.pos
     if cfg.positions == "rotary":
-      angles = positions.rotary_angles(pos, cfg, local=False, seg=seg)
+      angles = positions.rotary_angles(pos, cfg, local=False, seg=inputs.seg)
       if cfg.rope_local_theta is not None:
-        local = positions.rotary_angles(pos, cfg, local=True, seg=seg)
+        local = positions.rotary_angles(pos, cfg, local=True, seg=inputs.seg)
     table = self.relative_bias[...] if cfg.positions == "t5_bias" else None
-    bias = None if cached else relative_bias(cfg, table, pos, pos)
-    return Where(pos, seg, angles, local, bias, table, ordered=ordered)
+    causal = self.name == "decoder"
+    bias = None if cached else relative_bias(cfg, table, pos, pos, causal=causal)
+    return Where(
+      pos, inputs.seg, angles, local, bias, table, inputs.bidirectional, context, inputs.ordered
+    )
 
   def _run_stacked(self, x, where, caches, key):
     """Scans over the repeats of each group, with the places of its pattern unrolled inside."""
     first, start, out, auxes = 0, 0, [], []
-    for pattern, repeats in self.cfg.groups():
+    for pattern, repeats in self.cfg.groups(self.name):
       places = slice(first, first + len(pattern))
       stacks = tuple(self.layers)[places]
       slots = (None,) * len(pattern) if caches is None else caches[places]
@@ -144,7 +205,7 @@ class Decoder(nnx.Module):
       out.extend(slots)
       auxes.extend(a for a in aux if a)
       first, start = first + len(pattern), start + repeats * len(pattern)
-    return x, (None if caches is None else tuple(out)), _concatenate(auxes)
+    return x, (None if caches is None else tuple(out)), join_aux(auxes)
 
   def _run_unstacked(self, x, where, caches, key):
     out, auxes = [], []
@@ -153,7 +214,7 @@ class Decoder(nnx.Module):
       x, cache, aux = block(x, where, cache=cache, key=_fold(key, i))
       out.append(cache)
       auxes.extend([jax.tree.map(lambda a: a[None], aux)] if aux else [])
-    return x, (None if caches is None else tuple(out)), _concatenate(auxes)
+    return x, (None if caches is None else tuple(out)), join_aux(auxes)
 
 
 def _stack(cfg: ModelConfig, kind: LayerKind, repeats: int, rngs: nnx.Rngs) -> Block:
@@ -198,5 +259,6 @@ def _fold(key: jax.Array | None, index) -> jax.Array | None:
   return None if key is None else jax.random.fold_in(key, index)
 
 
-def _concatenate(auxes: list[Aux]) -> Aux:
+def join_aux(auxes: list[Aux]) -> Aux:
+  """Sums of several groups of layers, one behind the other."""
   return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *auxes) if auxes else {}

@@ -19,6 +19,7 @@ from train.data.pipeline import Data, load_data
 from train.metrics import MetricsLog
 from train.preemption import Preemption
 from train.program import Program, build_program, put_batch
+from train.resolve import check_fit, resolved
 from train.step import TrainState
 from train.workdir import (
   as_dict,
@@ -42,6 +43,7 @@ def train(config: Config, workdir: Path) -> int:
     InputError: for what a user can put right.
     Stop: with the status for a loss that stays non-finite.
   """
+  check_fit(config)
   check_workdir(workdir, config)
   use_compilation_cache(config.cache_dir)
   mesh = make_mesh(**dataclasses.asdict(config.mesh))
@@ -53,7 +55,7 @@ def train(config: Config, workdir: Path) -> int:
       config, workdir=workdir, process_index=jax.process_index(),
       process_count=jax.process_count(),
     )  # fmt: skip
-    config = with_vocabulary(config, data)
+    config = resolved(config, data)
     sample_tokens(config, data)  # What is wrong with the prompt is said before the training.
     write_config(workdir, config)
     program = build_program(config, mesh)
@@ -81,7 +83,7 @@ def run_steps(
       log.step(step, metrics | counted)
       if log.bad_steps >= config.max_bad_steps:
         raise Stop(_non_finite(config, step - 1, log), NON_FINITE)
-      last, validation = step == config.steps, None
+      last, validation = step == config.steps, {}
       if step % config.eval_every == 0 or last:
         with log.paused():
           validation = evaluate(program, state, data)
@@ -91,7 +93,7 @@ def run_steps(
         log.flush()
         with log.paused():
           meta = {"config": as_dict(config), "data": data.fingerprint}
-          checkpoints.save(step, state, meta, validation_loss=validation)
+          checkpoints.save(step, state, meta, validation_loss=validation.get("loss"))
         saved = step
       if stopping:
         break
@@ -104,22 +106,6 @@ def run_steps(
     print(f"curves: {workdir / 'curves.png'}", file=sys.stderr)
     print("" if text is None else f"sample: {text}", flush=True)
   return DONE
-
-
-def with_vocabulary(config: Config, data: Data) -> Config:
-  """The config with the tokenizer's vocabulary, where it names no size itself.
-
-  Raises:
-    InputError: if the model has fewer rows than the tokenizer has tokens.
-  """
-  size, given = data.tokenizer.vocab_size, config.model.vocab_size
-  if given is not None and given < size:
-    raise InputError(
-      f"model.vocab_size={given} is smaller than the tokenizer's {size} tokens: leave it out, or "
-      f"set it to {size} or more."
-    )
-  model = dataclasses.replace(config.model, vocab_size=size if given is None else given)
-  return dataclasses.replace(config, model=model)
 
 
 def restore_or_init(
@@ -140,14 +126,15 @@ def restore_or_init(
   return state, 0
 
 
-def evaluate(program: Program, state: TrainState, data: Data) -> float | None:
-  """Mean nats per target token over the validation rows; None where there are none."""
-  nats = weight = 0.0
+def evaluate(program: Program, state: TrainState, data: Data) -> dict[str, float]:
+  """Means over the validation rows by name; `loss` is nats a target. {} where there are none."""
+  sums: dict[str, list[float]] = {}
   for rows in data.validation_batches():
-    batch = put_batch(program, rows)
-    sums = program.eval_step(state.params, state.frozen, batch)
-    nats, weight = nats + float(sums[0]), weight + float(sums[1])
-  return nats / weight if weight else None
+    means = program.eval_step(state.params, state.frozen, put_batch(program, rows))
+    for name, (total, weight) in jax.device_get(means).items():
+      sums.setdefault(name, [0.0, 0.0])
+      sums[name] = [sums[name][0] + float(total), sums[name][1] + float(weight)]
+  return {name: total / weight for name, (total, weight) in sums.items() if weight}
 
 
 def sample(config: Config, data: Data, state: TrainState) -> str | None:

@@ -26,7 +26,7 @@ from train.report import Progress
 FILE = "metrics.jsonl"
 WANDB_ID = "wandb_id"
 FIRST = ("loss", "learning_rate", "grad_norm")  # Of a line; JAX returns metrics sorted by name.
-_PAIRS = "pairs_"
+_WORK = ("tokens.", "pairs.")  # What model FLOPs are counted by.
 
 
 class MetricsLog:
@@ -65,13 +65,14 @@ class MetricsLog:
     self._settle()
     self._pending = (step, metrics)
 
-  def validation(self, step: int, loss: float | None) -> None:
-    """Writes the mean nats per token over the validation rows; None (there are none): nothing."""
+  def validation(self, step: int, means: dict[str, float]) -> None:
+    """Writes means over the validation rows, `loss` in nats a target; {} (no rows): nothing."""
     self._settle()
-    if loss is not None:
-      self._write({"step": step, "validation_loss": loss})
+    if means:
+      names = sorted(means, key=lambda name: name != "loss")  # The loss first.
+      self._write({"step": step, **{f"validation_{name}": means[name] for name in names}})
       if self._progress is not None:
-        self._progress.validation(step, loss)
+        self._progress.validation(step, means["loss"])
 
   def trace(self, step: int) -> None:
     """To be called before each step, with the steps done so far: starts and ends the profile."""
@@ -116,18 +117,22 @@ class MetricsLog:
     values = {name: _shortest(np.asarray(v)) for name, v in jax.device_get(metrics).items()}
     now = time.perf_counter()
     self._seconds, self._mark = self._seconds + now - self._mark, now
-    for name in ("tokens", *(n for n in values if n.startswith(_PAIRS))):
-      self._sums[name] = self._sums.get(name, 0) + values[name]
+    for name in values:
+      if name.startswith(_WORK):
+        self._sums[name] = self._sums.get(name, 0) + values[name]
     self.bad_steps = values["bad_steps"]
     if self.bad_steps == 0:
-      self.last_finite = {"step": step, **_without_pairs(values)}
+      self.last_finite = {"step": step, **_without_work(values)}
     if step % self._config.log_every == 0 or step == self._config.steps:
-      self._log(step, _without_pairs(values))
+      self._log(step, _without_work(values))
 
   def _log(self, step: int, values: dict[str, float]) -> None:
-    pairs = {n.removeprefix(_PAIRS): v for n, v in self._sums.items() if n.startswith(_PAIRS)}
-    flops = model_flops(self._config.model, self._sums["tokens"], pairs)
-    rate = self._sums["tokens"] / self._seconds
+    tokens, pairs = (
+      {n.removeprefix(kind): v for n, v in self._sums.items() if n.startswith(kind)}
+      for kind in _WORK
+    )
+    flops = model_flops(self._config.model, tokens, pairs)
+    rate = sum(tokens[stack] for stack in self._config.model.stacks) / self._seconds
     mfu = None if self._peak is None else flops / self._seconds / self._peak
     self._sums, self._seconds = {}, 0.0
     measured = {"tokens_per_second": round(rate, 1), "mfu": None if mfu is None else round(mfu, 4)}
@@ -174,8 +179,8 @@ def _step_of(line: str) -> int | None:
     return None
 
 
-def _without_pairs(values: dict[str, Any]) -> dict[str, Any]:
-  return {name: value for name, value in values.items() if not name.startswith(_PAIRS)}
+def _without_work(values: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in values.items() if not name.startswith(_WORK)}
 
 
 def _shortest(scalar: np.ndarray) -> float | int:

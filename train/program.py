@@ -9,21 +9,18 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
 
 from model.errors import InputError
-from model.heads import abstract, init_params
 from model.layers import param_info
 from model.sharding import batch_sharding, mesh_parts, replicated, shardings
 from train.config import Config
-from train.objectives.loss import make_loss
+from train.objectives import make_objective
+from train.objectives.loss import Loss
+from train.objectives.objective import Objective, batch_fields
 from train.optim import make_optimizer, state_axes
 from train.schedules import make_schedule
-from train.step import Batch, TrainState, init_state, make_eval_step, make_train_step
-
-BATCH_DTYPES = {
-  "tokens": np.int32, "targets": np.int32, "weights": np.float32, "segments": np.int32,
-  "positions": np.int32,
-}  # fmt: skip
+from train.step import Batch, LossFn, TrainState, init_state, make_eval_step, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,24 +45,27 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   """
   check_batch(config, mesh)
   check_precision(config)
-  net = abstract(config.model)
+  objective = make_objective(config)
+  net = nnx.eval_shape(lambda: objective.build(config.model, nnx.Rngs(0)))
   graphdef, _ = nnx.split(net, nnx.Param)
   info = param_info(net)
   tx = make_optimizer(config.optimizer, config.steps, info)
 
   def init() -> TrainState:
-    params = init_params(config.model, jax.random.key(config.seed))
+    fresh = objective.build(config.model, nnx.Rngs(params=jax.random.key(config.seed)))
+    params = nnx.to_pure_dict(nnx.state(fresh, nnx.Param))
     return init_state(params, {}, tx, ema=config.ema_decay is not None)
 
   shapes = jax.eval_shape(init)
   where = _state_shardings(shapes, info, tx, mesh)
   state = jax.tree.map(_placed, shapes, where)
-  batch = _abstract_batch(config, mesh)
-  loss_fn = make_loss(graphdef, config.model, config.objective)
+  batch = _abstract_batch(config, objective, mesh)
+  loss_fn = make_loss(graphdef, objective)
+  dropout = config.model.dropout > 0 or config.model.attention_dropout > 0
   step = make_train_step(
-    loss_fn, tx, make_schedule(config.optimizer, config.steps), seed=config.seed,
-    accumulation=config.accumulation, ema_decay=config.ema_decay,
-    dropout=config.model.dropout > 0 or config.model.attention_dropout > 0,
+    loss_fn, objective.weights, tx, make_schedule(config.optimizer, config.steps),
+    seed=config.seed, accumulation=config.accumulation, ema_decay=config.ema_decay,
+    random=dropout or objective.samples,
   )  # fmt: skip
   start = time.perf_counter()
   train_step = jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh)))
@@ -76,6 +76,16 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     graphdef, info, state, batch, jax.jit(init, out_shardings=where), compiled, compiled_eval,
     time.perf_counter() - start,
   )  # fmt: skip
+
+
+def make_loss(graphdef: nnx.GraphDef, objective: Objective) -> LossFn:
+  """The loss of an objective as a function of parameters and a batch."""
+
+  def loss(params: dict, frozen: dict, batch: Batch, key: Array | None) -> Loss:
+    net = nnx.merge(graphdef, params, frozen) if frozen else nnx.merge(graphdef, params)
+    return objective.loss(net, batch, key)
+
+  return loss
 
 
 def put_batch(program: Program, rows: dict[str, np.ndarray]) -> Batch:
@@ -106,9 +116,14 @@ def check_precision(config: Config) -> None:
       )
 
 
-def _abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-  shape, where = (config.batch_size, config.seq_len), batch_sharding(mesh)
-  return {n: jax.ShapeDtypeStruct(shape, d, sharding=where) for n, d in BATCH_DTYPES.items()}
+def _abstract_batch(
+  config: Config, objective: Objective, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+  where = batch_sharding(mesh)
+  return {
+    name: jax.ShapeDtypeStruct((config.batch_size, *shape), np.dtype(dtype), sharding=where)
+    for name, (shape, dtype, _) in batch_fields(objective.sides).items()
+  }
 
 
 def _state_shardings(shapes: TrainState, info: dict, tx: Any, mesh: Mesh) -> TrainState:

@@ -76,7 +76,9 @@ def parameter_lines(config: Config, program: Program) -> list[str]:
   if len(shown) > 1:
     lines.append(row("total", everything, sum(sizes.values())))
   if config.model.num_experts:
-    lines.append(f"  each token is multiplied with {matmul_params(config.model):,.0f} of them")
+    lines.append(
+      f"  each token is multiplied with {sum(matmul_params(config.model).values()):,.0f} of them"
+    )
   return lines
 
 

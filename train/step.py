@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from train.objectives.loss import Loss, Mean
 from train.optim import skipped_steps
 
 Batch = dict[str, Array]
 # loss_fn(params, frozen, batch, key) -> Loss. Sums, not means: see `make_train_step`.
-LossFn = Callable[[dict, dict, Batch, Array | None], "Loss"]
+LossFn = Callable[[dict, dict, Batch, Array | None], Loss]
+# weigh(batch) -> what each term of the loss is divided by.
+Weigh = Callable[[Batch], dict[str, Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -29,24 +32,6 @@ class TrainState:
   bad_steps: Int[Array, ""]  # Non-finite steps in a row.
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Loss:
-  """What an objective returns for a batch, or a part of one.
-
-  `minimized` and `nats` are sums over target tokens, `weight` is their number; `penalty` is a mean
-  that does not depend on the number of tokens (the losses of routers). `tokens` and `pairs` count
-  the tokens and the visible query-key pairs by which model FLOPs are counted.
-  """
-
-  minimized: Array
-  weight: Array
-  nats: Array
-  penalty: Array
-  tokens: Array
-  pairs: dict[str, Array]
-
-
 def init_state(params: dict, frozen: dict, tx: optax.GradientTransformation, *, ema: bool):
   """The state before the first step."""
   zero = jnp.zeros((), jnp.int32)
@@ -56,31 +41,34 @@ def init_state(params: dict, frozen: dict, tx: optax.GradientTransformation, *, 
 
 def make_train_step(
   loss_fn: LossFn,
+  weigh: Weigh,
   tx: optax.GradientTransformationExtraArgs,
   schedule: optax.Schedule,
   *,
   seed: int,
   accumulation: int,
   ema_decay: float | None,
-  dropout: bool,
+  random: bool,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """Returns (state, batch) -> (state, metrics), to be jitted with the state donated.
 
-  The gradient is that of (sum of losses) / (sum of weights) over the global batch, whatever the
-  number of parts, devices or padded tokens. A step whose loss or gradient is not finite changes
-  nothing but the counters.
+  The gradient is that of the sum over terms of (sum of a term) / (its weight in the global batch),
+  whatever the number of parts, devices or padded tokens. A step whose loss or gradient is not
+  finite changes nothing but the counters.
   """
 
-  def total(params, frozen, batch, key):
-    loss = loss_fn(params, frozen, batch, key)
-    return loss.minimized + loss.penalty * loss.weight, loss
+  def total(params, frozen, batch, key, weights):
+    loss, parts = loss_fn(params, frozen, batch, key), weigh(batch)
+    first = next(iter(weights))
+    value = sum(loss.terms[name] / weights[name] for name in weights)
+    return value + loss.penalty * parts[first] / weights[first], loss
 
   gradient = jax.value_and_grad(total, has_aux=True)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-    key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
-    grads, loss, value = _accumulated(gradient, state, batch, key, accumulation)
-    grads = jax.tree.map(lambda g: g / loss.weight.astype(g.dtype), grads)
+    key = jax.random.fold_in(jax.random.key(seed), state.step) if random else None
+    weights = _positive(weigh(batch))
+    grads, loss, value = _accumulated(gradient, state, batch, key, weights, accumulation)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     new = _updated(state, grads, tx, ema_decay)
@@ -90,25 +78,30 @@ def make_train_step(
       new, step=state.step + 1, bad_steps=jnp.where(finite, 0, state.bad_steps + 1)
     )
     metrics: dict[str, Array] = dict(
-      loss=loss.nats / loss.weight, minimized=value / loss.weight, grad_norm=grad_norm,
-      learning_rate=jnp.asarray(schedule(state.step)), target_tokens=loss.weight,
-      tokens=loss.tokens,
+      {name: total / jnp.where(w > 0, w, 1) for name, (total, w) in loss.means.items()},
+      minimized=value, grad_norm=grad_norm,
+      learning_rate=jnp.asarray(schedule(state.step)), target_tokens=loss.means["loss"][1],
       bad_steps=new.bad_steps, skipped_steps=skipped_steps(new.opt_state),
-      **{f"pairs_{name}": n for name, n in loss.pairs.items()},
+      **{f"tokens.{name}": n for name, n in loss.tokens.items()},
+      **{f"pairs.{name}": n for name, n in loss.pairs.items()},
     )  # fmt: skip
     return new, metrics
 
   return train_step
 
 
-def make_eval_step(loss_fn: LossFn) -> Callable[[dict, dict, Batch], tuple[Array, Array]]:
-  """Returns (params, frozen, batch) -> (sum of nats, sum of weights)."""
+def make_eval_step(loss_fn: LossFn) -> Callable[[dict, dict, Batch], dict[str, Mean]]:
+  """Returns (params, frozen, batch) -> (sum, weight) of each mean that is reported."""
 
-  def eval_step(params: dict, frozen: dict, batch: Batch) -> tuple[Array, Array]:
-    loss = loss_fn(params, frozen, batch, None)
-    return loss.nats, loss.weight
+  def eval_step(params: dict, frozen: dict, batch: Batch) -> dict[str, Mean]:
+    return loss_fn(params, frozen, batch, None).means
 
   return eval_step
+
+
+def _positive(weights: dict[str, Array]) -> dict[str, Array]:
+  """The weights, 1 in the place of 0: a batch without targets has a loss of 0."""
+  return {name: jnp.where(w > 0, w, 1) for name, w in weights.items()}
 
 
 def _updated(
@@ -123,11 +116,12 @@ def _updated(
 
 
 def _accumulated(
-  gradient: Callable, state: TrainState, batch: Batch, key: Array | None, parts: int
-) -> tuple[dict, Loss, Array]:
+  gradient: Callable, state: TrainState, batch: Batch, key: Array | None,
+  weights: dict[str, Array], parts: int,
+) -> tuple[dict, Loss, Array]:  # fmt: skip
   """Sums of gradients, losses and values over `parts` equal parts, one after the other."""
   if parts == 1:
-    (value, loss), grads = gradient(state.params, state.frozen, batch, key)
+    (value, loss), grads = gradient(state.params, state.frozen, batch, key, weights)
     return grads, loss, value
 
   def split(rows: Any) -> Any:
@@ -137,12 +131,12 @@ def _accumulated(
   def add(sums, part):
     batch, index = part
     part_key = None if key is None else jax.random.fold_in(key, index)
-    (value, loss), grads = gradient(state.params, state.frozen, batch, part_key)
+    (value, loss), grads = gradient(state.params, state.frozen, batch, part_key, weights)
     return jax.tree.map(jnp.add, sums, (grads, loss, value)), None
 
   split_batch = jax.tree.map(split, batch)
   first = jax.tree.map(lambda rows: rows[0], split_batch)
-  (value, loss), grads = jax.eval_shape(gradient, state.params, state.frozen, first, key)
+  (value, loss), grads = jax.eval_shape(gradient, state.params, state.frozen, first, key, weights)
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (grads, loss, value))
   sums, _ = jax.lax.scan(add, zeros, (split_batch, jnp.arange(parts)))
   return sums

@@ -19,6 +19,12 @@ RESUMABLE = (
   "mesh", "data.workers",
 )  # fmt: skip
 
+# What the data decides where the config has this value (`train.resolve`).
+OF_THE_DATA = {
+  ("model", "vocab_size"): None, ("model", "head"): None, ("model", "pair_head"): False,
+  ("model", "num_labels"): None, ("model", "decoder_start_id"): None, ("data", "labels"): None,
+}  # fmt: skip
+
 
 def check_workdir(workdir: Path, config: Config) -> None:
   """Makes sure that `workdir` is new, or that its run was started with this config.
@@ -32,8 +38,9 @@ def check_workdir(workdir: Path, config: Config) -> None:
   if saved is None:
     return
   current = as_dict(config)
-  if config.model.vocab_size is None:  # It was the tokenizer's then, and will be again.
-    current["model"]["vocab_size"] = saved["model"]["vocab_size"]
+  for section, name in OF_THE_DATA:  # It was the data's then, and will be again.
+    if current[section][name] == OF_THE_DATA[section, name]:
+      current[section][name] = saved[section][name]
   if any((workdir / "checkpoints").glob("[0-9]*")):
     checkpoint.check_config(saved, current, allowed=RESUMABLE)
   elif saved != current:

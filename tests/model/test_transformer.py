@@ -13,6 +13,7 @@ from model.cache import new_cache
 from model.config import ModelConfig
 from model.heads import abstract, init_params, unstack
 from model.loading import Model
+from model.transformer import Inputs
 from tests.train import tiny
 
 BASE = ModelConfig(
@@ -162,13 +163,13 @@ def converted(cfg, rows, tensors):
 def stacks(cfg):
   """(first stack, stacks, repeats) of each group."""
   first = 0
-  for kinds, n in cfg.groups():
+  for kinds, n in cfg.groups("decoder"):
     yield first, len(kinds), n
     first += len(kinds)
 
 
 def leaf(params, path, stack):
-  at = params if path.startswith("head") else params["body"]
+  at = params if path.startswith(("head", "embed.")) else params["decoder"]
   at = at if stack is None else at["layers"][stack]
   for part in path.split("."):
     at = at[part]
@@ -206,12 +207,12 @@ def test_cached_and_unstacked_decoding_equal_one_full_pass(name):
   tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, cfg.vocab_size)
   pos = jnp.stack([jnp.arange(12), jnp.arange(12) - 3]).clip(-1)  # The second is padded left.
   graphdef = nnx.split(abstract(cfg), nnx.Param)[0]
-  want = jax.jit(lambda p: nnx.merge(graphdef, p).hidden(tokens, pos)[0])(params)
+  want = jax.jit(lambda p: nnx.merge(graphdef, p).hidden(Inputs(tokens, pos))[0])(params)
   loose = nnx.split(abstract(cfg, stacked=False), nnx.Param)[0]
 
   @jax.jit
   def step(params, cache, tokens, pos):
-    return nnx.merge(loose, params).hidden(tokens, pos, cache=cache)[:2]
+    return nnx.merge(loose, params).hidden(Inputs(tokens, pos), cache=cache)[:2]
 
   cache, separate, got = new_cache(cfg, 2, 12, stacked=False, chunk=5), unstack(cfg, params), []
   for chunk in (slice(0, 5), *(slice(t, t + 1) for t in range(5, 12))):
@@ -230,7 +231,7 @@ def test_the_padding_of_the_vocabulary_is_never_predicted_or_counted():
   tokens = np.arange(8)[None]
   assert m(tokens).shape == (1, 8, 61)
   net = nnx.merge(m.graphdef, params)
-  logits = net.logits(net.hidden(jnp.asarray(tokens), jnp.arange(8)[None])[0])
+  logits = net.logits(net.hidden(Inputs(jnp.asarray(tokens), jnp.arange(8)[None]))[0])
   assert logits.shape[-1] == 64 and np.all(np.isneginf(logits[..., 61:]))
   exact = dataclasses.replace(cfg, vocab_multiple=1)
   assert cfg.num_params() == exact.num_params()

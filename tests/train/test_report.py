@@ -44,8 +44,9 @@ def program(cfg: ModelConfig):
 def metrics(step: int, loss: float | None = None) -> dict:
   loss = 3 / math.sqrt(step) if loss is None else loss
   values = dict(
-    loss=loss, learning_rate=1e-3 * min(1.0, step / 20), grad_norm=0.1, tokens=100.0,
-    pairs_None=850.0, pairs_3=300.0,
+    {"tokens.decoder": 100.0, "tokens.head": 100.0, "pairs.decoder.None": 850.0,
+     "pairs.decoder.3": 300.0},
+    loss=loss, learning_rate=1e-3 * min(1.0, step / 20), grad_norm=0.1,
   )  # fmt: skip
   bad = jnp.int32(0 if math.isfinite(loss) else 1)
   return {k: np.float32(v) for k, v in values.items()} | {"bad_steps": bad}
@@ -57,7 +58,7 @@ def run(workdir, cfg, start: int, end: int, validate: int = 10) -> MetricsLog:
     log.step(step, metrics(step))
     if step % validate == 0:
       with log.paused():
-        log.validation(step, 3.1 / math.sqrt(step))
+        log.validation(step, {"loss": 3.1 / math.sqrt(step)})
   return log
 
 
@@ -74,23 +75,24 @@ def test_gpt2_flops_equal_the_formula_by_hand():
   matrices = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + 768 * 50_257
   pairs = 8 * length * (length + 1) // 2
   by_hand = 6 * matrices * tokens + 12 * 3 * 2 * 2 * pairs * 768
-  assert matmul_params(GPT2) == matrices
-  assert visible_pairs(length, None) * 8 == pairs
-  assert model_flops(GPT2, tokens, {"None": pairs}) == by_hand
+  assert sum(matmul_params(GPT2).values()) == matrices
+  assert visible_pairs(length, None, causal=True) * 8 == pairs
+  counts = dict(decoder=tokens, head=tokens)
+  assert model_flops(GPT2, counts, {"decoder.None": pairs}) == by_hand
 
 
 def test_a_windowed_layer_and_an_expert_layer_cost_what_their_tokens_use():
   tiny = MODELS["rotary_gqa_windows"]
   position = np.arange(16)
   seen = {w: int(np.minimum(position + 1, w or 16).sum()) for w in (None, 3)}
-  assert {w: visible_pairs(16, w) for w in seen} == seen
+  assert {w: visible_pairs(16, w, causal=True) for w in seen} == seen
   heads, D, F, V = 4 * 8, 16, 32, 61
   layer = D * heads * 2 + D * 16 * 2 + 3 * D * F
   want = 6 * 16 * (3 * layer + D * V) + 12 * heads * (2 * seen[3] + seen[None])
-  pairs = {str(w): n for w, n in seen.items()}
-  assert model_flops(tiny, 16, pairs) == want
+  pairs = {f"decoder.{w}": n for w, n in seen.items()}
+  assert model_flops(tiny, dict(decoder=16, head=16), pairs) == want
   experts = MODELS["experts"]  # The second of three layers has 4, of which a token uses 2.
-  assert matmul_params(experts) == 3 * layer + 3 * D * F + D * 4 + D * V
+  assert sum(matmul_params(experts).values()) == 3 * layer + 3 * D * F + D * 4 + D * V
 
 
 def test_peaks_are_those_of_the_compute_dtype_and_unknown_devices_have_none():

@@ -14,8 +14,8 @@ import pytest
 from configs import shakespeare, shakespeare_cpu
 from model.sharding import make_mesh
 from train.data.pipeline import load_data
-from train.loop import with_vocabulary
 from train.program import build_program, put_batch
+from train.resolve import resolved
 from train.schedules import make_schedule
 
 ROOT = Path(__file__).parents[2]
@@ -63,8 +63,8 @@ def torch_losses(config, params, batches):
   class GPT(nn.Module):
     def __init__(self):
       super().__init__()
-      body = params["body"]
-      self.wte = nn.Parameter(tensor(body["embed"]["table"]))
+      body = params["decoder"]
+      self.wte = nn.Parameter(tensor(params["embed"]["table"]))
       self.wpe = nn.Parameter(tensor(body["position_embed"]["table"]))
       self.layers = nn.ModuleList([Layer(body["layers"][0], i) for i in range(m.num_layers)])
       self.norm = nn.Parameter(tensor(body["final_norm"]["scale"]))
@@ -111,7 +111,7 @@ def compare(config, steps):
   mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     data = load_data(config)
-    config = with_vocabulary(config, data)
+    config = resolved(config, data)
     program = build_program(config, mesh)
     state = program.init()
     theirs = torch_losses(config, jax.device_get(state.params), map(data.batch, range(steps)))

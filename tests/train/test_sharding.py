@@ -76,7 +76,7 @@ def test_parameters_and_moments_are_split_and_born_so():
   held = lambda a: a.addressable_shards[0].data.nbytes
   here = sum(held(a) for a in jax.tree.leaves((state.params, state.opt_state)))
   assert here < whole / 3.5, "fsdp=2 x tensor=2 should leave about a quarter on each device"
-  q = state.params["body"]["layers"][0]["attn"]["q_proj"]["w"]
+  q = state.params["decoder"]["layers"][0]["attn"]["q_proj"]["w"]
   moments = [a for a in jax.tree.leaves(state.opt_state) if a.shape == q.shape]
   assert len(moments) >= 2 and all(m.sharding == q.sharding for m in moments)
 

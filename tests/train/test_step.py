@@ -12,22 +12,23 @@ from model.heads import abstract, init_params
 from model.sharding import make_mesh
 from tests.train import tiny
 from train.config import ObjectiveConfig, OptimizerConfig
-from train.objectives.loss import make_loss, token_loss
+from train.objectives.causal_lm import CausalLM
+from train.objectives.loss import token_loss
 from train.optim import make_optimizer
-from train.program import build_program, put_batch
+from train.program import build_program, make_loss, put_batch
 
 
 def gradient(model, batch, params, key=None):
   """(nats, weight, gradients of the sum) of a batch."""
   graphdef = nnx.split(abstract(model), nnx.Param)[0]
-  loss_fn = make_loss(graphdef, model, ObjectiveConfig())
+  loss_fn = make_loss(graphdef, CausalLM(ObjectiveConfig(), model, batch["tokens"].shape[1]))
 
   def total(params, batch):
     loss = loss_fn(params, {}, batch, key)
-    return loss.minimized, loss
+    return loss.terms["loss"], loss
 
   (_, loss), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params, batch)
-  return float(loss.nats), float(loss.weight), grads
+  return *map(float, loss.means["loss"]), grads
 
 
 def params_of(model, seed=0):

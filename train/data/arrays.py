@@ -23,6 +23,10 @@ class Corpus:
   lengths: Int64[np.ndarray, "d"]
   entry: Entry | None = None  # What keeps a mapped file in the cache.
 
+  def limited(self, most: int) -> "Corpus":
+    """The first `most` tokens of each document."""
+    return dataclasses.replace(self, lengths=np.minimum(self.lengths, most))
+
 
 def read_arrays(source: TokenSource, vocab_size: int, cache: Cache) -> Corpus:
   """Token files as they are: ids get no special tokens.

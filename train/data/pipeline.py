@@ -21,44 +21,46 @@ from train.data.pack import Rows
 from train.data.sources import Source, TokenSource, open_source, parse_mixture
 from train.data.tokenize import tokenize
 from train.data.vocabulary import choose_tokenizer
-from train.objectives.causal_lm import empty_rows, fill_rows, predictions
+from train.objectives import make_objective
+from train.objectives.objective import Batch, Objective, Pieces, empty_batch
 
-_FORMAT = 1  # Of rows: a run goes on only with the rows that it began with.
-
-Batch = dict[str, np.ndarray]
+_FORMAT = 2  # Of rows: a run goes on only with the rows that it began with.
+_FINER = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
   """What a run learns from.
 
-  A batch is a dict of arrays (rows of this process, seq_len): see `causal_lm.empty_rows`. Counts
-  are of the whole corpus, over all processes.
+  A batch is a dict of arrays (rows of this process, …): see `Objective.sides`. Counts are of the
+  whole corpus, over all processes. A piece's tokens are counted without those that the one before
+  it ends with: for causal language models they are the targets.
   """
 
   tokenizer: Tokenizer
   fingerprint: dict[str, Any]  # Plain values: what must be the same for a run to go on.
   rows_per_epoch: int
-  tokens_per_epoch: int  # Targets.
-  validation_tokens: int  # Targets.
-  truncated_tokens: int  # Targets that data.truncate leaves out, in training.
+  tokens_per_epoch: int
+  validation_tokens: int
+  truncated_tokens: int  # That data.truncate leaves out, in training.
   truncated_documents: int
   num_validation_batches: int
+  labels: tuple[str, ...] | None  # Of a corpus that has them, in their order.
   _parts: list[tuple[Corpus, Rows]] = dataclasses.field(repr=False)
   _validation: list[tuple[Corpus, Rows]] = dataclasses.field(repr=False)
   _mixture: Mixture = dataclasses.field(repr=False)
   _config: Config = dataclasses.field(repr=False)
+  _objective: Objective = dataclasses.field(repr=False)
   _process: tuple[int, int] = dataclasses.field(repr=False)
 
   def batch(self, step: int) -> Batch:
     """This process' rows of the batch of `step`, counted from 0."""
     source, row = self._mixture.place(self._slice(step))
-    batch = empty_rows(len(row), self._config.seq_len)
+    batch = empty_batch(self._objective.sides, len(row))
     for i, (corpus, rows) in enumerate(self._parts):
       here = np.flatnonzero(source == i)
       if len(here):
-        which, starts, lengths = rows.segments(row[here])
-        fill_rows(batch, corpus.tokens, here[which], starts, lengths)
+        self._fill(batch, corpus, rows, here, row[here])
     return batch
 
   def batches(self, start: int = 0) -> Iterator[Batch]:
@@ -77,13 +79,24 @@ class Data:
     ends = np.cumsum([len(rows) for _, rows in self._validation])
     for i in range(self.num_validation_batches):
       wanted = self._slice(i)
-      batch = empty_rows(len(wanted), self._config.seq_len)
+      batch = empty_batch(self._objective.sides, len(wanted))
       for (corpus, rows), end in zip(self._validation, ends, strict=True):
         here = np.flatnonzero((wanted >= end - len(rows)) & (wanted < end))
         if len(here):
-          which, starts, lengths = rows.segments(wanted[here] - (end - len(rows)))
-          fill_rows(batch, corpus.tokens, here[which], starts, lengths)
+          self._fill(batch, corpus, rows, here, wanted[here] - (end - len(rows)))
       yield batch
+
+  def _fill(
+    self, batch: Batch, corpus: Corpus, rows: Rows, places: np.ndarray, wanted: np.ndarray
+  ) -> None:
+    """Writes the rows `wanted` of one part into the places of a batch."""
+    cuts = rows.cuts(wanted)
+    starts = corpus.starts[cuts.document] + cuts.begin
+    pieces = Pieces(
+      corpus, places[cuts.which], cuts.document, starts, cuts.length, cuts.salt,
+      lambda i: rows.chance(cuts, i),
+    )  # fmt: skip
+    self._objective.fill(batch, pieces)
 
   def _slice(self, step: int) -> np.ndarray:
     """Numbers of this process' rows of a batch."""
@@ -133,47 +146,64 @@ def _assemble(
   config: Config, tokenizer: Tokenizer, training: list[Corpus], validation: list[Corpus],
   weights: list[float], fingerprint: dict[str, Any], process: tuple[int, int],
 ) -> Data:  # fmt: skip
-  limit = config.seq_len if config.data.truncate else sys.maxsize
-  pairs = [predictions(corpus.lengths) for corpus in training]
-  kept = [np.minimum(n, limit) for n in pairs]
-  held_out = [predictions(corpus.lengths) for corpus in validation]
-  _check_enough(config, training, kept, held_out)
-  make = lambda corpus, n, seed: Rows(
-    corpus.starts, n, seq_len=config.seq_len, packing=config.data.packing, seed=seed
-  )
-  parts = [(c, make(c, n, config.seed)) for c, n in zip(training, kept, strict=True)]
-  validation_parts = [(c, make(c, n, None)) for c, n in zip(validation, held_out, strict=True)]
+  objective = make_objective(config, tokenizer)
+  steps = lambda corpus: np.maximum(corpus.lengths - objective.overlap, 0)
+  kept = training
+  if config.data.truncate and objective.whole is not None:
+    kept = [corpus.limited(objective.whole) for corpus in training]
+  _check_enough(config, objective, kept, validation)
+  parts = [(c, make_rows(objective, c, config.data.packing, config.seed)) for c in kept]
+  validation_parts = [(c, make_rows(objective, c, config.data.packing, None)) for c in validation]
+  both = list(zip(training, kept, strict=True))
   batches = -(-sum(len(rows) for _, rows in validation_parts) // config.batch_size)
   return Data(
     tokenizer=tokenizer,
     fingerprint=fingerprint,
     rows_per_epoch=sum(len(rows) for _, rows in parts),
-    tokens_per_epoch=sum(int(n.sum()) for n in kept),
-    validation_tokens=sum(int(n.sum()) for n in held_out),
-    truncated_tokens=sum(int((n - k).sum()) for n, k in zip(pairs, kept, strict=True)),
-    truncated_documents=sum(int((n > k).sum()) for n, k in zip(pairs, kept, strict=True)),
+    tokens_per_epoch=sum(int(steps(c).sum()) for c in kept),
+    validation_tokens=sum(int(steps(c).sum()) for c in validation),
+    truncated_tokens=sum(int((c.lengths - k.lengths).sum()) for c, k in both),
+    truncated_documents=sum(int((c.lengths > k.lengths).sum()) for c, k in both),
     num_validation_batches=batches
     if config.eval_batches is None
     else min(batches, config.eval_batches),
+    labels=None,
     _parts=parts,
     _validation=validation_parts,
     _mixture=mix(weights),
     _config=config,
+    _objective=objective,
     _process=process,
   )
 
 
+def make_rows(objective: Objective, corpus: Corpus, packing: bool, seed: int | None) -> Rows:
+  """The rows of a corpus: pieces take the room that they need on the side where it is scarcest."""
+  lengths = {name: side.length for name, side in objective.sides.items()}
+  # Finer than the places of a side, where sides differ and shares of a row must be compared.
+  capacity = max(lengths.values()) * (1 if len(set(lengths.values())) == 1 else _FINER)
+
+  def room(documents: np.ndarray, size: np.ndarray, salts: np.ndarray) -> np.ndarray:
+    taken = objective.room(corpus, documents, size, salts)
+    shares = [-(-taken[name] * capacity // length) for name, length in lengths.items()]
+    return np.maximum(np.max(shares, axis=0), 1)
+
+  return Rows(
+    corpus.starts, corpus.lengths, whole=objective.whole, overlap=objective.overlap, room=room,
+    capacity=capacity, packing=packing, moves=objective.moves, seed=seed,
+  )  # fmt: skip
+
+
 def _check_enough(
-  config: Config, training: list[Corpus], kept: list[np.ndarray], held_out: list[np.ndarray]
+  config: Config, objective: Objective, training: list[Corpus], held_out: list[Corpus]
 ) -> None:
   own = config.data.validation_source
   after = "" if own else " after the validation part is taken off"
-  for name, found in ((config.data.source, kept), (own or config.data.source, held_out)):
-    if not all(predicted.sum() for predicted in found):
-      raise InputError(
-        f"{name!r} is too small: each of its parts must hold two tokens in a row{after}."
-      )
-  single = sum(int((corpus.lengths == 1).sum()) for corpus in training)
+  for name, found in ((config.data.source, training), (own or config.data.source, held_out)):
+    if not all((corpus.lengths > objective.overlap).any() for corpus in found):
+      wanted = "two tokens in a row" if objective.overlap else "a document"
+      raise InputError(f"{name!r} is too small: each of its parts must hold {wanted}{after}.")
+  single = sum(int((corpus.lengths <= objective.overlap).sum()) for corpus in training)
   if single:
     logging.warning("%d documents of a single token hold nothing to predict.", single)
 

@@ -1,56 +1,100 @@
 """Causal language models: each token of a document predicts the next one."""
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int64, Integer
+from flax import nnx
+from jaxtyping import Array
+
+from model.config import ModelConfig
+from model.heads import Network, build
+from model.tokenizer import Tokenizer
+from train.config import Config, ObjectiveConfig
+from train.data.arrays import Corpus
+from train.objectives.loss import Loss, inputs_of, router_penalty, token_loss, work
+from train.objectives.objective import Batch, Field, Pieces, Side
+
+TOKENS = Field(np.int32)
+WEIGHTS = Field(np.float32)
 
 
-def predictions(lengths: Int64[np.ndarray, "d"]) -> Int64[np.ndarray, "d"]:
-  """Number of next-token pairs in documents of `lengths` tokens."""
-  return np.maximum(lengths - 1, 0)
+@dataclasses.dataclass(frozen=True)
+class CausalLM:
+  """Rows of `seq_len` predictions; a piece's last token is the next piece's first."""
+
+  config: ObjectiveConfig
+  model: ModelConfig
+  seq_len: int
+  overlap: int = 1
+  samples: bool = False
+  moves: bool = True
+
+  @classmethod
+  def of(cls, config: Config, tokenizer: Tokenizer | None) -> "CausalLM":
+    """The objective of a config."""
+    return cls(config.objective, config.model, config.seq_len)
+
+  @property
+  def sides(self) -> Mapping[str, Side]:
+    """Tokens, and the token behind each."""
+    return {"": Side(self.seq_len, dict(tokens=TOKENS, targets=TOKENS, weights=WEIGHTS))}
+
+  @property
+  def whole(self) -> int:
+    """Tokens of the longest piece: a row and the one behind it."""
+    return self.seq_len + 1
+
+  def room(
+    self, corpus: Corpus, documents: np.ndarray, lengths: np.ndarray, salts: np.ndarray
+  ) -> Mapping[str, np.ndarray]:
+    """One place for each prediction."""
+    return {"": lengths - 1}
+
+  def fill(self, batch: Batch, pieces: Pieces) -> None:
+    """All pieces at once, without a loop."""
+    rows, lengths = pieces.rows, pieces.lengths - 1
+    first = np.flatnonzero(np.diff(rows, prepend=-1))  # Piece that begins each row.
+    index = np.arange(len(rows)) - np.repeat(first, np.diff(first, append=len(rows)))
+    before = np.cumsum(lengths) - lengths
+    offset = before - before[np.arange(len(rows)) - index]  # Column of each piece.
+    pos = np.arange(lengths.sum()) - np.repeat(before, lengths)
+    place = np.repeat(rows, lengths), np.repeat(offset, lengths) + pos
+    source = np.repeat(pieces.starts, lengths) + pos
+    batch["tokens"][place] = pieces.corpus.tokens[source]
+    batch["targets"][place] = pieces.corpus.tokens[source + 1]
+    batch["weights"][place] = 1
+    batch["segments"][place] = np.repeat(index + 1, lengths)
+    batch["positions"][place] = pos
+
+  def build(self, cfg: ModelConfig, rngs: nnx.Rngs) -> Network:
+    """The network alone."""
+    return build(cfg, rngs)
+
+  def weights(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+    """Target tokens."""
+    return {"loss": jnp.sum(batch["weights"])}
+
+  def loss(self, net: Any, batch: Mapping[str, Array], key: jax.Array | None) -> Loss:
+    """Cross-entropy of the next token."""
+    inputs = inputs_of(batch)
+    x, _, stats = net.hidden(inputs, key=key)
+    return word_loss(self.config, self.model, net.logits(x), batch, stats, **work(
+      self.model, inputs, head=jnp.sum(inputs.pos >= 0)
+    ))  # fmt: skip
 
 
-def fill_rows(
-  batch: dict[str, np.ndarray],
-  tokens: Integer[np.ndarray, "n"],
-  rows: Int64[np.ndarray, "s"],
-  starts: Int64[np.ndarray, "s"],
-  lengths: Int64[np.ndarray, "s"],
-) -> None:
-  """Writes segments into `batch`, one after the other from the left of each row.
-
-  Args:
-    batch: what `empty_rows` gives.
-    tokens: ids of the corpus.
-    rows: row of each segment, ascending.
-    starts: place in `tokens` of its first input.
-    lengths: number of its inputs; its targets are as many, one place later.
-  """
-  first = np.flatnonzero(np.diff(rows, prepend=-1))  # Segment that begins each row.
-  index = np.arange(len(rows)) - np.repeat(first, np.diff(first, append=len(rows)))
-  before = np.cumsum(lengths) - lengths
-  offset = before - before[np.arange(len(rows)) - index]  # Column of each segment.
-  pos = np.arange(lengths.sum()) - np.repeat(before, lengths)
-  place = np.repeat(rows, lengths), np.repeat(offset, lengths) + pos
-  source = np.repeat(starts, lengths) + pos
-  batch["tokens"][place] = tokens[source]
-  batch["targets"][place] = tokens[source + 1]
-  batch["weights"][place] = 1
-  batch["segments"][place] = np.repeat(index + 1, lengths)
-  batch["positions"][place] = pos
-
-
-def empty_rows(count: int, seq_len: int) -> dict[str, np.ndarray]:
-  """Rows (count, seq_len) without anything in them.
-
-  Returns:
-    int32 `tokens`, `targets`, `segments` (from 1; 0 is nothing), `positions` (-1 is nothing) and
-    float32 `weights` (1 where a target counts).
-  """
-  shape = (count, seq_len)
-  return {
-    "tokens": np.zeros(shape, np.int32),
-    "targets": np.zeros(shape, np.int32),
-    "weights": np.zeros(shape, np.float32),
-    "segments": np.zeros(shape, np.int32),
-    "positions": np.full(shape, -1, np.int32),
-  }
+def word_loss(
+  objective: ObjectiveConfig, cfg: ModelConfig, logits: Array, batch: Mapping[str, Array],
+  stats: dict[str, Array], *, tokens: dict[str, Array], pairs: dict[str, Array], side: str = "",
+) -> Loss:  # fmt: skip
+  """The loss of an objective whose targets are tokens: `targets` and `weights` of a side."""
+  minimized, weight, nats = token_loss(
+    logits, batch[f"{side}targets"], batch[f"{side}weights"], vocab_size=cfg.real_vocab,
+    z_loss=objective.z_loss, label_smoothing=objective.label_smoothing,
+  )  # fmt: skip
+  penalty = router_penalty(stats, cfg).astype(nats.dtype)
+  return Loss({"loss": minimized}, {"loss": (nats, weight)}, penalty, tokens, pairs)

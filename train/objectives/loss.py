@@ -1,21 +1,51 @@
-"""Cross-entropy of tokens, as the pair (sum, weight) that makes every kind of averaging exact."""
+"""Losses as sums with weights, which makes every kind of averaging exact."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
 from model.moe import router_losses
-from model.transformer import Aux
-from train.config import ObjectiveConfig
-from train.step import Batch, Loss, LossFn
+from model.transformer import Aux, Inputs
+
+Mean = tuple[Array, Array]  # (sum, weight)
+Batch = Mapping[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """What an objective says of a batch, or of a part of one.
+
+  What is minimized is the sum over `terms` of (sum of the term) / (its weight over the whole batch,
+  `Objective.weights`), and `penalty`, a mean that does not depend on the number of tokens (the
+  losses of routers). `means` are reported: `loss` is nats of each target. `tokens` and `pairs`
+  count that by which model FLOPs are counted (`model.flops`).
+  """
+
+  terms: dict[str, Array]
+  means: dict[str, Mean]
+  penalty: Array
+  tokens: dict[str, Array]
+  pairs: dict[str, Array]
+
+
+def inputs_of(batch: Batch, side: str = "") -> Inputs:
+  """What a stack reads from a side of a batch."""
+  return Inputs(
+    batch[f"{side}tokens"], batch[f"{side}positions"], batch[f"{side}segments"],
+    types=batch.get(f"{side}types"), bidirectional=batch.get(f"{side}prefix"), ordered=True,
+  )  # fmt: skip
 
 
 def token_loss(
-  logits: Float[Array, "B T V"],
-  targets: Int[Array, "B T"],
-  weights: Float[Array, "B T"],
+  logits: Float[Array, "... V"],
+  targets: Int[Array, "..."],
+  weights: Float[Array, "..."],
   *,
   vocab_size: int,
   z_loss: float,
@@ -44,35 +74,49 @@ def token_loss(
   return jnp.sum(minimized * weights), jnp.sum(weights), jnp.sum(nats * weights)
 
 
-def make_loss(graphdef: nnx.GraphDef, cfg: ModelConfig, objective: ObjectiveConfig) -> LossFn:
-  """The loss of language models over a batch of rows: see Loss for what it returns."""
-
-  def loss(params: dict, frozen: dict, batch: Batch, key: Array | None) -> Loss:
-    net = nnx.merge(graphdef, params, frozen) if frozen else nnx.merge(graphdef, params)
-    pos, seg = batch["positions"], batch["segments"]
-    x, _, stats = net.hidden(batch["tokens"], pos, seg, key=key, ordered=True)
-    minimized, weight, nats = token_loss(
-      net.logits(x), batch["targets"], batch["weights"], vocab_size=cfg.real_vocab,
-      z_loss=objective.z_loss, label_smoothing=objective.label_smoothing,
-    )  # fmt: skip
-    return Loss(
-      minimized, weight, nats,
-      penalty=_router_penalty(stats, cfg).astype(nats.dtype),
-      tokens=jnp.sum(pos >= 0),
-      pairs={str(w): _pairs(pos, w) for w in {kind.window for kind in cfg.layers()}},
-    )  # fmt: skip
-
-  return loss
+def right_answers(
+  logits: Float[Array, "... V"], targets: Int[Array, "..."], weights: Float[Array, "..."]
+) -> Mean:
+  """(sum of the weights whose target scores highest, sum of weights)."""
+  right = jnp.argmax(logits, axis=-1) == targets
+  return jnp.sum(right * weights), jnp.sum(weights)
 
 
-def _router_penalty(stats: Aux, cfg: ModelConfig) -> Float[Array, ""]:
+def router_penalty(stats: Aux, cfg: ModelConfig) -> Float[Array, ""]:
+  """Balance and z-losses of the routers, weighted as the config says; 0 without experts."""
   if not stats:
     return jnp.zeros(())
   losses = router_losses(stats)
   return cfg.balance_loss * losses["balance_loss"] + cfg.router_z_loss * losses["router_z_loss"]
 
 
-def _pairs(pos: Int[Array, "B T"], window: int | None) -> Float[Array, ""]:
-  """Query-key pairs that a causal layer computes: token at position p sees p + 1, or its window."""
-  seen = pos + 1 if window is None else jnp.minimum(pos + 1, window)
-  return jnp.sum(seen.astype(jnp.float32))
+def work(
+  cfg: ModelConfig, inputs: Inputs, source: Inputs | None = None, *, head: Any
+) -> dict[str, dict[str, Array]]:
+  """`tokens` and `pairs` of a pass: what `model.flops.model_flops` counts by.
+
+  Args:
+    inputs: what the last stack reads.
+    source: what an encoder before it reads.
+    head: number of vectors that the head reads.
+  """
+  sides = {cfg.stacks[-1]: inputs} | ({} if source is None else {"encoder": source})
+  tokens = {name: jnp.sum(side.pos >= 0) for name, side in sides.items()}
+  pairs = {
+    f"{name}.{kind.window}": _pairs(side.pos, kind.window, causal=kind.causal)
+    for name, side in sides.items()
+    for kind in set(cfg.layers(name))
+  }
+  if source is not None:
+    seen = (inputs.seg[:, :, None] == source.seg[:, None]) & (inputs.seg[:, :, None] > 0)
+    pairs["cross"] = jnp.sum(seen, dtype=jnp.float32)
+  return dict(tokens={**tokens, "head": jnp.asarray(head)}, pairs=pairs)
+
+
+def _pairs(pos: Int[Array, "B T"], window: int | None, *, causal: bool) -> Float[Array, ""]:
+  """Query-key pairs that one layer computes: see `model.flops.visible_pairs`."""
+  if causal:
+    seen = pos + 1 if window is None else jnp.minimum(pos + 1, window)
+  else:  # Each token with those before it twice, for those after it, and with itself.
+    seen = 2 * (pos if window is None else jnp.minimum(pos, window // 2)) + 1
+  return jnp.sum(jnp.where(pos >= 0, seen, 0).astype(jnp.float32))

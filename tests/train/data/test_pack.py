@@ -13,9 +13,28 @@ from train.data.pack import Rows, best_fit
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any)
 
 
-def _rows(predictions: list[int], **settings) -> Rows:
-  lengths = np.array(predictions) + 1
-  return Rows(np.cumsum(lengths) - lengths, np.array(predictions), **settings)
+class NextTokens:
+  """Rows of next-token predictions: a piece holds one token more than it predicts."""
+
+  def __init__(self, predictions: list[int], *, seq_len: int, packing: bool, seed: int | None):
+    lengths = np.array(predictions) + 1
+    self.starts = np.cumsum(lengths) - lengths
+    self.rows = Rows(
+      self.starts, lengths, whole=seq_len + 1, overlap=1, room=lambda d, n, salt: n - 1,
+      capacity=seq_len, packing=packing, moves=True, seed=seed,
+    )  # fmt: skip
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def segments(self, wanted: np.ndarray):
+    """(index into `wanted`, place of the first token, predictions) of each piece."""
+    cuts = self.rows.cuts(wanted)
+    return cuts.which, self.starts[cuts.document] + cuts.begin, cuts.length - 1
+
+
+def _rows(predictions: list[int], **settings) -> NextTokens:
+  return NextTokens(predictions, **settings)
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,0 +1,182 @@
+"""What a ModelConfig refuses: each check names the value, what is expected and what to do."""
+
+from model.config import (
+  ACTIVATIONS,
+  ATTENTION_KERNELS,
+  DTYPES,
+  EXPERT_KERNELS,
+  HEADS,
+  LAYER_WORDS,
+  NORM_PLACEMENTS,
+  NORMS,
+  PARAM_DTYPES,
+  POOLINGS,
+  POSITIONS,
+  PROBLEMS,
+  QK_NORMS,
+  REMAT,
+  RESIDUALS,
+  ROPE_SCALINGS,
+  SHAPES,
+  ModelConfig,
+)
+from model.errors import InputError, nearest
+
+
+def check(cfg: ModelConfig) -> None:
+  """Raises an InputError for the first setting that is impossible, or that has no effect."""
+  _check_choices(cfg)
+  _check_sizes(cfg)
+  _check_positions(cfg)
+  _check_layers(cfg)
+  _check_shape(cfg)
+  _check_head(cfg)
+
+
+def _check_choices(cfg: ModelConfig) -> None:
+  choices = dict(
+    shape=SHAPES, positions=POSITIONS, rope_scaling=ROPE_SCALINGS, norm=NORMS,
+    norm_placement=NORM_PLACEMENTS, residual=RESIDUALS, qk_norm=QK_NORMS, activation=ACTIVATIONS,
+    remat=REMAT, attention_kernel=ATTENTION_KERNELS, expert_kernel=EXPERT_KERNELS, dtype=DTYPES,
+    param_dtype=PARAM_DTYPES, router_scores=("softmax", "sigmoid"), head_activation=ACTIVATIONS,
+    problem=PROBLEMS, pooling=POOLINGS,
+  )  # fmt: skip
+  if cfg.head is not None:
+    choices["head"] = HEADS
+  for name, allowed in choices.items():
+    value = getattr(cfg, name)
+    if value not in allowed:
+      raise InputError(
+        f"model.{name}={value!r} is not known: use one of {', '.join(allowed)}."
+        f"{nearest(str(value), allowed)}"
+      )
+
+
+def _check_sizes(cfg: ModelConfig) -> None:
+  optional = ("vocab_size", "num_kv_heads", "head_dim", "max_positions", "window", "d_expert",
+              "rope_original_positions", "num_decoder_layers", "num_labels")  # fmt: skip
+  sizes = ("num_layers", "d_model", "d_ff", "num_heads", "vocab_multiple", "experts_per_token",
+           "relative_buckets", "relative_max_distance")  # fmt: skip
+  for name in (*sizes, *optional):
+    value = getattr(cfg, name)
+    if value is None and name in optional:
+      continue
+    if not isinstance(value, int) or value < 1:
+      raise InputError(f"model.{name}={value!r} must be a whole number of at least 1.")
+  for name in ("dropout", "attention_dropout"):
+    if not 0 <= getattr(cfg, name) < 1:
+      raise InputError(f"model.{name}={getattr(cfg, name)} is a probability: use 0 <= p < 1.")
+  positive = ("attention_softcap", "logit_softcap", "attention_scale", "norm_eps", "init_std",
+              "rope_theta", "rope_local_theta", "rope_factor", "rope_attention_factor",
+              "logit_scale", "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast",
+              "rope_beta_slow")  # fmt: skip
+  for name in positive:
+    value = getattr(cfg, name)
+    if value is not None and not 0 < value < float("inf"):
+      raise InputError(f"model.{name}={value} must be a positive number.")
+  for name in ("num_experts", "shared_experts", "balance_loss", "router_z_loss", "token_types",
+               "position_offset"):  # fmt: skip
+    if not 0 <= getattr(cfg, name) < float("inf"):
+      raise InputError(f"model.{name}={getattr(cfg, name)} must be at least 0.")
+  if cfg.head_dim is None and cfg.d_model % cfg.num_heads:
+    raise InputError(
+      f"model.d_model={cfg.d_model} is not a multiple of num_heads={cfg.num_heads}: "
+      "change one of them or set model.head_dim."
+    )
+  if cfg.num_heads % cfg.kv_heads:
+    raise InputError(
+      f"model.num_heads={cfg.num_heads} is not a multiple of num_kv_heads={cfg.kv_heads}: every "
+      "key/value head must serve the same number of query heads. Use num_kv_heads=num_heads "
+      "(MHA), 1 (MQA) or a divisor (GQA)."
+    )
+
+
+def _check_positions(cfg: ModelConfig) -> None:
+  if cfg.positions in ("learned",) and cfg.max_positions is None:
+    raise InputError("model.positions='learned' needs model.max_positions: the table's length.")
+  if cfg.positions != "learned" and cfg.position_offset:
+    raise InputError(
+      f"model.position_offset={cfg.position_offset} has no effect on model.positions="
+      f"{cfg.positions!r}: only a learned table has rows."
+    )
+  if cfg.positions == "rotary":
+    rotated = int(cfg.head_width * cfg.rope_fraction)
+    if not 0 < cfg.rope_fraction <= 1 or rotated < 2 or rotated % 2:
+      raise InputError(
+        f"model.rope_fraction={cfg.rope_fraction} of head_dim={cfg.head_width} rotates {rotated} "
+        "elements: it must be an even number of at least 2 and at most the head width."
+      )
+  scaled = cfg.rope_scaling != "none"
+  if scaled and cfg.rope_factor < 1:
+    raise InputError(f"model.rope_factor={cfg.rope_factor} must be at least 1.")
+  if cfg.rope_scaling in ("dynamic", "yarn", "llama3") and cfg.rope_original_positions is None:
+    raise InputError(
+      f"model.rope_scaling={cfg.rope_scaling!r} needs model.rope_original_positions: the length "
+      "that the model was trained on before scaling."
+    )
+  if not scaled and cfg.rope_factor != 1.0:
+    raise InputError("model.rope_factor has no effect without model.rope_scaling: set one.")
+
+
+def _check_layers(cfg: ModelConfig) -> None:
+  if not cfg.layer_pattern:
+    raise InputError("model.layer_pattern is empty: name at least one layer, for example 'global'.")
+  if len(cfg.layer_prefix) > cfg.num_layers:
+    raise InputError(f"model.layer_prefix names more than num_layers={cfg.num_layers} layers.")
+  for word in (*cfg.layer_prefix, *cfg.layer_pattern):
+    parts = word.split("+")
+    unknown = [p for p in parts if p not in LAYER_WORDS]
+    if unknown or ("global" in parts) == ("local" in parts):
+      raise InputError(
+        f"model.layer_pattern: {word!r} must be 'global' or 'local', then '+experts', '+nope' and "
+        f"'+unnormed' where wanted.{nearest(unknown[0], LAYER_WORDS) if unknown else ''}"
+      )
+    if "local" in parts and cfg.window is None:
+      raise InputError("model.layer_pattern has local layers: set model.window, in tokens.")
+    if "experts" in parts and not cfg.num_experts:
+      raise InputError("model.layer_pattern has expert layers: set model.num_experts.")
+  words = "+".join((*cfg.layer_prefix, *cfg.layer_pattern)).split("+")
+  for name, word in (("window", "local"), ("num_experts", "experts")):
+    if getattr(cfg, name) and word not in words:
+      raise InputError(
+        f"model.{name}={getattr(cfg, name)} has no effect: no word of model.layer_pattern has "
+        f"{word!r}."
+      )
+  if cfg.num_experts and cfg.experts_per_token > cfg.num_experts:
+    raise InputError(
+      f"model.experts_per_token={cfg.experts_per_token} exceeds num_experts={cfg.num_experts}."
+    )
+
+
+def _check_shape(cfg: ModelConfig) -> None:
+  if cfg.shape != "encoder_decoder" and cfg.num_decoder_layers is not None:
+    raise InputError(
+      f"model.num_decoder_layers={cfg.num_decoder_layers} has no effect on model.shape="
+      f"{cfg.shape!r}: set model.num_layers."
+    )
+  if cfg.shape == "encoder_decoder" and cfg.residual != "serial":
+    raise InputError(
+      f"model.residual={cfg.residual!r} has no place for cross-attention: encoder_decoder needs "
+      "'serial'."
+    )
+
+
+def _check_head(cfg: ModelConfig) -> None:
+  kind = cfg.head_kind
+  fitting = {"language": ("decoder", "encoder_decoder"), "masked_lm": ("encoder",),
+             "replaced_token": ("encoder",)}  # fmt: skip
+  if cfg.shape not in fitting.get(kind, SHAPES):
+    raise InputError(
+      f"model.head={kind!r} sits on {' or '.join(fitting[kind])}, and model.shape={cfg.shape!r}: "
+      f"choose a head for this shape, or leave it out."
+    )
+  if cfg.pair_head and kind != "masked_lm":
+    raise InputError(f"model.pair_head stands beside a masked_lm head, not beside {kind!r}.")
+  if cfg.problem != "single_label" and kind != "sequence":
+    raise InputError(f"model.problem={cfg.problem!r} has no effect on model.head={kind!r}.")
+  if kind not in ("sequence", "token") and cfg.num_labels is not None:
+    raise InputError(f"model.num_labels={cfg.num_labels} has no effect on model.head={kind!r}.")
+  if cfg.problem == "regression" and cfg.num_labels not in (None, 1):
+    raise InputError(f"model.num_labels={cfg.num_labels}: a regression tells one number.")
+  if not cfg.head_dense and (cfg.head_norm or cfg.head_activation != "gelu"):
+    raise InputError("model.head_norm and head_activation have no effect without head_dense.")

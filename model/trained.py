@@ -1,0 +1,287 @@
+"""A trained model as an object: parameters with what they mean, called like a function."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from model.config import ModelConfig
+from model.errors import InputError
+from model.heads import TEXT_HEADS, abstract, pool, unstack
+from model.mask import positions_of
+from model.tokenizer import Tokenizer
+from model.transformer import Inputs
+
+_TEXTS = 64  # Texts that `embed` reads at a time.
+_LEAST_LENGTH = 16  # Lengths are rounded up to powers of two from here, so that few are compiled.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A network with its parameters and tokenizer. Pure: nothing changes when it is called."""
+
+  config: ModelConfig
+  params: dict
+  tokenizer: Tokenizer | None = None
+  labels: tuple[str, ...] | None = None  # Names of the classes, for heads that have them.
+
+  @functools.cached_property
+  def graphdef(self) -> nnx.GraphDef:
+    """The network without parameters: `nnx.merge(m.graphdef, m.params)`."""
+    return nnx.split(abstract(self.config), nnx.Param)[0]
+
+  @functools.cached_property
+  def _unstacked(self) -> tuple[nnx.GraphDef, dict]:
+    graphdef = nnx.split(abstract(self.config, stacked=False), nnx.Param)[0]
+    return graphdef, jax.jit(functools.partial(unstack, self.config))(self.params)
+
+  def unstacked(self) -> tuple[nnx.GraphDef, dict]:
+    """(graphdef, params) with separate arrays for each layer, which decodes faster."""
+    return self._unstacked
+
+  def __call__(
+    self, tokens: Int[Array, "B T"], *, segments: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None, token_types: Int[Array, "B T"] | None = None,
+    decoder_tokens: Int[Array, "B U"] | None = None,
+    decoder_segments: Int[Array, "B U"] | None = None,
+    decoder_positions: Int[Array, "B U"] | None = None,
+  ) -> Float[Array, "..."]:  # fmt: skip
+    """What the head says, compiled once for each shape.
+
+    Args:
+      tokens: ids; of an encoder–decoder, what the encoder reads.
+      segments: from 1, 0 is nothing; tokens see their own segment only.
+      positions: -1 is padding; omitted, they restart in each segment.
+      token_types: of an encoder that has them; omitted, they are 0.
+      decoder_tokens: what the decoder reads, the token that starts it first: nothing is shifted. A
+        head on whole texts needs none: there the decoder reads `tokens` behind its start token.
+      decoder_segments, decoder_positions: as `segments` and `positions`.
+
+    Returns:
+      In at least float32: (B, T, V) of heads that score the vocabulary (V without padding; U
+      instead of T for encoder–decoders); (B, labels) of a sequence head and (B, D) of an embedding,
+      with a second axis for segments where they are given; (B, T, labels) of a token head, (B, T)
+      of one that finds replaced tokens; (B, T, 2), start and end, of a span head.
+
+    Raises:
+      InputError: for ids outside of the vocabulary, positions that the model does not have, or
+        arguments that its shape does not take.
+    """
+    inputs, source, texts = self._checked(
+      tokens, segments, positions, token_types, decoder_tokens, decoder_segments, decoder_positions
+    )
+    return _logits(self.graphdef, self.config, self.params, inputs, source, texts)
+
+  def apply(
+    self, params: dict, tokens: Int[Array, "B T"], *, segments: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None, token_types: Int[Array, "B T"] | None = None,
+    decoder_tokens: Int[Array, "B U"] | None = None,
+    decoder_segments: Int[Array, "B U"] | None = None,
+    decoder_positions: Int[Array, "B U"] | None = None,
+  ) -> Float[Array, "..."]:  # fmt: skip
+    """As calling the model, pure in `params` and traceable: for jax.grad and jax.jit."""
+    inputs, source, texts = self._checked(
+      tokens, segments, positions, token_types, decoder_tokens, decoder_segments, decoder_positions
+    )
+    return _apply(self.graphdef, self.config, params, inputs, source, texts)
+
+  def hidden(
+    self, tokens: Int[Array, "B T"], *, segments: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None, token_types: Int[Array, "B T"] | None = None,
+    decoder_tokens: Int[Array, "B U"] | None = None,
+    decoder_segments: Int[Array, "B U"] | None = None,
+    decoder_positions: Int[Array, "B U"] | None = None,
+  ) -> Float[Array, "B T D"]:  # fmt: skip
+    """Last hidden states, behind the last norm; of an encoder–decoder the encoder's, unless there
+    are `decoder_tokens`. Arguments and errors as in calling the model.
+    """
+    if self.config.shape == "encoder_decoder" and decoder_tokens is None:
+      source = self._side(tokens, segments, positions, token_types)
+      return _encoded(self.graphdef, self.params, source)
+    inputs, source, _ = self._checked(
+      tokens, segments, positions, token_types, decoder_tokens, decoder_segments, decoder_positions
+    )
+    return _hidden(self.graphdef, self.params, inputs, source)
+
+  def embed(self, texts: str | Sequence[str]) -> Float[np.ndarray, "n D"]:
+    """One vector for each text, float32: its hidden states pooled as the config says.
+
+    Of an encoder–decoder the encoder's; with an embedding head what that makes of them, otherwise
+    the pooled states, of length 1 where `model.normalize` asks for it.
+
+    Raises:
+      InputError: for no text, a text longer than the model's positions, or a missing tokenizer.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if self.tokenizer is None or not texts:
+      raise InputError("embed needs a tokenizer and at least one text.")
+    ids = self.tokenizer.encode_batch(texts)
+    limit = self.config.max_positions
+    for i, one in enumerate(ids):
+      if not one or (limit is not None and len(one) > limit):
+        raise InputError(
+          f"text {i} has {len(one)} tokens: between 1 and the model's {limit} positions are needed."
+        )
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    out: Any = np.zeros((len(ids), self.config.d_model), np.float32)
+    for start in range(0, len(order), _TEXTS):
+      places = order[start : start + _TEXTS]
+      rows = padded([ids[i] for i in places], self.config.max_positions)
+      vectors = _pooled(self.graphdef, self.config, self.params, *rows)
+      out[places] = np.asarray(vectors)[: len(places)]
+    return out
+
+  def _checked(
+    self, tokens, segments, positions, types, decoder_tokens, decoder_segments, decoder_positions
+  ) -> tuple[Inputs, Inputs | None, int | None]:
+    """(what the last stack reads, what an encoder before it reads, texts in a row if it pools)."""
+    source = self._side(tokens, segments, positions, types)
+    texts = self._texts(segments) if self.config.head_kind in TEXT_HEADS else None
+    if self.config.shape != "encoder_decoder":
+      for name, value in (("decoder_tokens", decoder_tokens),
+                          ("decoder_segments", decoder_segments),
+                          ("decoder_positions", decoder_positions)):  # fmt: skip
+        if value is not None:
+          raise InputError(f"{name} were given, and this model is no encoder–decoder.")
+      return source, None, texts
+    if decoder_tokens is not None:
+      other = self._side(decoder_tokens, decoder_segments, decoder_positions, None, "decoder_")
+      if (source.seg is None) != (other.seg is None):
+        raise InputError("give segments for the encoder and for the decoder, or for neither.")
+      return other, source, texts
+    if texts is None or self.config.decoder_start_id is None:
+      raise InputError("an encoder–decoder needs decoder_tokens: what its decoder reads.")
+    return shifted(source, self.config.decoder_start_id), source, texts
+
+  def _texts(self, segments: Any) -> int | None:
+    if segments is None:
+      return 1
+    if isinstance(segments, Tracer):
+      raise InputError("segments of a head on whole texts must be known when it is traced.")
+    return max(1, int(np.max(np.asarray(segments))))
+
+  def _side(self, tokens: Any, segments: Any, positions: Any, types: Any, name="") -> Inputs:
+    """The arrays as int32; of what is traced only the shape is checked."""
+    tokens = whole_numbers(f"{name}tokens", tokens, least=0)
+    given = {f"{name}segments": (segments, 0), f"{name}positions": (positions, -1),
+             "token_types": (types, 0)}  # fmt: skip
+    arrays = []
+    for what, (value, least) in given.items():
+      array = None if value is None else whole_numbers(what, value, least=least)
+      if array is not None and array.shape != tokens.shape:
+        raise InputError(f"{what} have shape {array.shape}, but tokens {tokens.shape}.")
+      arrays.append(array)
+    segments, positions, types = arrays
+    self._check_ids(f"{name}token", tokens, self.config.real_vocab)
+    if types is not None:
+      if not self.config.token_types:
+        raise InputError("token_types were given, and this model has none.")
+      self._check_ids("token type", types, self.config.token_types)
+    self._check_positions(tokens.shape[1], segments, positions)
+    if positions is None and segments is not None:
+      positions = positions_of(jnp.asarray(segments))
+    elif positions is None:
+      positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return Inputs(tokens, positions, segments, types)
+
+  def _check_ids(self, name: str, ids: Any, size: int) -> None:
+    if not isinstance(ids, Tracer) and np.max(ids) >= size:
+      raise InputError(f"{name} {np.max(ids)} is outside of the vocabulary of {size}.")
+
+  def _check_positions(self, length: int, segments: Any, positions: Any) -> None:
+    limit = self.config.max_positions
+    if limit is None or isinstance(positions, Tracer) or isinstance(segments, Tracer):
+      return
+    last = length - 1
+    if positions is not None:
+      last = int(np.max(positions))
+    elif segments is not None:
+      with jax.ensure_compile_time_eval():  # Also where only the parameters are traced.
+        last = int(np.max(positions_of(jnp.asarray(segments))))
+    if last >= limit:
+      raise InputError(
+        f"position {last} is beyond the model's max_positions={limit}: shorten the input."
+      )
+
+
+def whole_numbers(name: str, values: Any, *, least: int) -> Any:
+  """int32 (B, T); of a tracer only the shape and dtype are checked.
+
+  Raises:
+    InputError: for another shape or dtype, or a number below `least`.
+  """
+  array = values if isinstance(values, Tracer) else np.asarray(values)
+  if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or not array.size:
+    raise InputError(
+      f"{name} have shape {array.shape} and dtype {array.dtype}: whole numbers of shape (B, T), "
+      "neither of them 0, are needed."
+    )
+  if not isinstance(array, Tracer) and array.min() < least:
+    raise InputError(f"{name} hold {array.min()}, the least that they may hold is {least}.")
+  return array.astype(np.int32)
+
+
+def shifted(inputs: Inputs, start: int) -> Inputs:
+  """What a decoder reads that says the encoder's tokens again: each one place later, `start` first.
+
+  Tokens of a segment must lie next to each other, in order.
+  """
+  tokens = jnp.where(inputs.pos == 0, start, jnp.roll(jnp.asarray(inputs.tokens), 1, axis=1))
+  return dataclasses.replace(inputs, tokens=tokens, types=None)
+
+
+def padded(rows: list[list[int]], limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+  """Token ids as (tokens, positions) int32, padded on the right to a power of two in length and
+  number, at most `limit` long.
+  """
+  longest = max(map(len, rows))
+  length = max(_LEAST_LENGTH, 1 << (longest - 1).bit_length())
+  length = length if limit is None else min(length, limit)
+  tokens: Any = np.zeros((1 << (len(rows) - 1).bit_length(), length), np.int32)
+  pos: Any = np.full(tokens.shape, -1, np.int32)
+  for i, row in enumerate(rows):
+    tokens[i, : len(row)], pos[i, : len(row)] = row, np.arange(len(row))
+  return tokens, pos
+
+
+def _apply(graphdef, cfg: ModelConfig, params, inputs: Inputs, source: Inputs | None, texts):
+  net = nnx.merge(graphdef, params)
+  x, _, _ = net.hidden(inputs, source=source)
+  if texts is not None:
+    x = pool(x, inputs.pos, inputs.seg, how=cfg.pooling, segments=texts)
+    x = x[:, 0] if inputs.seg is None else x
+  logits = net.logits(x)
+  if cfg.head_kind == "replaced_token":
+    return logits[..., 0]
+  return logits if cfg.head_kind not in ("language", "masked_lm") else logits[..., : cfg.vocab_size]
+
+
+_logits = jax.jit(_apply, static_argnums=(0, 1, 5))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(graphdef, params, inputs, source):
+  return nnx.merge(graphdef, params).hidden(inputs, source=source)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encoded(graphdef, params, source):
+  return nnx.merge(graphdef, params).encode(source)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pooled(graphdef, cfg: ModelConfig, params, tokens, pos):
+  net, inputs = nnx.merge(graphdef, params), Inputs(tokens, pos)
+  x = net.encode(inputs)[0] if cfg.shape == "encoder_decoder" else net.hidden(inputs)[0]
+  x = pool(x, pos, None, how=cfg.pooling, segments=1)[:, 0]
+  if cfg.head_kind == "embedding":
+    return net.logits(x).astype(jnp.float32)
+  x = x.astype(jnp.float32)
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if cfg.normalize else x

@@ -1,0 +1,118 @@
+"""What the data decides about a model: vocabulary, head, labels, and whether objective and shape
+fit together.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from model.config import ModelConfig
+from model.errors import InputError
+from model.tokenizer import Tokenizer
+from train.config import Config
+
+if TYPE_CHECKING:
+  from train.data.pipeline import Data
+
+# The shapes that each objective trains, and the head that it needs there.
+SHAPES = {
+  "causal_lm": {"decoder": "language"},
+  "prefix_lm": {"decoder": "language", "encoder_decoder": "language"},
+  "masked_lm": {"encoder": "masked_lm"},
+  "replaced_token": {"encoder": "replaced_token"},
+  "span_corruption": {"encoder_decoder": "language"},
+  "denoising": {"encoder_decoder": "language"},
+  "ul2": {"encoder_decoder": "language", "decoder": "language"},
+  "seq2seq": {"encoder_decoder": "language", "decoder": "language"},
+  "classification": dict.fromkeys(("encoder", "decoder", "encoder_decoder"), "sequence"),
+  "tagging": {"encoder": "token", "decoder": "token"},
+  "span_qa": {"encoder": "span", "decoder": "span"},
+  "contrastive": dict.fromkeys(("encoder", "decoder", "encoder_decoder"), "embedding"),
+}
+
+
+def check_fit(config: Config) -> None:
+  """Raises an InputError if objective, shape, head and lengths do not fit together."""
+  name, model = config.objective.name, config.model
+  fitting = SHAPES[name]
+  if model.shape not in fitting:
+    raise InputError(
+      f"objective.name={name!r} trains model.shape {' or '.join(fitting)}, not {model.shape!r}."
+    )
+  if model.head is not None and model.head != fitting[model.shape]:
+    raise InputError(
+      f"objective.name={name!r} trains the head {fitting[model.shape]!r}, not model.head="
+      f"{model.head!r}: leave it out."
+    )
+  paired = config.objective.resolved().pairs not in (None, "none")
+  if model.pair_head and not paired:
+    raise InputError("model.pair_head is trained by objective.pairs: set it, or leave both out.")
+  writes = model.shape == "encoder_decoder" and fitting[model.shape] == "language"
+  if writes and config.target_len is None:
+    raise InputError("target_len is not set: tokens that the decoder of a row reads are needed.")
+  if not writes and config.target_len is not None:
+    raise InputError(f"target_len={config.target_len} has no effect: no decoder writes here.")
+  limit = model.max_positions
+  if writes and limit is not None and (config.target_len or 0) > limit:
+    raise InputError(
+      f"target_len={config.target_len} is longer than model.max_positions={limit}: shorten it or "
+      "give the model more positions."
+    )
+
+
+def resolved(config: Config, data: "Data") -> Config:
+  """The config with what the data decides, where it says nothing itself.
+
+  Raises:
+    InputError: if the model has fewer rows than the tokenizer has tokens, or another number of
+      labels than the data.
+  """
+  model = _with_vocabulary(config.model, data.tokenizer)
+  model = _with_head(model, config)
+  if data.labels is not None and model.problem != "regression":
+    if model.num_labels not in (None, len(data.labels)):
+      raise InputError(
+        f"model.num_labels={model.num_labels}, and the data has {len(data.labels)} labels: leave "
+        "it out, or name all of them in data.labels."
+      )
+    model = dataclasses.replace(model, num_labels=len(data.labels))
+  labelled = dataclasses.replace(config.data, labels=data.labels)
+  return dataclasses.replace(config, model=model, data=labelled)
+
+
+def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+  size, given = tokenizer.vocab_size, model.vocab_size
+  if given is not None and given < size:
+    raise InputError(
+      f"model.vocab_size={given} is smaller than the tokenizer's {size} tokens: leave it out, or "
+      f"set it to {size} or more."
+    )
+  return dataclasses.replace(
+    model, vocab_size=size if given is None else given,
+    decoder_start_id=decoder_start(model, tokenizer),
+  )  # fmt: skip
+
+
+def _with_head(model: ModelConfig, config: Config) -> ModelConfig:
+  head = SHAPES[config.objective.name][model.shape]
+  paired = config.objective.resolved().pairs not in (None, "none")
+  return dataclasses.replace(model, head=head, pair_head=paired)
+
+
+def decoder_start(model: ModelConfig, tokenizer: Tokenizer) -> int | None:
+  """What the decoder of an encoder–decoder reads first: the config's id, else the tokenizer's
+  padding (as T5 has it), beginning or end of a text.
+
+  Raises:
+    InputError: if there is none.
+  """
+  if model.shape != "encoder_decoder":
+    return None
+  if model.decoder_start_id is not None:
+    return model.decoder_start_id
+  found = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+  start = next((i for i in found if i is not None), None)
+  if start is None:
+    raise InputError(
+      "the tokenizer has no token that could start a decoder: set model.decoder_start_id."
+    )
+  return start
