@@ -216,6 +216,11 @@ class ObjectiveConfig:
     own = OBJECTIVE_SETTINGS[self.name]
     return dataclasses.replace(self, **{k: v for k, v in own.items() if getattr(self, k) is None})
 
+  @property
+  def paired(self) -> bool:
+    """Whether two texts make a piece."""
+    return self.resolved().pairs not in (None, "none")
+
   def _check_effects(self):
     everything = {name for settings in OBJECTIVE_SETTINGS.values() for name in settings}
     for name in sorted(everything - OBJECTIVE_SETTINGS[self.name].keys()):

@@ -147,6 +147,9 @@ def _assemble(
   weights: list[float], fingerprint: dict[str, Any], process: tuple[int, int],
 ) -> Data:  # fmt: skip
   objective = make_objective(config, tokenizer)
+  if config.objective.paired:  # Pairs get the template's special tokens when they are made.
+    training = [corpus.without(*tokenizer.affixes) for corpus in training]
+    validation = [corpus.without(*tokenizer.affixes) for corpus in validation]
   steps = lambda corpus: np.maximum(corpus.lengths - objective.overlap, 0)
   kept = training
   if config.data.truncate and objective.whole is not None:

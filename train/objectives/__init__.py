@@ -4,6 +4,7 @@ from model.errors import InputError
 from model.tokenizer import Tokenizer
 from train.config import Config
 from train.objectives.causal_lm import CausalLM
+from train.objectives.masked_lm import MaskedLM
 from train.objectives.objective import Objective
 
 
@@ -16,7 +17,7 @@ def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Object
   Raises:
     InputError: if the tokenizer has no token that the objective needs.
   """
-  kinds = {"causal_lm": CausalLM}
+  kinds = {"causal_lm": CausalLM, "masked_lm": MaskedLM}
   if config.objective.name not in kinds:
     raise InputError(f"objective.name={config.objective.name!r} is not there yet.")
   return kinds[config.objective.name].of(config, tokenizer)
