@@ -11,7 +11,7 @@ from infer import generate
 from model.checkpoint import Checkpoints, restore_params
 from model.compilation import use_compilation_cache
 from model.errors import DONE, NON_FINITE, PREEMPTED, InputError, Stop
-from model.loading import Model
+from model.loading import TRAINED_BESIDE, Model
 from model.sharding import make_mesh
 from train import report
 from train.config import Config
@@ -119,7 +119,9 @@ def restore_or_init(
   state = program.init()
   if config.init_from is not None:
     check_init(config.init_from, config, data.tokenizer)
-    params = restore_params(config.init_from, {"params": program.state.params}, cast=True)
+    wanted = program.state.params
+    others = tuple(name for name in TRAINED_BESIDE if name not in wanted)
+    params = restore_params(config.init_from, {"params": wanted}, cast=True, leave_out=others)
     params = params.state["params"]
     ema = jax.tree.map(lambda a: a.copy(), params) if state.ema else {}
     state = dataclasses.replace(state, params=params, ema=ema)

@@ -20,7 +20,8 @@ from train.data.pipeline import Data
 from train.program import Program
 
 PARTS: tuple[str, ...] = (
-  "token embedding", "position embedding", "attention", "MLP", "experts", "norms", "head", "other",
+  "token embedding", "position embedding", "attention", "MLP", "experts", "norms", "head",
+  "generator", "other",
 )  # fmt: skip
 PLAIN_SECONDS = 15.0  # Between lines where the output is no terminal.
 REDRAW_SECONDS = 0.1
@@ -210,6 +211,8 @@ def _leaves(tree: dict) -> list[tuple[tuple[str, ...], Any]]:
 
 def _part(path: tuple[str, ...], info: ParamInfo) -> str:
   """The part of the model that a parameter belongs to."""
+  if path[0] == "generator":
+    return "generator"
   if "attn" in path:
     return "attention"
   if "mlp" in path:

@@ -33,9 +33,7 @@ class Corpus:
     begin = self._has(prefix, self.starts) * len(prefix)
     left = self.lengths - begin
     end = self._has(suffix, self.starts + self.lengths - len(suffix)) * (left >= len(suffix))
-    return dataclasses.replace(
-      self, starts=self.starts + begin, lengths=left - end * len(suffix)
-    )
+    return dataclasses.replace(self, starts=self.starts + begin, lengths=left - end * len(suffix))
 
   def _has(self, ids: Sequence[int], places: Int64[np.ndarray, "d"]) -> Bool[np.ndarray, "d"]:
     """Whether documents hold `ids` at `places`."""

@@ -1,11 +1,15 @@
 """What is learned: one file for each objective."""
 
+from collections.abc import Mapping
+
 from model.errors import InputError
+from model.flops import model_flops
 from model.tokenizer import Tokenizer
 from train.config import Config
 from train.objectives.causal_lm import CausalLM
 from train.objectives.masked_lm import MaskedLM
 from train.objectives.objective import Objective
+from train.objectives.replaced_token import ReplacedToken, generator_flops
 
 
 def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Objective:
@@ -17,7 +21,15 @@ def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Object
   Raises:
     InputError: if the tokenizer has no token that the objective needs.
   """
-  kinds = {"causal_lm": CausalLM, "masked_lm": MaskedLM}
+  kinds = {"causal_lm": CausalLM, "masked_lm": MaskedLM, "replaced_token": ReplacedToken}
   if config.objective.name not in kinds:
     raise InputError(f"objective.name={config.objective.name!r} is not there yet.")
   return kinds[config.objective.name].of(config, tokenizer)
+
+
+def step_flops(config: Config, tokens: Mapping[str, float], pairs: Mapping[str, float]) -> float:
+  """FLOPs of a step over all that is trained; `tokens` and `pairs` are those of the Loss."""
+  flops = model_flops(config.model, tokens, pairs)
+  if config.objective.name == "replaced_token":
+    flops += generator_flops(config, tokens, pairs)
+  return flops

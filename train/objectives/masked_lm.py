@@ -83,7 +83,7 @@ class MaskedLM:
   @property
   def whole(self) -> int:
     """Tokens of the longest piece; pairs get special tokens of their own."""
-    return self.seq_len - (len(self.template) if self.paired else 0)
+    return self.seq_len - (self.template.added if self.paired else 0)
 
   @property
   def moves(self) -> bool:
@@ -104,16 +104,16 @@ class MaskedLM:
     """Raises an InputError if the model or a row has no place for pairs."""
     if not self.paired:
       return
-    if self.seq_len < len(self.template) + 2:
+    if self.seq_len < self.template.added + 2:
       raise InputError(
-        f"seq_len={self.seq_len} has no place for two texts and {len(self.template)} special "
+        f"seq_len={self.seq_len} has no place for two texts and {self.template.added} special "
         "tokens: lengthen the rows."
       )
     types = self.model.token_types
-    if 1 < types <= max(self.template.types):
+    if 1 < types < self.template.num_types:
       raise InputError(
-        f"model.token_types={types}, and the tokenizer's pairs have types up to "
-        f"{max(self.template.types)}: set {max(self.template.types) + 1}, or 0 for none."
+        f"model.token_types={types}, and the tokenizer's pairs have {self.template.num_types}: set "
+        "that many, or 0 for none."
       )
 
   def room(
@@ -124,7 +124,7 @@ class MaskedLM:
     if not self.paired:
       return {"": lengths, MASKED: none}
     check_documents(self.config.pairs or "", corpus)
-    return {"": lengths + len(self.template), MASKED: none, TEXTS: none + 1}
+    return {"": lengths + self.template.added, MASKED: none, TEXTS: none + 1}
 
   def fill(self, batch: Batch, pieces: Pieces) -> None:
     """Chooses the masked places of whole rows, then writes piece by piece."""

@@ -1,6 +1,7 @@
 """Two texts in one piece: does the second follow the first (BERT), are they in order (ALBERT)?"""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int64
@@ -24,12 +25,11 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """Special ids around two texts, and token types of the two with what surrounds them."""
+  """Special ids before, between and after two texts, and the token types of everything."""
 
-  before: tuple[int, ...]
-  between: tuple[int, ...]
-  behind: tuple[int, ...]
-  types: tuple[int, ...]  # Of (before, first text, between, second text, behind).
+  specials: tuple[tuple[int, ...], ...]
+  special_types: tuple[tuple[int, ...], ...]
+  types: tuple[int, int]  # Of the first text and of the second.
 
   @classmethod
   def of(cls, tokenizer: Tokenizer) -> "Template":
@@ -38,29 +38,39 @@ class Template:
     Raises:
       InputError: if it puts nothing before two texts: the pair head reads the first token.
     """
-    ids, types, text = _encoded_pair(tokenizer)
-    n = len(text)
-    places = [i for i in range(len(ids) - n + 1) if ids[i : i + n] == text]
-    if len(places) < 2 or not places[0]:
+    text = _something(tokenizer)
+    found = tokenizer.backend.encode(text, text)
+    ids, kinds, types, part = ([], [], []), ([], [], []), [0, 0], 0
+    for i, kind, sequence in zip(found.ids, found.type_ids, found.sequence_ids, strict=True):
+      if sequence is None:
+        ids[part].append(i)
+        kinds[part].append(kind)
+      else:
+        types[sequence], part = kind, sequence + 1
+    if not ids[0]:
       raise InputError(
         "objective.pairs needs a tokenizer that puts a special token before two texts, as BERT's "
         "[CLS]: set data.tokenizer to 'wordpiece:N' or 'bytes', or leave objective.pairs out."
       )
-    first, second = places[0], places[-1]
-    parts = ids[:first], ids[first + n : second], ids[second + n :]
-    edges = 0, first, first + n, second, len(ids) - 1
-    before, between, behind = (tuple(part) for part in parts)
-    return cls(before, between, behind, tuple(types[i] for i in edges))
+    return cls(tuple(map(tuple, ids)), tuple(map(tuple, kinds)), (types[0], types[1]))
 
-  def __len__(self) -> int:
+  @property
+  def added(self) -> int:
     """Special tokens of a pair."""
-    return len(self.before) + len(self.between) + len(self.behind)
+    return sum(map(len, self.specials))
 
-  def joined(self, first: np.ndarray, second: np.ndarray, label: int | None) -> Pair:
-    """The tokens and types of two texts."""
-    parts = self.before, first, self.between, second, self.behind
-    tokens = np.concatenate([np.asarray(part, np.int64) for part in parts])
-    return Pair(tokens, np.repeat(np.array(self.types), [len(part) for part in parts]), label)
+  @property
+  def num_types(self) -> int:
+    """Token types that a model needs."""
+    return 1 + max(*self.types, *(kind for part in self.special_types for kind in part))
+
+  def two(self, first: np.ndarray, second: np.ndarray, label: int | None) -> Pair:
+    """Two texts with their special tokens."""
+    (before, between, behind), (a, b) = self.specials, self.types
+    kinds = self.special_types
+    ids = before, first, between, second, behind
+    types = kinds[0], np.full(len(first), a), kinds[1], np.full(len(second), b), kinds[2]
+    return Pair(_joined(ids), _joined(types), label)
 
 
 def make_pair(kind: str, template: Template, pieces: Pieces, i: int, chance) -> Pair:
@@ -73,15 +83,15 @@ def make_pair(kind: str, template: Template, pieces: Pieces, i: int, chance) -> 
   text = pieces.tokens(i)
   place, coin, *where = chance.random(4)
   if len(text) < 2:
-    return template.joined(text, text[:0], None)
+    return template.two(text, text[:0], None)
   cut = 1 + int(place * (len(text) - 1))
   first, second = text[:cut], text[cut:]
   if coin >= 0.5:
-    return template.joined(first, second, FOLLOWS)
+    return template.two(first, second, FOLLOWS)
   if kind == "sentence_order":
-    return template.joined(second, first, OTHER)
+    return template.two(second, first, OTHER)
   other = _other_text(pieces.corpus, int(pieces.documents[i]), len(second), *where)
-  return template.joined(first, other, OTHER)
+  return template.two(first, other, OTHER)
 
 
 def check_documents(kind: str, corpus: Corpus) -> None:
@@ -110,12 +120,14 @@ def _other_text(
   return np.concatenate(found)
 
 
-def _encoded_pair(tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
-  """(ids, token types) of one short text twice, and its ids alone."""
+def _joined(parts: Sequence[Sequence[int] | np.ndarray]) -> Int64[np.ndarray, "n"]:
+  return np.concatenate([np.asarray(part, np.int64) for part in parts])
+
+
+def _something(tokenizer: Tokenizer) -> str:
+  """A text that has a token."""
   for i in range(tokenizer.vocab_size):
     text = "" if i in tokenizer.special_ids else tokenizer.backend.decode([i])
-    ids = tokenizer.encode(text, add_special_tokens=False) if text.strip() else []
-    if ids and not tokenizer.special_ids.intersection(ids):
-      pair = tokenizer.backend.encode(text, text)
-      return pair.ids, pair.type_ids, ids
-  raise InputError("the tokenizer has no token but special ones.")
+    if text and tokenizer.encode(text, add_special_tokens=False):
+      return text
+  raise InputError("the tokenizer has no token that stands for any text.")
