@@ -297,7 +297,7 @@ class Config:
   max_bad_steps: int = 20  # Non-finite steps in a row that end the run.
   profile_steps: tuple[int, int] | None = None  # Trace the steps a <= step < b.
   wandb_project: str | None = None  # Also log to Weights & Biases.
-  sample_prompt: str = ""  # What the sample after the last step begins with.
+  sample_prompt: str = ""  # What the sample after the last step begins with, or its masks are in.
   cache_dir: str = "~/.cache/triune"
   cache_gib: float = 50.0  # Oldest caches are removed beyond this size, in GiB.
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
