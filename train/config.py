@@ -219,7 +219,7 @@ class ObjectiveConfig:
   @property
   def paired(self) -> bool:
     """Whether two texts make a piece."""
-    return self.resolved().pairs not in (None, "none")
+    return (self.pairs or OBJECTIVE_SETTINGS[self.name].get("pairs", "none")) != "none"
 
   def _check_effects(self):
     everything = {name for settings in OBJECTIVE_SETTINGS.values() for name in settings}

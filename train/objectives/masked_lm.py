@@ -131,8 +131,9 @@ class MaskedLM:
     chances = [pieces.chance(i) for i in range(len(pieces.rows))]
     texts = [self._text(pieces, i, chance) for i, chance in enumerate(chances)]
     chosen = self.masker.choose([text.tokens for text in texts], pieces.rows, chances)
-    examples = map(self._example, texts, chosen, chances)
-    place(batch, self.sides, pieces.rows, examples)
+    sides = self.sides
+    examples = (self._example(*one, sides) for one in zip(texts, chosen, chances, strict=True))
+    place(batch, sides, pieces.rows, examples)
 
   def build(self, cfg: ModelConfig, rngs: nnx.Rngs) -> Network:
     """The network alone."""
@@ -175,10 +176,11 @@ class MaskedLM:
     tokens = pieces.tokens(i)
     return Pair(tokens, np.zeros_like(tokens), None)
 
-  def _example(self, text: Pair, places: np.ndarray, chance: np.random.Generator) -> Example:
+  def _example(
+    self, text: Pair, places: np.ndarray, chance: np.random.Generator, sides: Mapping[str, Side]
+  ) -> Example:
     targets, read = text.tokens[places], text.tokens.copy()
     read[places] = self.masker.replaced(targets, chance)
-    sides = self.sides
     fields = dict(tokens=read, types=text.types)
     example = {
       "": {name: fields[name] for name in sides[""].fields},
