@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -39,6 +40,7 @@ class Masker:
 
   config: ObjectiveConfig  # With the objective's own values in it.
   tokenizer: Tokenizer
+  mask_id: int
 
   @functools.cached_property
   def special(self) -> Bool[np.ndarray, "V"]:
@@ -68,9 +70,9 @@ class Masker:
       rows: of a batch, which the texts lie in, ascending.
       chances: of each text.
     """
-    ends = np.flatnonzero(np.diff(rows, append=-1)) + 1
+    ends = (np.flatnonzero(np.diff(rows, append=-1)) + 1).tolist()
     chosen = []
-    for begin, end in zip(np.concatenate([[0], ends]), ends, strict=False):
+    for begin, end in itertools.pairwise([0, *ends]):
       chosen += self._choose_in_row(texts[begin:end], chances[begin:end])
     return chosen
 
@@ -85,7 +87,7 @@ class Masker:
     random = self.ordinary[(token * len(self.ordinary)).astype(np.int64)]
     shares = self.config.mask_share or 0.0, self.config.random_share or 0.0
     read = np.where(kind < sum(shares), random, targets)
-    return np.where(kind < shares[0], self.tokenizer.mask_id, read)
+    return np.where(kind < shares[0], self.mask_id, read)
 
   def words(self, text: Int64[np.ndarray, "n"]) -> Words:
     """The units of a text: tokens, or words for `word` and `ngram`."""
@@ -186,13 +188,14 @@ def word_edges(tokenizer: Tokenizer) -> tuple[Bool[np.ndarray, "V"], Bool[np.nda
   return np.array([inside(t, 0) for t in texts]), np.array([inside(t, -1) for t in texts])
 
 
-def check_mask(name: str, tokenizer: Tokenizer) -> None:
-  """Raises an InputError if the tokenizer has no mask."""
+def mask_of(name: str, tokenizer: Tokenizer) -> int:
+  """The id of the mask, which an objective needs; an InputError if there is none."""
   if tokenizer.mask_id is None:
     raise InputError(
       f"objective.name={name!r} needs a mask token and the tokenizer has none: set data.tokenizer "
       "to 'bytes', to 'wordpiece:N', or to a folder whose tokenizer_config.json names a mask_token."
     )
+  return tokenizer.mask_id
 
 
 def _places(words: Words, taken: Bool[np.ndarray, "w"]) -> Int64[np.ndarray, "m"]:
