@@ -135,16 +135,15 @@ class Attention(nnx.Module):
 
   def _seen(self, x: Array, where: Where, cache: KVCache | None):
     """(keys, values, their positions, their segments, the cache after this)."""
-    if self.cross and cache is None:
+    if cache is None and not self.cross:
+      return *self.keys_values(x, where), where.pos, where.seg, None
+    if cache is None:
       context = where.context
       if context is None:
         raise InputError("cross-attention needs what the encoder has read: give its tokens.")
       return *self.keys_values(context.x, context), context.pos, context.seg, None
     if not self.cross:
-      k, v = self.keys_values(x, where)
-      if cache is None:
-        return k, v, where.pos, where.seg, None
-      cache = cache.update(k, v, where.pos)
+      cache = cache.update(*self.keys_values(x, where), where.pos)
     return cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2), cache.pos, None, cache
 
   def _turned(self, heads: Array, where: Where | Context, norm: str) -> Float[Array, "B T N H"]:

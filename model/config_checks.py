@@ -34,7 +34,7 @@ def check(cfg: ModelConfig) -> None:
 
 
 def _check_choices(cfg: ModelConfig) -> None:
-  choices = dict(
+  choices: dict[str, tuple[str, ...]] = dict(
     shape=SHAPES, positions=POSITIONS, rope_scaling=ROPE_SCALINGS, norm=NORMS,
     norm_placement=NORM_PLACEMENTS, residual=RESIDUALS, qk_norm=QK_NORMS, activation=ACTIVATIONS,
     remat=REMAT, attention_kernel=ATTENTION_KERNELS, expert_kernel=EXPERT_KERNELS, dtype=DTYPES,
