@@ -80,7 +80,10 @@ class Attention(nnx.Module):
     self.cfg, self.kind, self.cross = cfg, kind, cross
     into = functools.partial(Linear, cfg, rngs=rngs, bias=cfg.attention_bias)
     kv_axes = ("embed", "kv_heads", "head_dim")
-    self.q_proj = into((D, N, H), ("embed", "heads", "head_dim"))
+    # A scale of its own, such as T5's 1, is made good by the queries: scores begin as usual.
+    spread = 1.0 if cfg.attention_scale is None else H**-0.5 / cfg.attention_scale
+    init = jax.nn.initializers.normal(cfg.init_std * spread)
+    self.q_proj = into((D, N, H), ("embed", "heads", "head_dim"), init=init)
     self.k_proj = into((D, K, H), kv_axes)
     self.v_proj = into((D, K, H), kv_axes)
     self.o_proj = Linear(

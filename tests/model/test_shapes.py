@@ -29,7 +29,10 @@ BASE = ModelConfig(
 
 
 def norm(theirs, ours):
-  return ((f"{theirs}.weight", f"{ours}.scale", "d -> d"), (f"{theirs}.bias", f"{ours}.bias", "d -> d"))
+  return (
+    (f"{theirs}.weight", f"{ours}.scale", "d -> d"),
+    (f"{theirs}.bias", f"{ours}.bias", "d -> d"),
+  )
 
 
 def linear(theirs, ours, weight, bias):
@@ -119,7 +122,9 @@ def bart_stack(name):
     rows += norm(f"{layer}.{theirs}_layer_norm", f"{ours}.{part}_post_norm")
     for letter in "qkv":
       rows += heads(f"{layer}.{theirs}.{letter}_proj", f"{ours}.{part}.{letter}_proj")
-    rows += linear(f"{layer}.{theirs}.out_proj", f"{ours}.{part}.o_proj", "d (n h) -> n h d", "d -> d")
+    rows += linear(
+      f"{layer}.{theirs}.out_proj", f"{ours}.{part}.o_proj", "d (n h) -> n h d", "d -> d"
+    )
   return tuple(rows)
 
 
