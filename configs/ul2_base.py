@@ -10,8 +10,8 @@ machine works. On a TPU VM, with a prepared C4 and a folder that holds T5's voca
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 
 UL2's seven denoisers, 512 tokens in and 512 out (no result published yet). 247,577,856 parameters:
-2·V·D for the two tables, 12 encoder layers of 4·D² + 3·D·F + 2·D, 12 decoder layers of 8·D² + 3·D·F +
-3·D, two last norms of D and two tables of 32 buckets for 12 heads.
+2·V·D for the two tables, 12 encoder layers of 4·D² + 3·D·F + 2·D, 12 decoder layers of 8·D² + 3·D·F
++ 3·D, two last norms of D and two tables of 32 buckets for 12 heads.
 """
 
 from model.config import ModelConfig

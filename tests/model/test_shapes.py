@@ -174,8 +174,8 @@ FAMILIES = {
     {**T5, "gated": True, "activation": "gelu_tanh"},
   ),
   "BartForConditionalGeneration": (
-    (("model.shared.weight", "embed.table", "v d -> v d"),)
-    + bart_stack("encoder") + bart_stack("decoder"),
+    (("model.shared.weight", "embed.table", "v d -> v d"), *bart_stack("encoder"),
+     *bart_stack("decoder")),
     dict(vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
          decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
          max_position_embeddings=256),
