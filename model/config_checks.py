@@ -68,8 +68,8 @@ def _check_sizes(cfg: ModelConfig) -> None:
       raise InputError(f"model.{name}={getattr(cfg, name)} is a probability: use 0 <= p < 1.")
   positive = ("attention_softcap", "logit_softcap", "attention_scale", "norm_eps", "init_std",
               "init_embed_std", "rope_theta", "rope_local_theta", "rope_factor",
-              "rope_attention_factor", "logit_scale", "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast",
-              "rope_beta_slow")  # fmt: skip
+              "rope_attention_factor", "logit_scale", "rope_low_freq_factor",
+              "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow")  # fmt: skip
   for name in positive:
     value = getattr(cfg, name)
     if value is not None and not 0 < value < float("inf"):
