@@ -5,6 +5,9 @@ from model.tokenizer import Tokenizer
 from train.config import Config
 from train.objectives.causal_lm import CausalLM
 from train.objectives.objective import Objective
+from train.objectives.special_tokens import extra_tokens
+
+__all__ = ["extra_tokens", "make_objective"]
 
 
 def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Objective:
