@@ -21,7 +21,7 @@ from train.data.pack import Rows
 from train.data.sources import Source, TokenSource, open_source, parse_mixture
 from train.data.tokenize import tokenize
 from train.data.vocabulary import choose_tokenizer
-from train.objectives import extra_tokens, make_objective
+from train.objectives import bare, extra_tokens, make_objective
 from train.objectives.objective import Batch, Objective, Pieces, empty_batch
 
 _FORMAT = 2  # Of rows: a run goes on only with the rows that it began with.
@@ -148,6 +148,9 @@ def _assemble(
   weights: list[float], fingerprint: dict[str, Any], process: tuple[int, int],
 ) -> Data:  # fmt: skip
   objective = make_objective(config, tokenizer)
+  if bare(config):  # Pieces get the template's special tokens when they are made.
+    training = [corpus.without(*tokenizer.affixes) for corpus in training]
+    validation = [corpus.without(*tokenizer.affixes) for corpus in validation]
   steps = lambda corpus: np.maximum(corpus.lengths - objective.overlap, 0)
   kept = training
   if config.data.truncate and objective.whole is not None:

@@ -1,5 +1,7 @@
 """Special tokens that objectives need: which a vocabulary is built with, and where they are."""
 
+from collections.abc import Sequence
+
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from model.vocabulary import parse_spec
@@ -28,6 +30,12 @@ def extra_tokens(config: Config) -> tuple[str, ...]:
   return sentinels if name == "span_corruption" else ()
 
 
+def bare(config: Config) -> bool:
+  """Whether documents come without special tokens, because the objective gives them to pieces."""
+  to_decoder = config.model.shape == "encoder_decoder" and config.objective.name == "prefix_lm"
+  return to_decoder or config.objective.name in ("span_corruption", "denoising", "ul2")
+
+
 def need_mask(tokenizer: Tokenizer, objective: str) -> int:
   """Id of the mask.
 
@@ -40,3 +48,23 @@ def need_mask(tokenizer: Tokenizer, objective: str) -> int:
       "mask_token in its tokenizer_config.json, or let data.tokenizer='bpe:N' build one."
     )
   return tokenizer.mask_id
+
+
+def mode_ids(tokenizer: Tokenizer, modes: Sequence[str]) -> tuple[int, ...]:
+  """Id of the token of each of UL2's modes.
+
+  Raises:
+    InputError: for one that the tokenizer does not have.
+  """
+  return tuple(_mode_id(tokenizer, mode) for mode in modes)
+
+
+def _mode_id(tokenizer: Tokenizer, mode: str) -> int:
+  for name in MODES[mode]:
+    found = tokenizer.backend.token_to_id(name)
+    if found is not None:
+      return found
+  raise InputError(
+    f"objective.name='ul2' needs a token for its mode {mode} and the tokenizer has none: add the "
+    f"special token {' or '.join(MODES[mode])}, or let data.tokenizer='unigram:N' build one."
+  )
