@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -76,6 +77,17 @@ class Tokenizer:
   def mask_id(self) -> int | None:
     """Id that stands for a token to guess."""
     return self._id("mask")
+
+  @functools.cached_property
+  def sentinel_ids(self) -> tuple[int, ...]:
+    """Ids of T5's sentinels, <extra_id_0> first: each stands for one span that is left out."""
+    ids = map(self._sentinel, itertools.count())
+    return tuple(itertools.takewhile(lambda found: found is not None, ids))  # pyright: ignore
+
+  def _sentinel(self, i: int) -> int | None:
+    names = f"<extra_id_{i}>", f"▁<extra_id_{i}>"  # mT5's vocabulary has the second form.
+    ids = map(self.backend.token_to_id, names)
+    return next((found for found in ids if found is not None), None)
 
   @functools.cached_property
   def special_ids(self) -> frozenset[int]:
@@ -302,6 +314,10 @@ def _from_model_file(path: Path, config: dict[str, Any]) -> Tokenizer:
     add_bos=config.get("add_bos_token", True),
     add_eos=config.get("add_eos_token", True),
   )
+  # Sentinels of T5's published models are not in the file: the class adds them, the last one first.
+  sentinels = 100 if str(config.get("tokenizer_class")).startswith("T5Tokenizer") else 0
+  number = config.get("extra_ids", sentinels)
+  backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(number))])
   return Tokenizer(backend, roles | config)
 
 

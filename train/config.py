@@ -7,6 +7,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.errors import InputError, nearest
+from train.denoisers import parse_denoisers
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt", "wsd")
@@ -248,6 +249,8 @@ class ObjectiveConfig:
       value = getattr(self, name)
       if value is not None and not 1 <= value < float("inf"):
         raise InputError(f"objective.{name}={value} must be at least 1.")
+    if self.denoisers is not None:
+      parse_denoisers(self.denoisers)
     for name in ("temperature", "replaced_weight"):
       value = getattr(self, name)
       if value is not None and not 0 < value < float("inf"):

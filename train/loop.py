@@ -56,7 +56,8 @@ def train(config: Config, workdir: Path) -> int:
       process_count=jax.process_count(),
     )  # fmt: skip
     config = resolved(config, data)
-    sample_tokens(config, data)  # What is wrong with the prompt is said before the training.
+    if config.model.shape == "decoder":
+      sample_tokens(config, data)  # What is wrong with the prompt is said before the training.
     write_config(workdir, config)
     program = build_program(config, mesh)
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
@@ -138,8 +139,10 @@ def evaluate(program: Program, state: TrainState, data: Data) -> dict[str, float
 
 
 def sample(config: Config, data: Data, state: TrainState) -> str | None:
-  """What the trained model says behind `config.sample_prompt`; None on more than one process."""
-  if jax.process_count() > 1:
+  """What the trained model says behind `config.sample_prompt`; None on more than one process,
+  and where the model is no decoder alone.
+  """
+  if jax.process_count() > 1 or config.model.shape != "decoder":
     return None
   prompt, room = sample_tokens(config, data)
   m = Model(config.model, state.params, data.tokenizer)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Bool, Int64, Integer
 
 from model.errors import InputError
 from train.data.cache import Cache, Entry
@@ -26,6 +27,20 @@ class Corpus:
   def limited(self, most: int) -> "Corpus":
     """The first `most` tokens of each document."""
     return dataclasses.replace(self, lengths=np.minimum(self.lengths, most))
+
+  def without(self, prefix: Sequence[int], suffix: Sequence[int]) -> "Corpus":
+    """Documents without these tokens at their ends, where they have them."""
+    begin = self._has(prefix, self.starts) * len(prefix)
+    left = self.lengths - begin
+    end = self._has(suffix, self.starts + self.lengths - len(suffix)) * (left >= len(suffix))
+    return dataclasses.replace(self, starts=self.starts + begin, lengths=left - end * len(suffix))
+
+  def _has(self, ids: Sequence[int], places: Int64[np.ndarray, "d"]) -> Bool[np.ndarray, "d"]:
+    """Whether documents hold `ids` at `places`."""
+    found = self.lengths >= len(ids)
+    for i, token in enumerate(ids):
+      found = found & (self.tokens[np.where(found, places + i, 0)] == token)
+    return found
 
 
 def read_arrays(source: TokenSource, vocab_size: int, cache: Cache) -> Corpus:

@@ -21,7 +21,7 @@ from train.data.pack import Rows
 from train.data.sources import Source, TokenSource, open_source, parse_mixture
 from train.data.tokenize import tokenize
 from train.data.vocabulary import choose_tokenizer
-from train.objectives import make_objective
+from train.objectives import bare, extra_tokens, make_objective
 from train.objectives.objective import Batch, Objective, Pieces, empty_batch
 
 _FORMAT = 2  # Of rows: a run goes on only with the rows that it began with.
@@ -127,8 +127,9 @@ def load_data(
   sources = [open_source(spec, config.data) for _, spec in mixture]
   held_out = _validation_sources(config)
   tokenizer = choose_tokenizer(
-    config.data.tokenizer, sources, cache, workdir, write=process_index == 0
-  )
+    config.data.tokenizer, sources, cache, workdir, write=process_index == 0,
+    extra=extra_tokens(config),
+  )  # fmt: skip
   read = lambda source: _read(source, tokenizer, cache)
   training = [read(source) for source in sources]
   validation = [read(source) for source in held_out]
@@ -147,6 +148,9 @@ def _assemble(
   weights: list[float], fingerprint: dict[str, Any], process: tuple[int, int],
 ) -> Data:  # fmt: skip
   objective = make_objective(config, tokenizer)
+  if bare(config):  # Pieces get the template's special tokens when they are made.
+    training = [corpus.without(*tokenizer.affixes) for corpus in training]
+    validation = [corpus.without(*tokenizer.affixes) for corpus in validation]
   steps = lambda corpus: np.maximum(corpus.lengths - objective.overlap, 0)
   kept = training
   if config.data.truncate and objective.whole is not None:

@@ -4,7 +4,14 @@ from model.errors import InputError
 from model.tokenizer import Tokenizer
 from train.config import Config
 from train.objectives.causal_lm import CausalLM
+from train.objectives.denoising import Denoising
 from train.objectives.objective import Objective
+from train.objectives.prefix_lm import DecoderPrefixLM, EncoderPrefixLM
+from train.objectives.span_corruption import SpanCorruption
+from train.objectives.special_tokens import bare, extra_tokens
+from train.objectives.ul2 import UL2
+
+__all__ = ["bare", "extra_tokens", "make_objective"]
 
 
 def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Objective:
@@ -16,7 +23,14 @@ def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Object
   Raises:
     InputError: if the tokenizer has no token that the objective needs.
   """
-  kinds = {"causal_lm": CausalLM}
+  prefix_lm = DecoderPrefixLM if config.model.shape == "decoder" else EncoderPrefixLM
+  kinds = {
+    "causal_lm": CausalLM,
+    "prefix_lm": prefix_lm,
+    "span_corruption": SpanCorruption,
+    "denoising": Denoising,
+    "ul2": UL2,
+  }
   if config.objective.name not in kinds:
     raise InputError(f"objective.name={config.objective.name!r} is not there yet.")
   return kinds[config.objective.name].of(config, tokenizer)

@@ -108,7 +108,7 @@ def work(cfg: ModelConfig, inputs: Inputs, source: Inputs | None = None, *, head
   sides = {cfg.stacks[-1]: inputs} | ({} if source is None else {"encoder": source})
   tokens = {name: jnp.sum(side.pos >= 0) for name, side in sides.items()}
   pairs = {
-    f"{name}.{kind.window}": _pairs(side.pos, kind.window, causal=kind.causal)
+    f"{name}.{kind.window}": _pairs(side, kind.window, causal=kind.causal)
     for name, side in sides.items()
     for kind in set(cfg.layers(name))
   }
@@ -119,10 +119,13 @@ def work(cfg: ModelConfig, inputs: Inputs, source: Inputs | None = None, *, head
   return Work(tokens={**tokens, "head": jnp.asarray(head)}, pairs=pairs)
 
 
-def _pairs(pos: Int[Array, "B T"], window: int | None, *, causal: bool) -> Float[Array, ""]:
+def _pairs(side: Inputs, window: int | None, *, causal: bool) -> Float[Array, ""]:
   """Query-key pairs that one layer computes: see `model.flops.visible_pairs`."""
+  pos = side.pos
   if causal:
     seen = pos + 1 if window is None else jnp.minimum(pos + 1, window)
+    if side.bidirectional is not None:  # Those before a token of a prefix see it too.
+      seen += jnp.where(side.bidirectional, seen - 1, 0)
   else:  # Each token with those before it twice, for those after it, and with itself.
     seen = 2 * (pos if window is None else jnp.minimum(pos, window // 2)) + 1
   return jnp.sum(jnp.where(pos >= 0, seen, 0).astype(jnp.float32))
