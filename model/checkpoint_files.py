@@ -75,7 +75,9 @@ def start_write(writer: ocp.AsyncCheckpointer, folder: epath.Path, record: Recor
   writer.save(folder, args=ocp.args.Composite(**items))
 
 
-def read_state(folder: epath.Path, record: Record, abstract: Any, *, cast: bool) -> Any:
+def read_state(
+  folder: epath.Path, record: Record, abstract: Any, *, cast: bool, leave_out: tuple[str, ...] = ()
+) -> Any:
   """Reads the top-level parts of a state that `abstract` has, and verifies every array read.
 
   Args:
@@ -84,6 +86,7 @@ def read_state(folder: epath.Path, record: Record, abstract: Any, *, cast: bool)
     abstract: pytree of `jax.ShapeDtypeStruct`s; `sharding` says where each array goes (None:
       the first local device).
     cast: whether floating arrays may be saved in another dtype than `abstract` has.
+    leave_out: names inside of a part that are passed over, whether they are there or not.
 
   Returns:
     Arrays in the structure of `abstract`.
@@ -94,7 +97,10 @@ def read_state(folder: epath.Path, record: Record, abstract: Any, *, cast: bool)
   """
   wanted = named_leaves(abstract)
   parts = {path[0] for path, _ in wanted.values()}
-  saved = {n: leaf for n, leaf in record.leaves.items() if leaf.path[0] in parts}
+  unread = lambda path: len(path) > 1 and path[1] in leave_out
+  saved = {
+    n: leaf for n, leaf in record.leaves.items() if leaf.path[0] in parts and not unread(leaf.path)
+  }
   _check_parts(folder, record, parts)
   check_tree(str(folder), saved, wanted, cast=cast)
   _check_x64(folder, saved)

@@ -59,7 +59,9 @@ def describe(path: epath.PathLike) -> Restored:
   return Restored(nested(leaves), record.meta, step)
 
 
-def restore_params(path: epath.PathLike, abstract: dict, *, cast: bool = False) -> Restored:
+def restore_params(
+  path: epath.PathLike, abstract: dict, *, cast: bool = False, leave_out: tuple[str, ...] = ()
+) -> Restored:
   """Reads some top-level parts of the state saved at PATH, and nothing of the others.
 
   Args:
@@ -67,6 +69,7 @@ def restore_params(path: epath.PathLike, abstract: dict, *, cast: bool = False) 
     abstract: `{"params": …, "frozen": …}` or `{"ema": …}`: nested dicts of
       `jax.ShapeDtypeStruct`s, with the shardings in which the arrays are to be.
     cast: convert floating arrays to the dtypes in `abstract`; otherwise these must be equal.
+    leave_out: names of what may lie in these parts beside `abstract` and is not read.
 
   Raises:
     InputError: when there is no such checkpoint, when it is damaged, or when it holds other
@@ -75,7 +78,7 @@ def restore_params(path: epath.PathLike, abstract: dict, *, cast: bool = False) 
   found = _candidates(path)[1]
   while True:
     try:
-      return restore_newest(found, abstract, cast=cast, passed={})
+      return restore_newest(found, abstract, cast=cast, passed={}, leave_out=leave_out)
     except InputError:  # A run that is going on may have replaced what was being read.
       before, found = found, _candidates(path)[1]
       if before.keys() == found.keys():
@@ -83,13 +86,14 @@ def restore_params(path: epath.PathLike, abstract: dict, *, cast: bool = False) 
 
 
 def restore_newest(
-  candidates: dict[int, epath.Path], abstract: Any, *, cast: bool, passed: dict[int, str]
-) -> Restored:
+  candidates: dict[int, epath.Path], abstract: Any, *, cast: bool, passed: dict[int, str],
+  leave_out: tuple[str, ...] = (),
+) -> Restored:  # fmt: skip
   """Reads the first of `candidates` that is undamaged.
 
   Args:
     candidates: folders by step, in the order to try.
-    abstract, cast: as `checkpoint_files.read_state` takes them.
+    abstract, cast, leave_out: as `checkpoint_files.read_state` takes them.
     passed: is filled with the steps passed over and what is wrong with each.
 
   Raises:
@@ -98,7 +102,7 @@ def restore_newest(
   for step, folder in candidates.items():
     try:
       record = files.read_record(folder)
-      state = files.read_state(folder, record, abstract, cast=cast)
+      state = files.read_state(folder, record, abstract, cast=cast, leave_out=leave_out)
     except Damaged as damage:
       passed[step] = str(damage)
       if len(candidates) > 1 and folder.exists():

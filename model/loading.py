@@ -17,6 +17,7 @@ from model.trained import Model
 __all__ = ["Model", "load", "save"]
 
 FORMATS = ("orbax",)
+TRAINED_BESIDE = ("generator",)  # Parameters that a checkpoint may hold and no model has.
 
 
 def load(
@@ -55,7 +56,8 @@ def _restore(path: str, cfg: ModelConfig, mesh: jax.sharding.Mesh | None, part: 
     where = sharding.shardings(shapes, jax.tree.map(lambda i: i.axes, info), mesh)
   place = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
   wanted = jax.tree.map(place, shapes, where)
-  return checkpoint.restore_params(path, {part: wanted}, cast=True).state[part]
+  restored = checkpoint.restore_params(path, {part: wanted}, cast=True, leave_out=TRAINED_BESIDE)
+  return restored.state[part]
 
 
 def save(m: Model, folder: str | Path, *, format: str = "orbax") -> None:

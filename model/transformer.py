@@ -133,18 +133,19 @@ class Stack(nnx.Module):
       self.final_norm = Norm(cfg, rngs=rngs)
 
   def __call__(
-    self, embed: Embed, inputs: Inputs, *, context: Context | None = None,
-    cache: Cache | None = None, key: jax.Array | None = None,
+    self, embed: Embed, inputs: Inputs, *, x: Float[Array, "B T D"] | None = None,
+    context: Context | None = None, cache: Cache | None = None, key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], Cache | None, Aux]:  # fmt: skip
     """Returns (last hidden states, the cache after these tokens, sums that router losses need).
 
     Args:
       embed: the table of tokens.
+      x: what the first layer reads in the place of embedded tokens.
       context: what the encoder has read, for a decoder that attends to one; not needed with a
         cache that holds it (`read`).
     """
     where = self._where(inputs, context, cached=cache is not None)
-    x = self._embed(embed, inputs)
+    x = self.embedded(embed, inputs) if x is None else x
     if key is not None:
       x = dropout(x, self.cfg.dropout, jax.random.fold_in(key, self.cfg.depth(self.name)))
     run = self._run_stacked if self.stacked else self._run_unstacked
@@ -163,7 +164,8 @@ class Stack(nnx.Module):
     fill = jax.vmap(fill) if self.stacked else fill
     return tuple(fill(block, slots) for block, slots in zip(self.layers, cache, strict=True))
 
-  def _embed(self, embed: Embed, inputs: Inputs) -> Float[Array, "B T D"]:
+  def embedded(self, embed: Embed, inputs: Inputs) -> Float[Array, "B T D"]:
+    """What the first layer reads: tokens with what positions and token types add to them."""
     cfg = self.cfg
     x = constrain(embed(inputs.tokens), ("batch", "seq", None))
     if cfg.scale_embeddings:

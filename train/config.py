@@ -217,6 +217,11 @@ class ObjectiveConfig:
     own = OBJECTIVE_SETTINGS[self.name]
     return dataclasses.replace(self, **{k: v for k, v in own.items() if getattr(self, k) is None})
 
+  @property
+  def paired(self) -> bool:
+    """Whether two texts make a piece."""
+    return (self.pairs or OBJECTIVE_SETTINGS[self.name].get("pairs", "none")) != "none"
+
   def _check_effects(self):
     everything = {name for settings in OBJECTIVE_SETTINGS.values() for name in settings}
     for name in sorted(everything - OBJECTIVE_SETTINGS[self.name].keys()):
@@ -295,7 +300,7 @@ class Config:
   max_bad_steps: int = 20  # Non-finite steps in a row that end the run.
   profile_steps: tuple[int, int] | None = None  # Trace the steps a <= step < b.
   wandb_project: str | None = None  # Also log to Weights & Biases.
-  sample_prompt: str = ""  # What the sample after the last step begins with.
+  sample_prompt: str = ""  # What the sample after the last step begins with, or its masks are in.
   cache_dir: str = "~/.cache/triune"
   cache_gib: float = 50.0  # Oldest caches are removed beyond this size, in GiB.
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -3,6 +3,7 @@
 import os
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from model.errors import InputError
 from model.tokenizer import Tokenizer
 from train.data.pipeline import Batch, load_data
 from train.flags import config_flag, run
+from train.objectives.objective import Side
 
 _CONFIG = config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Whose tokenizer to use; none: the config's own.")
@@ -21,8 +23,7 @@ _TOKENS = flags.DEFINE_integer(
   "tokens", 6, "Tokens to list at the start and end of each segment.", lower_bound=1
 )
 _WIDTH = 96  # Characters of a line of text.
-_TITLES = ("column", "position", "id", "token", "target id", "target", "weight")
-_TEXTS = (3, 5)  # Of the titles: set to the left, numbers to the right.
+_IDS = ("tokens", "targets")  # Fields that hold token ids.
 
 
 def main(argv: list[str]) -> None:
@@ -37,67 +38,113 @@ def main(argv: list[str]) -> None:
     raise InputError(f"--workdir={_WORKDIR.value} holds no tokenizer: leave it out.")
   workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
   data = load_data(_CONFIG.value, workdir=workdir)
-  text = describe(data.batch(_STEP.value), data.tokenizer, _ROWS.value, _TOKENS.value)
+  batch = data.batch(_STEP.value)
+  text = describe(batch, data.sides, data.tokenizer, _ROWS.value, _TOKENS.value)
   try:
     print(text, flush=True)
   except BrokenPipeError:  # The reader has seen enough; Python must not flush into it at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def describe(batch: Batch, tokenizer: Tokenizer, rows: int | None, tokens: int) -> str:
+def describe(
+  batch: Batch, sides: Mapping[str, Side], tokenizer: Tokenizer, rows: int | None, tokens: int
+) -> str:
   """The batch as text.
 
   Args:
-    batch: arrays (B, T): see `causal_lm.empty_rows`.
+    batch: arrays of the fields of `sides`.
     rows: how many rows to show; None: all.
-    tokens: how many tokens to list at each end of a segment.
+    tokens: how many tokens to list at each end of a segment, or of a side without segments.
   """
-  B, T = batch["tokens"].shape
-  held, counted = int((batch["segments"] > 0).sum()), float(batch["weights"].sum())
-  lines = [
-    f"{B} rows of {T} places: {held} tokens ({held / (B * T):.1%} full) in "
-    f"{int(batch['segments'].max(1).sum())} segments; targets weigh {counted:g}"
-  ]
+  B = len(next(iter(batch.values())))
+  lines = [_summary(batch, name, side, B) for name, side in sides.items()]
   for row in range(min(B, rows or B)):
-    lines += ["", f"row {row}", *_row({k: v[row] for k, v in batch.items()}, tokenizer, tokens)]
+    own = {k: v[row] for k, v in batch.items()}
+    lines += ["", f"row {row}"]
+    for name, side in sides.items():
+      show = _read_side if side.read else _listed_side
+      lines += show({f: own[name + f] for f in _fields(side)}, name, side, tokenizer, tokens)
   if rows is not None and rows < B:
     lines += ["", f"{B - rows} more rows: --rows={B} shows them"]
   return "\n".join(lines)
 
 
-def _row(row: dict[str, np.ndarray], tokenizer: Tokenizer, tokens: int) -> list[str]:
+def _fields(side: Side) -> list[str]:
+  return [*(("segments", "positions") if side.read else ()), *side.fields]
+
+
+def _summary(batch: Batch, name: str, side: Side, rows: int) -> str:
+  weights = batch.get(f"{name}weights")
+  counted = "" if weights is None else f"; targets weigh {weights.sum():g}"
+  if not side.read:
+    return f"{_title(name)}{rows} rows of {side.length} places{counted}"
+  segments = batch[f"{name}segments"]
+  held = int((segments > 0).sum())
+  return (
+    f"{_title(name)}{rows} rows of {side.length} places: {held} tokens "
+    f"({held / segments.size:.1%} full) in {int(segments.max(1).sum())} segments{counted}"
+  )
+
+
+def _title(name: str) -> str:
+  return f"{name.rstrip('_')}: " if name else ""
+
+
+def _read_side(
+  own: dict[str, np.ndarray], name: str, side: Side, tokenizer: Tokenizer, tokens: int
+) -> list[str]:
+  """The segments of a row: what each says, and a table of its tokens."""
   lines = []
-  for segment in range(1, int(row["segments"].max()) + 1):
-    columns = np.flatnonzero(row["segments"] == segment)
+  for segment in range(1, int(own["segments"].max()) + 1):
+    columns = np.flatnonzero(own["segments"] == segment)
     lines.append(
-      f"  segment {segment}: {len(columns)} tokens in columns {columns[0]} to {columns[-1]}"
+      f"  {_title(name)}segment {segment}: {len(columns)} tokens in columns {columns[0]} to "
+      f"{columns[-1]}"
     )
-    text = tokenizer.backend.decode(row["tokens"][columns].tolist(), skip_special_tokens=False)
+    text = tokenizer.backend.decode(own["tokens"][columns].tolist(), skip_special_tokens=False)
     for line in text.splitlines():
       parts = textwrap.wrap(line, _WIDTH, drop_whitespace=False, replace_whitespace=False)
       lines += [f"    | {part}" for part in parts or [""]]
-    lines += [f"    {line}" for line in _table(row, columns, tokenizer, tokens)]
-  empty = int((row["segments"] == 0).sum())
-  return [*lines, f"  padding: {empty} columns"] if empty else lines
+    lines += _table(own, columns, ["positions", *side.fields], tokenizer, tokens)
+  empty = int((own["segments"] == 0).sum())
+  return [*lines, f"  {_title(name)}padding: {empty} columns"] if empty else lines
+
+
+def _listed_side(
+  own: dict[str, np.ndarray], name: str, side: Side, tokenizer: Tokenizer, tokens: int
+) -> list[str]:
+  """A table of the places of a row that weigh something."""
+  places = np.flatnonzero(own["weights"]) if "weights" in own else np.arange(side.length)
+  table = _table(own, places, list(side.fields), tokenizer, tokens)
+  return [f"  {_title(name)}{len(places)} of {side.length} places", *(table if len(places) else [])]
 
 
 def _table(
-  row: dict[str, np.ndarray], columns: np.ndarray, tokenizer: Tokenizer, tokens: int
-) -> list[str]:
+  own: dict[str, np.ndarray], columns: np.ndarray, fields: list[str], tokenizer: Tokenizer,
+  tokens: int,
+) -> list[str]:  # fmt: skip
+  """A line for each column, the middle ones left out where there are many."""
+  titles, left = ["column"], [False]
+  for field in fields:
+    one = field.removesuffix("s")
+    titles += [f"{one} id", one] if field in _IDS else [one]
+    left += [False, True] if field in _IDS else [False]
   shown = [*columns[:tokens], None, *columns[-tokens:]] if len(columns) > 2 * tokens else columns
-  table: list[tuple[str, ...]] = [_TITLES]
+  table = [titles]
   for c in shown:
-    if c is None:
-      table.append(("…",) * len(_TITLES))
-      continue
-    token, target = int(row["tokens"][c]), int(row["targets"][c])
-    table.append((
-      str(c), str(row["positions"][c]), str(token), _shown(tokenizer, token), str(target),
-      _shown(tokenizer, target), f"{row['weights'][c]:g}",
-    ))  # fmt: skip
+    cells = [] if c is None else [str(c)]
+    for field in fields if c is not None else ():
+      value = own[field][c]
+      cells += [str(value), _shown(tokenizer, int(value))] if field in _IDS else [_number(value)]
+    table.append(cells or ["…"] * len(titles))
   widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-  pad = lambda i, cell: cell.ljust(widths[i]) if i in _TEXTS else cell.rjust(widths[i])
-  return ["  ".join(pad(i, cell) for i, cell in enumerate(line)).rstrip() for line in table]
+  pad = lambda i, cell: cell.ljust(widths[i]) if left[i] else cell.rjust(widths[i])
+  lines = ["  ".join(pad(i, cell) for i, cell in enumerate(line)).rstrip() for line in table]
+  return [f"    {line}" for line in lines]
+
+
+def _number(value: np.ndarray) -> str:
+  return f"{value:g}" if np.ndim(value) == 0 else " ".join(f"{v:g}" for v in value)
 
 
 def _shown(tokenizer: Tokenizer, token: int) -> str:

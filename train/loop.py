@@ -11,11 +11,13 @@ from infer import generate
 from model.checkpoint import Checkpoints, restore_params
 from model.compilation import use_compilation_cache
 from model.errors import DONE, NON_FINITE, PREEMPTED, InputError, Stop
-from model.loading import Model
+from model.heads import WORD_HEADS
+from model.loading import TRAINED_BESIDE, Model
 from model.sharding import make_mesh
 from train import report
 from train.config import Config
 from train.data.pipeline import Data, load_data
+from train.fill_masks import check_masked, filled_masks
 from train.metrics import MetricsLog
 from train.preemption import Preemption
 from train.program import Program, build_program, put_batch
@@ -56,8 +58,7 @@ def train(config: Config, workdir: Path) -> int:
       process_count=jax.process_count(),
     )  # fmt: skip
     config = resolved(config, data)
-    if config.model.shape == "decoder":
-      sample_tokens(config, data)  # What is wrong with the prompt is said before the training.
+    check_sample(config, data)  # What is wrong with the prompt is said before the training.
     write_config(workdir, config)
     program = build_program(config, mesh)
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
@@ -105,7 +106,8 @@ def run_steps(
   text = sample(config, data, state)
   if jax.process_index() == 0:
     print(f"curves: {workdir / 'curves.png'}", file=sys.stderr)
-    print("" if text is None else f"sample: {text}", flush=True)
+    if text is not None:
+      print(f"sample: {text}", flush=True)
   return DONE
 
 
@@ -120,7 +122,9 @@ def restore_or_init(
   state = program.init()
   if config.init_from is not None:
     check_init(config.init_from, config, data.tokenizer)
-    params = restore_params(config.init_from, {"params": program.state.params}, cast=True)
+    wanted = program.state.params
+    others = tuple(name for name in TRAINED_BESIDE if name not in wanted)
+    params = restore_params(config.init_from, {"params": wanted}, cast=True, leave_out=others)
     params = params.state["params"]
     ema = jax.tree.map(lambda a: a.copy(), params) if state.ema else {}
     state = dataclasses.replace(state, params=params, ema=ema)
@@ -138,14 +142,27 @@ def evaluate(program: Program, state: TrainState, data: Data) -> dict[str, float
   return {name: total / weight for name, (total, weight) in sums.items() if weight}
 
 
+def check_sample(config: Config, data: Data) -> None:
+  """Raises an InputError if no sample can be made of `config.sample_prompt`."""
+  if config.model.head_kind == "language":
+    sample_tokens(config, data)
+  elif config.model.head_kind == "masked_lm":
+    check_masked(config.sample_prompt, data.tokenizer, config.model.max_positions)
+  elif config.sample_prompt:
+    raise InputError(f"sample_prompt has no effect on objective.name={config.objective.name!r}.")
+
+
 def sample(config: Config, data: Data, state: TrainState) -> str | None:
-  """What the trained model says behind `config.sample_prompt`; None on more than one process,
-  and where the model is no decoder alone.
+  """What the trained model says behind `config.sample_prompt`, or in the place of its masks.
+
+  None on more than one process, and for models that write no text.
   """
-  if jax.process_count() > 1 or config.model.shape != "decoder":
+  if jax.process_count() > 1 or config.model.head_kind not in WORD_HEADS:
     return None
-  prompt, room = sample_tokens(config, data)
   m = Model(config.model, state.params, data.tokenizer)
+  if config.model.head_kind == "masked_lm":
+    return filled_masks(m, data, config.sample_prompt)
+  prompt, room = sample_tokens(config, data)
   return config.sample_prompt + generate(
     m, [prompt], max_new_tokens=room, temperature=0.8, seed=config.seed
   )[0].text  # fmt: skip

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 
 from model.errors import InputError
-from model.flops import model_flops
 from model.hardware import peak_flops
 from train.config import Config
 from train.curves import draw_curves
+from train.objectives import step_flops
 from train.program import Program
 from train.report import Progress
 
@@ -131,7 +131,7 @@ class MetricsLog:
       {n.removeprefix(kind): v for n, v in self._sums.items() if n.startswith(kind)}
       for kind in _WORK
     )
-    flops = model_flops(self._config.model, tokens, pairs)
+    flops = step_flops(self._config, tokens, pairs)
     rate = sum(tokens[stack] for stack in self._config.model.stacks) / self._seconds
     mfu = None if self._peak is None else flops / self._seconds / self._peak
     self._sums, self._seconds = {}, 0.0

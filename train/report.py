@@ -21,7 +21,7 @@ from train.program import Program
 
 PARTS: tuple[str, ...] = (
   "token embedding", "position embedding", "type embedding", "attention", "MLP", "experts",
-  "norms", "head", "other",
+  "norms", "head", "generator", "other",
 )  # fmt: skip
 PLAIN_SECONDS = 15.0  # Between lines where the output is no terminal.
 REDRAW_SECONDS = 0.1
@@ -96,7 +96,7 @@ def run_lines(config: Config, program: Program, data: Data, mesh: Mesh, start: i
     "device": f"{kind}, {_peak_text(kind, str(config.model.compute_dtype))}",
     "step": f"{config.batch_size} x {' + '.join(map(str, lengths))} = {tokens:,} tokens{parts}",
     "data": _data_text(config, data),
-    "validation": f"{data.validation_tokens:,} targets in {data.num_validation_batches:,} batches",
+    "validation": f"{data.validation_tokens:,} tokens in {data.num_validation_batches:,} batches",
     "vocabulary": f"{data.tokenizer.vocab_size:,} tokens",
     "memory": memory_text(program.train_step, kind),
     "compiled": f"in {program.compile_seconds:.1f} s",
@@ -193,7 +193,7 @@ def _peak_text(kind: str, dtype: str) -> str:
 def _data_text(config: Config, data: Data) -> str:
   epochs = config.steps * config.batch_size / max(1, data.rows_per_epoch)
   text = (
-    f"{config.data.source}: {data.tokens_per_epoch:,} targets in {data.rows_per_epoch:,} rows, "
+    f"{config.data.source}: {data.tokens_per_epoch:,} tokens in {data.rows_per_epoch:,} rows, "
     f"read {epochs:.2f} times"
   )
   if data.truncated_documents:
@@ -212,6 +212,8 @@ def _leaves(tree: dict) -> list[tuple[tuple[str, ...], Any]]:
 
 def _part(path: tuple[str, ...], info: ParamInfo) -> str:
   """The part of the model that a parameter belongs to."""
+  if path[0] == "generator":
+    return "generator"
   if "attn" in path or "cross_attn" in path:
     return "attention"
   if "mlp" in path:

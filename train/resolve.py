@@ -43,8 +43,7 @@ def check_fit(config: Config) -> None:
       f"objective.name={name!r} trains the head {fitting[model.shape]!r}, not model.head="
       f"{model.head!r}: leave it out."
     )
-  paired = config.objective.resolved().pairs not in (None, "none")
-  if model.pair_head and not paired:
+  if model.pair_head and not config.objective.paired:
     raise InputError("model.pair_head is trained by objective.pairs: set it, or leave both out.")
   writes = model.shape == "encoder_decoder" and fitting[model.shape] == "language"
   if writes and config.target_len is None:
@@ -94,8 +93,7 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def _with_head(model: ModelConfig, config: Config) -> ModelConfig:
   head = SHAPES[config.objective.name][model.shape]
-  paired = config.objective.resolved().pairs not in (None, "none")
-  return dataclasses.replace(model, head=head, pair_head=paired)
+  return dataclasses.replace(model, head=head, pair_head=config.objective.paired)
 
 
 def decoder_start(model: ModelConfig, tokenizer: Tokenizer) -> int | None:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from train.data.sources import Source, TokenSource, open_source, parse_mixture
 from train.data.tokenize import tokenize
 from train.data.vocabulary import choose_tokenizer
 from train.objectives import bare, extra_tokens, make_objective
-from train.objectives.objective import Batch, Objective, Pieces, empty_batch
+from train.objectives.objective import Batch, Objective, Pieces, Side, empty_batch
 
 _FORMAT = 2  # Of rows: a run goes on only with the rows that it began with.
 _FINER = 4
@@ -52,6 +52,11 @@ class Data:
   _config: Config = dataclasses.field(repr=False)
   _objective: Objective = dataclasses.field(repr=False)
   _process: tuple[int, int] = dataclasses.field(repr=False)
+
+  @property
+  def sides(self) -> Mapping[str, Side]:
+    """What a batch consists of: see `Objective.sides`."""
+    return self._objective.sides
 
   def batch(self, step: int) -> Batch:
     """This process' rows of the batch of `step`, counted from 0."""

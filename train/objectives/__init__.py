@@ -1,17 +1,22 @@
 """What is learned: one file for each objective."""
 
+from collections.abc import Mapping
+
 from model.errors import InputError
+from model.flops import model_flops
 from model.tokenizer import Tokenizer
 from train.config import Config
 from train.objectives.causal_lm import CausalLM
 from train.objectives.denoising import Denoising
+from train.objectives.masked_lm import MaskedLM
 from train.objectives.objective import Objective
 from train.objectives.prefix_lm import DecoderPrefixLM, EncoderPrefixLM
+from train.objectives.replaced_token import ReplacedToken, generator_flops
 from train.objectives.span_corruption import SpanCorruption
 from train.objectives.special_tokens import bare, extra_tokens
 from train.objectives.ul2 import UL2
 
-__all__ = ["bare", "extra_tokens", "make_objective"]
+__all__ = ["bare", "extra_tokens", "make_objective", "step_flops"]
 
 
 def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Objective:
@@ -25,12 +30,18 @@ def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Object
   """
   prefix_lm = DecoderPrefixLM if config.model.shape == "decoder" else EncoderPrefixLM
   kinds = {
-    "causal_lm": CausalLM,
-    "prefix_lm": prefix_lm,
-    "span_corruption": SpanCorruption,
-    "denoising": Denoising,
+    "causal_lm": CausalLM, "prefix_lm": prefix_lm, "masked_lm": MaskedLM,
+    "replaced_token": ReplacedToken, "span_corruption": SpanCorruption, "denoising": Denoising,
     "ul2": UL2,
-  }
+  }  # fmt: skip
   if config.objective.name not in kinds:
     raise InputError(f"objective.name={config.objective.name!r} is not there yet.")
   return kinds[config.objective.name].of(config, tokenizer)
+
+
+def step_flops(config: Config, tokens: Mapping[str, float], pairs: Mapping[str, float]) -> float:
+  """FLOPs of a step over all that is trained; `tokens` and `pairs` are those of the Loss."""
+  flops = model_flops(config.model, tokens, pairs)
+  if config.objective.name == "replaced_token":
+    flops += generator_flops(config, tokens, pairs)
+  return flops

@@ -33,7 +33,11 @@ def extra_tokens(config: Config) -> tuple[str, ...]:
 def bare(config: Config) -> bool:
   """Whether documents come without special tokens, because the objective gives them to pieces."""
   to_decoder = config.model.shape == "encoder_decoder" and config.objective.name == "prefix_lm"
-  return to_decoder or config.objective.name in ("span_corruption", "denoising", "ul2")
+  return (
+    config.objective.paired
+    or to_decoder
+    or config.objective.name in ("span_corruption", "denoising", "ul2")
+  )
 
 
 def need_mask(tokenizer: Tokenizer, objective: str) -> int:

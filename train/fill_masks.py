@@ -1,0 +1,62 @@
+"""What a masked language model puts in the place of masks, as a person reads it."""
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from model.errors import InputError
+from model.tokenizer import Tokenizer
+from model.trained import Model
+from train.data.pipeline import Data
+
+_TOKENS = 128  # Of the text that is shown, at most.
+
+
+def check_masked(prompt: str, tokenizer: Tokenizer, limit: int | None) -> None:
+  """Raises an InputError if a text has no mask to fill, or is longer than `limit` tokens."""
+  if not prompt:
+    return
+  ids, mask = tokenizer.encode(prompt), tokenizer.mask_id
+  if mask not in ids:
+    raise InputError(
+      f"sample_prompt={prompt!r} has nothing to fill: write {tokenizer.special.get('mask')} in "
+      "the place of a token, or leave it out for a text of the validation set."
+    )
+  if limit is not None and len(ids) > limit:
+    raise InputError(
+      f"sample_prompt has {len(ids)} tokens and model.max_positions={limit}: shorten it."
+    )
+
+
+def filled_masks(m: Model, data: Data, prompt: str) -> str:
+  """A text in which each mask is what the model holds most probable: [guess], or [guess|truth].
+
+  Args:
+    prompt: the text; empty: the beginning of the first one of the validation set, masked as there.
+  """
+  ids, truth = _masked_text(data) if not prompt else (data.tokenizer.encode(prompt), [])
+  places = [i for i, token in enumerate(ids) if token == data.tokenizer.mask_id]
+  scores = np.asarray(m(np.array([ids])))[0, places]
+  guesses = _shown(data.tokenizer, scores.argmax(-1).tolist(), truth)
+  text = data.tokenizer.backend.decode(ids, skip_special_tokens=False)
+  return re.sub(re.escape(data.tokenizer.special["mask"]), lambda _: next(guesses, "[]"), text)
+
+
+def _shown(tokenizer: Tokenizer, guesses: list[int], truth: list[int]) -> Iterator[str]:
+  name = lambda token: tokenizer.backend.decode([token], skip_special_tokens=False)
+  for i, guess in enumerate(guesses):
+    wrong = bool(truth) and truth[i] != guess
+    yield f"[{name(guess)}|{name(truth[i])}]" if wrong else f"[{name(guess)}]"
+
+
+def _masked_text(data: Data) -> tuple[list[int], list[int]]:
+  """(ids with masks at all chosen places, the tokens that were there)."""
+  batch = next(iter(data.validation_batches()), None) or data.batch(0)
+  row = {name: values[0] for name, values in batch.items()}
+  ids = row["tokens"][row["segments"] == 1][:_TOKENS].tolist()
+  chosen = (row["masked_weights"] > 0) & (row["masked_places"] < len(ids))
+  places = row["masked_places"][chosen]
+  for place in places:
+    ids[place] = data.tokenizer.mask_id
+  return ids, row["masked_targets"][chosen].tolist()
