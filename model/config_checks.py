@@ -34,7 +34,7 @@ def check(cfg: ModelConfig) -> None:
 
 
 def _check_choices(cfg: ModelConfig) -> None:
-  choices = dict(
+  choices: dict[str, tuple[str, ...]] = dict(
     shape=SHAPES, positions=POSITIONS, rope_scaling=ROPE_SCALINGS, norm=NORMS,
     norm_placement=NORM_PLACEMENTS, residual=RESIDUALS, qk_norm=QK_NORMS, activation=ACTIVATIONS,
     remat=REMAT, attention_kernel=ATTENTION_KERNELS, expert_kernel=EXPERT_KERNELS, dtype=DTYPES,
@@ -67,9 +67,9 @@ def _check_sizes(cfg: ModelConfig) -> None:
     if not 0 <= getattr(cfg, name) < 1:
       raise InputError(f"model.{name}={getattr(cfg, name)} is a probability: use 0 <= p < 1.")
   positive = ("attention_softcap", "logit_softcap", "attention_scale", "norm_eps", "init_std",
-              "rope_theta", "rope_local_theta", "rope_factor", "rope_attention_factor",
-              "logit_scale", "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast",
-              "rope_beta_slow")  # fmt: skip
+              "init_embed_std", "rope_theta", "rope_local_theta", "rope_factor",
+              "rope_attention_factor", "logit_scale", "rope_low_freq_factor",
+              "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow")  # fmt: skip
   for name in positive:
     value = getattr(cfg, name)
     if value is not None and not 0 < value < float("inf"):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +90,15 @@ def router_penalty(stats: Aux, cfg: ModelConfig) -> Float[Array, ""]:
   return cfg.balance_loss * losses["balance_loss"] + cfg.router_z_loss * losses["router_z_loss"]
 
 
-def work(
-  cfg: ModelConfig, inputs: Inputs, source: Inputs | None = None, *, head: Any
-) -> dict[str, dict[str, Array]]:
-  """`tokens` and `pairs` of a pass: what `model.flops.model_flops` counts by.
+class Work(TypedDict):
+  """What model FLOPs are counted by: see `model.flops.model_flops`."""
+
+  tokens: dict[str, Array]
+  pairs: dict[str, Array]
+
+
+def work(cfg: ModelConfig, inputs: Inputs, source: Inputs | None = None, *, head: Any) -> Work:
+  """The work of a pass.
 
   Args:
     inputs: what the last stack reads.
@@ -108,9 +113,10 @@ def work(
     for kind in set(cfg.layers(name))
   }
   if source is not None:
-    seen = (inputs.seg[:, :, None] == source.seg[:, None]) & (inputs.seg[:, :, None] > 0)
-    pairs["cross"] = jnp.sum(seen, dtype=jnp.float32)
-  return dict(tokens={**tokens, "head": jnp.asarray(head)}, pairs=pairs)
+    seg = lambda side: (side.pos >= 0).astype(jnp.int32) if side.seg is None else side.seg
+    reader, read = seg(inputs)[:, :, None], seg(source)[:, None]
+    pairs["cross"] = jnp.sum((reader == read) & (reader > 0), dtype=jnp.float32)
+  return Work(tokens={**tokens, "head": jnp.asarray(head)}, pairs=pairs)
 
 
 def _pairs(pos: Int[Array, "B T"], window: int | None, *, causal: bool) -> Float[Array, ""]:

@@ -77,11 +77,16 @@ class Objective(Protocol):
       pieces together take no more room than one of their length.
   """
 
-  sides: Mapping[str, Side]
-  whole: int | None
-  overlap: int
-  samples: bool
-  moves: bool
+  @property
+  def sides(self) -> Mapping[str, Side]: ...
+  @property
+  def whole(self) -> int | None: ...
+  @property
+  def overlap(self) -> int: ...
+  @property
+  def samples(self) -> bool: ...
+  @property
+  def moves(self) -> bool: ...
 
   def room(
     self, corpus: Corpus, documents: np.ndarray, lengths: np.ndarray, salts: np.ndarray
