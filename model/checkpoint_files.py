@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -75,7 +76,10 @@ def start_write(writer: ocp.AsyncCheckpointer, folder: epath.Path, record: Recor
   writer.save(folder, args=ocp.args.Composite(**items))
 
 
-def read_state(folder: epath.Path, record: Record, abstract: Any, *, cast: bool) -> Any:
+def read_state(
+  folder: epath.Path, record: Record, abstract: Any, *, cast: bool,
+  only: Collection[str] | None = None,
+) -> Any:  # fmt: skip
   """Reads the top-level parts of a state that `abstract` has, and verifies every array read.
 
   Args:
@@ -84,6 +88,7 @@ def read_state(folder: epath.Path, record: Record, abstract: Any, *, cast: bool)
     abstract: pytree of `jax.ShapeDtypeStruct`s; `sharding` says where each array goes (None:
       the first local device).
     cast: whether floating arrays may be saved in another dtype than `abstract` has.
+    only: names in those parts beside which others may be saved, which are not read; None: all.
 
   Returns:
     Arrays in the structure of `abstract`.
@@ -94,7 +99,8 @@ def read_state(folder: epath.Path, record: Record, abstract: Any, *, cast: bool)
   """
   wanted = named_leaves(abstract)
   parts = {path[0] for path, _ in wanted.values()}
-  saved = {n: leaf for n, leaf in record.leaves.items() if leaf.path[0] in parts}
+  asked = lambda path: path[0] in parts and (only is None or path[1] in only)
+  saved = {n: leaf for n, leaf in record.leaves.items() if asked(leaf.path)}
   _check_parts(folder, record, parts)
   check_tree(str(folder), saved, wanted, cast=cast)
   _check_x64(folder, saved)

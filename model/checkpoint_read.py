@@ -1,5 +1,6 @@
 """Reading checkpoints by PATH: a workdir, a step inside it, or `WORKDIR@best`."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +60,9 @@ def describe(path: epath.PathLike) -> Restored:
   return Restored(nested(leaves), record.meta, step)
 
 
-def restore_params(path: epath.PathLike, abstract: dict, *, cast: bool = False) -> Restored:
+def restore_params(
+  path: epath.PathLike, abstract: dict, *, cast: bool = False, only: Collection[str] | None = None
+) -> Restored:
   """Reads some top-level parts of the state saved at PATH, and nothing of the others.
 
   Args:
@@ -67,6 +70,8 @@ def restore_params(path: epath.PathLike, abstract: dict, *, cast: bool = False) 
     abstract: `{"params": …, "frozen": …}` or `{"ema": …}`: nested dicts of
       `jax.ShapeDtypeStruct`s, with the shardings in which the arrays are to be.
     cast: convert floating arrays to the dtypes in `abstract`; otherwise these must be equal.
+    only: names in those parts (`encoder`, `head` …) that are read, as `abstract` has them; None:
+      it has all that are saved.
 
   Raises:
     InputError: when there is no such checkpoint, when it is damaged, or when it holds other
@@ -75,7 +80,7 @@ def restore_params(path: epath.PathLike, abstract: dict, *, cast: bool = False) 
   found = _candidates(path)[1]
   while True:
     try:
-      return restore_newest(found, abstract, cast=cast, passed={})
+      return restore_newest(found, abstract, cast=cast, only=only, passed={})
     except InputError:  # A run that is going on may have replaced what was being read.
       before, found = found, _candidates(path)[1]
       if before.keys() == found.keys():
@@ -83,13 +88,14 @@ def restore_params(path: epath.PathLike, abstract: dict, *, cast: bool = False) 
 
 
 def restore_newest(
-  candidates: dict[int, epath.Path], abstract: Any, *, cast: bool, passed: dict[int, str]
-) -> Restored:
+  candidates: dict[int, epath.Path], abstract: Any, *, cast: bool, passed: dict[int, str],
+  only: Collection[str] | None = None,
+) -> Restored:  # fmt: skip
   """Reads the first of `candidates` that is undamaged.
 
   Args:
     candidates: folders by step, in the order to try.
-    abstract, cast: as `checkpoint_files.read_state` takes them.
+    abstract, cast, only: as `checkpoint_files.read_state` takes them.
     passed: is filled with the steps passed over and what is wrong with each.
 
   Raises:
@@ -98,7 +104,7 @@ def restore_newest(
   for step, folder in candidates.items():
     try:
       record = files.read_record(folder)
-      state = files.read_state(folder, record, abstract, cast=cast)
+      state = files.read_state(folder, record, abstract, cast=cast, only=only)
     except Damaged as damage:
       passed[step] = str(damage)
       if len(candidates) > 1 and folder.exists():

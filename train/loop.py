@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from infer import generate
-from model.checkpoint import Checkpoints, restore_params
+from model.checkpoint import Checkpoints
 from model.compilation import use_compilation_cache
 from model.errors import DONE, NON_FINITE, PREEMPTED, InputError, Stop
 from model.loading import Model
@@ -16,6 +16,7 @@ from model.sharding import make_mesh
 from train import report
 from train.config import Config
 from train.data.pipeline import Data, load_data
+from train.init_from import initial_params, with_its_tokenizer
 from train.metrics import MetricsLog
 from train.preemption import Preemption
 from train.program import Program, build_program, put_batch
@@ -23,7 +24,6 @@ from train.resolve import check_fit, resolved
 from train.step import TrainState
 from train.workdir import (
   as_dict,
-  check_init,
   check_same_data,
   check_workdir,
   read_config,
@@ -44,6 +44,7 @@ def train(config: Config, workdir: Path) -> int:
     Stop: with the status for a loss that stays non-finite.
   """
   check_fit(config)
+  config = with_its_tokenizer(config, workdir)
   check_workdir(workdir, config)
   use_compilation_cache(config.cache_dir)
   mesh = make_mesh(**dataclasses.asdict(config.mesh))
@@ -56,7 +57,7 @@ def train(config: Config, workdir: Path) -> int:
       process_count=jax.process_count(),
     )  # fmt: skip
     config = resolved(config, data)
-    sample_tokens(config, data)  # What is wrong with the prompt is said before the training.
+    check_sample(config, data)  # What is wrong with the prompt is said before the training.
     write_config(workdir, config)
     program = build_program(config, mesh)
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
@@ -118,9 +119,7 @@ def restore_or_init(
     return restored.state, restored.step
   state = program.init()
   if config.init_from is not None:
-    check_init(config.init_from, config, data.tokenizer)
-    params = restore_params(config.init_from, {"params": program.state.params}, cast=True)
-    params = params.state["params"]
+    params = initial_params(config, state.params, program.state.params, data)
     ema = jax.tree.map(lambda a: a.copy(), params) if state.ema else {}
     state = dataclasses.replace(state, params=params, ema=ema)
   return state, 0
@@ -138,14 +137,30 @@ def evaluate(program: Program, state: TrainState, data: Data) -> dict[str, float
 
 
 def sample(config: Config, data: Data, state: TrainState) -> str | None:
-  """What the trained model says behind `config.sample_prompt`; None on more than one process."""
-  if jax.process_count() > 1:
+  """What the trained model says behind `config.sample_prompt`.
+
+  None if it does not go on with a text, and on more than one process.
+  """
+  if jax.process_count() > 1 or not writes_on(config):
     return None
   prompt, room = sample_tokens(config, data)
   m = Model(config.model, state.params, data.tokenizer)
   return config.sample_prompt + generate(
     m, [prompt], max_new_tokens=room, temperature=0.8, seed=config.seed
   )[0].text  # fmt: skip
+
+
+def writes_on(config: Config) -> bool:
+  """Whether the model goes on with a text."""
+  return config.model.shape == "decoder" and config.model.head_kind == "language"
+
+
+def check_sample(config: Config, data: Data) -> None:
+  """Raises an InputError if `config.sample_prompt` has no effect or leaves no room."""
+  if writes_on(config):
+    sample_tokens(config, data)
+  elif config.sample_prompt:
+    raise InputError("sample_prompt has no effect on a model that does not go on with a text.")
 
 
 def sample_tokens(config: Config, data: Data) -> tuple[list[int], int]:

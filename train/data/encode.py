@@ -1,4 +1,4 @@
-"""Examples to arrays, once: texts to token ids, labels to numbers; the result is kept in the cache."""
+"""Examples to arrays, once: texts to token ids, labels to numbers; kept in the cache."""
 
 import hashlib
 import json

@@ -152,7 +152,7 @@ def _parallel(
 def _lines(file: int, source: Path, target: Path) -> Iterator[Example]:
   with open_text(source) as texts, open_text(target) as targets:
     number = 0
-    for number, text in enumerate(texts, 1):  # noqa: B007
+    for number, text in enumerate(texts, 1):
       goal = next(targets, None)
       if goal is None:
         raise _unequal(source, target, number, number + sum(1 for _ in texts), number - 1)

@@ -69,8 +69,8 @@ def open_text(path: Path) -> Iterator[TextIO]:
   Raises:
     InputError: for what cannot be unpacked or decoded.
   """
-  opened = gzip.open(path) if path.suffix == PACKED else path.open("rb")
-  with opened as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as f:  # pyright: ignore
+  unpacked = gzip.open if path.suffix == PACKED else Path.open
+  with unpacked(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as f:  # pyright: ignore
     try:
       yield f
     except UnicodeDecodeError as error:

@@ -112,9 +112,10 @@ def _plain(value: Any, feature: Any, place: str) -> Any:
       raise InputError(f"{place} is not UTF-8 text: {error}.") from None
   if isinstance(value, np.ndarray | list) and np.ndim(value):
     return [_plain(v, getattr(feature, "feature", None), place) for v in value]
+  value = value.item() if isinstance(value, np.generic | np.ndarray) else value
   if value is not None and hasattr(feature, "int2str"):
-    return feature.int2str(int(value))
-  return value.item() if isinstance(value, np.generic | np.ndarray) else value
+    return feature.int2str(value)
+  return value
 
 
 def _documents(spec: str, examples: Any, feature: str) -> Iterator[str]:

@@ -16,10 +16,11 @@ from model.config import ModelConfig
 from model.heads import Network, build
 from model.template import Template
 from model.tokenizer import Tokenizer
+from model.transformer import Aux, Inputs
 from train.config import Config, ObjectiveConfig
 from train.data.arrays import Corpus
 from train.data.fit import Fitted, fit, lengths_of
-from train.objectives.loss import Loss, inputs_of, router_penalty, token_loss, work
+from train.objectives.loss import Loss, Work, inputs_of, router_penalty, token_loss, work
 from train.objectives.objective import Batch, Example, Field, Pieces, Side, place
 from train.objectives.texts import TEXTS, WEIGHT, most_texts, pooled, text_weights, two_keys
 
@@ -113,7 +114,8 @@ class Contrastive:
 
   def loss(self, net: Any, batch: Mapping[str, Array], key: jax.Array | None) -> Loss:
     """Cross-entropy of each text's pair over all of the batch."""
-    vectors, penalty, tokens, pairs = {}, jnp.zeros(()), {}, {}
+    vectors, penalty = {}, jnp.zeros(())
+    tokens, pairs = {}, {}
     for i, (side, column) in enumerate(self.columns.items()):
       side_key = None if key is None else jax.random.fold_in(key, i)
       vectors[column], stats, counts = self._embedded(net, batch, side, side_key)
@@ -134,13 +136,13 @@ class Contrastive:
 
   def _embedded(
     self, net: Any, batch: Mapping[str, Array], side: str, key: jax.Array | None
-  ) -> tuple[Float[Array, "n D"], dict[str, Array], dict[str, dict[str, Array]]]:
+  ) -> tuple[Float[Array, "n D"], Aux, Work]:
     """(vectors of all places for texts of the batch, sums for routers, work) of a side."""
     body, head = two_keys(key)
     inputs, texts = inputs_of(batch, side), text_weights(batch)
     if self.model.shape == "encoder_decoder":
       x, stats = net.encode(inputs, key=body)
-      counts = _encoder_work(self.model, work(self.model, inputs, inputs, head=texts))
+      counts = _encoder_work(self.model, inputs, texts)
     else:
       x, _, stats = net.hidden(inputs, key=body)
       counts = work(self.model, inputs, head=texts)
@@ -184,10 +186,9 @@ def _added(sums: Mapping[str, Array], more: Mapping[str, Array]) -> dict[str, Ar
   return {name: value + sums.get(name, 0) for name, value in more.items()}
 
 
-def _encoder_work(cfg: ModelConfig, counts: dict[str, dict[str, Array]]) -> Any:
-  """Counts of a pass in which the decoder rests."""
+def _encoder_work(cfg: ModelConfig, inputs: Inputs, texts: Array) -> Work:
+  """Work of a pass in which the decoder rests."""
+  both = work(cfg, inputs, inputs, head=texts)
   rests = lambda name: name.partition(".")[0] in ("decoder", "cross")
-  return {
-    kind: {name: v * (0 if rests(name) else 1) for name, v in values.items()}
-    for kind, values in counts.items()
-  }
+  still = lambda counts: {name: v * (0 if rests(name) else 1) for name, v in counts.items()}
+  return Work(tokens=still(both["tokens"]), pairs=still(both["pairs"]))

@@ -17,7 +17,7 @@ from model.template import Template
 from model.tokenizer import Tokenizer
 from train.config import Config, ObjectiveConfig
 from train.data.arrays import Corpus
-from train.data.fit import Fitted, Lengths, fit, shares
+from train.data.fit import Fitted, fit, shares
 from train.objectives.causal_lm import TOKENS, WEIGHTS, word_loss
 from train.objectives.loss import Loss, inputs_of, work
 from train.objectives.objective import Batch, Example, Pieces, Side, place
