@@ -162,7 +162,7 @@ def _check_shape(cfg: ModelConfig) -> None:
 
 
 def _check_head(cfg: ModelConfig) -> None:
-  kind = cfg.head_kind
+  kind, given = cfg.head_kind, cfg.head is not None  # Else what is learned decides the head.
   fitting = {"language": ("decoder", "encoder_decoder"), "masked_lm": ("encoder",),
              "replaced_token": ("encoder",)}  # fmt: skip
   if cfg.shape not in fitting.get(kind, SHAPES):
@@ -172,9 +172,9 @@ def _check_head(cfg: ModelConfig) -> None:
     )
   if cfg.pair_head and kind != "masked_lm":
     raise InputError(f"model.pair_head stands beside a masked_lm head, not beside {kind!r}.")
-  if cfg.problem != "single_label" and kind != "sequence":
+  if given and cfg.problem != "single_label" and kind != "sequence":
     raise InputError(f"model.problem={cfg.problem!r} has no effect on model.head={kind!r}.")
-  if kind not in ("sequence", "token") and cfg.num_labels is not None:
+  if given and kind not in ("sequence", "token") and cfg.num_labels is not None:
     raise InputError(f"model.num_labels={cfg.num_labels} has no effect on model.head={kind!r}.")
   if cfg.problem == "regression" and cfg.num_labels not in (None, 1):
     raise InputError(f"model.num_labels={cfg.num_labels}: a regression tells one number.")

@@ -140,6 +140,23 @@ class Tokenizer:
     prefix, suffix = (np.array(ends, np.int32) for ends in self.affixes)
     return [np.concatenate([prefix, *(next(ids) for _ in one), suffix]) for one in parts]
 
+  def encode_spans(
+    self, texts: Sequence[str]
+  ) -> list[tuple[Int32[np.ndarray, "n"], Int32[np.ndarray, "n 2"]]]:
+    """Ids of documents without special tokens, and the characters [start, end) of each token.
+
+    As in `encode_documents`, special tokens spelled in a text are ordinary characters.
+
+    Raises:
+      InputError: as `encode`.
+    """
+    try:
+      found = self._literal.encode_batch(list(texts), add_special_tokens=False)
+    except Exception as error:  # The library raises nothing more precise.
+      raise _unencodable(self._literal, texts, error) from None
+    spans = lambda e: np.array(e.offsets, np.int32).reshape(-1, 2)
+    return [(np.array(e.ids, np.int32), spans(e)) for e in found]
+
   def _encode_parts(self, parts: Sequence[str]) -> Iterator[Int32[np.ndarray, "_"]]:
     group, size = [], 0
     for i, part in enumerate(parts):

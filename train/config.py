@@ -20,6 +20,7 @@ class DataConfig:
 
   source: str = "python_stdlib"
   validation_source: str | None = None  # None: the last part of the corpus.
+  validation_target: str | None = None  # As `target`, of the validation source; None: the same.
   validation_fraction: float = 0.05  # Share of the corpus' tokens, where no source is given.
   tokenizer: str = "bpe:4096"
   packing: bool = True

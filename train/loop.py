@@ -8,16 +8,17 @@ from pathlib import Path
 import jax
 
 from infer import generate
-from model.checkpoint import Checkpoints, restore_params
+from model.checkpoint import Checkpoints
 from model.compilation import use_compilation_cache
 from model.errors import DONE, NON_FINITE, PREEMPTED, InputError, Stop
 from model.heads import WORD_HEADS
-from model.loading import TRAINED_BESIDE, Model
+from model.loading import Model
 from model.sharding import make_mesh
 from train import report
 from train.config import Config
 from train.data.pipeline import Data, load_data
 from train.fill_masks import check_masked, filled_masks
+from train.init_from import initial_params, with_its_tokenizer
 from train.metrics import MetricsLog
 from train.preemption import Preemption
 from train.program import Program, build_program, put_batch
@@ -25,7 +26,6 @@ from train.resolve import check_fit, resolved
 from train.step import TrainState
 from train.workdir import (
   as_dict,
-  check_init,
   check_same_data,
   check_workdir,
   read_config,
@@ -46,6 +46,7 @@ def train(config: Config, workdir: Path) -> int:
     Stop: with the status for a loss that stays non-finite.
   """
   check_fit(config)
+  config = with_its_tokenizer(config, workdir)
   check_workdir(workdir, config)
   use_compilation_cache(config.cache_dir)
   mesh = make_mesh(**dataclasses.asdict(config.mesh))
@@ -121,11 +122,7 @@ def restore_or_init(
     return restored.state, restored.step
   state = program.init()
   if config.init_from is not None:
-    check_init(config.init_from, config, data.tokenizer)
-    wanted = program.state.params
-    others = tuple(name for name in TRAINED_BESIDE if name not in wanted)
-    params = restore_params(config.init_from, {"params": wanted}, cast=True, leave_out=others)
-    params = params.state["params"]
+    params = initial_params(config, state.params, program.state.params, data)
     ema = jax.tree.map(lambda a: a.copy(), params) if state.ema else {}
     state = dataclasses.replace(state, params=params, ema=ema)
   return state, 0

@@ -49,6 +49,7 @@ def choose_tokenizer(
         f"{', '.join(k if k in ('bytes', 'char') else f'{k}:N' for k in KINDS)}."
       )
     tokenizer = Tokenizer.load(spec)
+    tokenizer.config.pop(_NOTE, None)  # Of the run that it came from; this one names a path.
   else:
     tokenizer = _build(spec, *parsed, sources, cache, extra)
     tokenizer.config[_NOTE] = note

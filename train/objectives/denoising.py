@@ -60,7 +60,9 @@ class Denoising:
     if tokenizer is not None and own.permute_sentences:
       sentences = Sentences.of(tokenizer)
     ends = Ends.of(config, tokenizer)
-    objective = cls(own, config.model, two_sides(config), ends, mask, sentences)
+    objective = cls(
+      own, config.model, two_sides(config.seq_len, config.target_len), ends, mask, sentences
+    )
     check_longest(config, objective.whole)
     return objective
 

@@ -111,7 +111,9 @@ class EncoderPrefixLM:
       InputError: if a side has no room.
     """
     ends = Ends.of(config, tokenizer)
-    objective = cls(config.objective, config.model, two_sides(config), ends)
+    objective = cls(
+      config.objective, config.model, two_sides(config.seq_len, config.target_len), ends
+    )
     check_longest(config, objective.whole)
     return objective
 

@@ -33,11 +33,8 @@ def extra_tokens(config: Config) -> tuple[str, ...]:
 def bare(config: Config) -> bool:
   """Whether documents come without special tokens, because the objective gives them to pieces."""
   to_decoder = config.model.shape == "encoder_decoder" and config.objective.name == "prefix_lm"
-  return (
-    config.objective.paired
-    or to_decoder
-    or config.objective.name in ("span_corruption", "denoising", "ul2")
-  )
+  written = config.objective.name in ("span_corruption", "denoising", "ul2")
+  return config.objective.paired or to_decoder or written
 
 
 def need_mask(tokenizer: Tokenizer, objective: str) -> int:

@@ -64,12 +64,12 @@ class Ends:
     return np.concatenate([tokens, np.array(self.end, np.int64)])
 
 
-def two_sides(config: Config) -> dict[str, Side]:
+def two_sides(seq_len: int, target_len: int | None) -> dict[str, Side]:
   """What the encoder reads; what the decoder reads, with the token that it writes at each place."""
   written = dict(tokens=TOKENS, targets=TOKENS, weights=WEIGHTS)
   return {
-    "": Side(config.seq_len, dict(tokens=TOKENS)),
-    DECODER: Side(config.target_len or config.seq_len, written),
+    "": Side(seq_len, dict(tokens=TOKENS)),
+    DECODER: Side(target_len or seq_len, written),
   }
 
 
@@ -92,6 +92,11 @@ def written_loss(
   x, _, stats = net.hidden(inputs, source=source, key=key)
   done = work(cfg, inputs, source, head=jnp.sum(inputs.pos >= 0))
   return word_loss(objective, cfg, net.logits(x), batch, stats, side=DECODER, **done)
+
+
+def written_weights(batch: Mapping[str, Array]) -> dict[str, Array]:
+  """Tokens that the decoder writes."""
+  return {"loss": jnp.sum(batch[f"{DECODER}weights"])}
 
 
 def longest(

@@ -83,7 +83,7 @@ class UL2:
     own = config.objective.resolved()
     parsed = parse_denoisers(own.denoisers or ())
     kinds = tuple(Rest(d.rate) if d.mean is None else Spans(d.rate, d.mean) for d in parsed)
-    sides = two_sides(config)
+    sides = two_sides(config.seq_len, config.target_len)
     if config.model.shape == "decoder":
       sides = prefix_sides(config.seq_len)
     modes, sentinels = (0,) * len(parsed), ()
