@@ -153,7 +153,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def theirs_and_ours(name: str, *, std: float = 0.2):
+def theirs_and_ours(name: str, *, std: float = 0.6):
   """A random model of Transformers and ours with the same weights, without a tokenizer."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
@@ -161,8 +161,9 @@ def theirs_and_ours(name: str, *, std: float = 0.2):
   kind = getattr(transformers, name)
   torch.manual_seed(0)
   theirs = kind(kind.config_class(**sizes)).eval()
-  for p in theirs.parameters():  # Norms too: a scale of one would hide a mistake.
-    torch.nn.init.normal_(p, std=std)
+  for path, p in theirs.named_parameters():  # Norms too: a scale of one would hide a mistake.
+    scale = p.ndim == 1 and path.endswith("weight")
+    torch.nn.init.normal_(p, mean=float(scale), std=std if p.ndim > 1 else 0.1)
   cfg = dataclasses.replace(BASE, **changes)
   return theirs, Model(cfg, _converted(cfg, rows(), theirs.state_dict()))
 
