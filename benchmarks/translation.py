@@ -140,7 +140,7 @@ def train_peer(config: Config, workdir: Path):
     if o.clip_norm is not None:
       torch.nn.utils.clip_grad_norm_(net.parameters(), o.clip_norm)
     for group in adamw.param_groups:
-      group["lr"] = float(schedule(step))
+      group["lr"] = float(np.asarray(schedule(step)))
     adamw.step()
     losses.append(loss.item())
     if step % 100 == 0:
@@ -181,7 +181,7 @@ def lines_of(path: str) -> list[str]:
 
 
 def main(_: list[str]) -> None:
-  import sacrebleu
+  import sacrebleu  # pyright: ignore[reportMissingImports]
 
   config = settings()
   texts, references = lines_of(_VALIDATION_TEXT.value), lines_of(_VALIDATION_TARGET.value)

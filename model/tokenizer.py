@@ -1,5 +1,6 @@
 """Tokenizer: text to ids and back, in Hugging Face form, whatever it was loaded from."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -32,6 +33,16 @@ _LONG = 1 << 18  # Characters from which a document is encoded in parts, to boun
 _GROUP = 1 << 21  # Characters that are encoded at a time.
 _WINDOW = 256  # Characters on each side of a cut that must encode alike cut and whole.
 _UNSPELLABLE = "\U0010ffff\ufdd0"  # Noncharacters, in place of special tokens in documents.
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """Token ids of a text or of a pair of texts, and where each token comes from."""
+
+  ids: list[int]
+  types: list[int]  # Token types, as the template gives them.
+  offsets: list[tuple[int, int]]  # Characters (start, end) of the text that a token is of.
+  sequence: list[int | None]  # 0: of the first text; 1: of the second; None: the template's own.
 
 
 class Tokenizer:
@@ -117,6 +128,30 @@ class Tokenizer:
   def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
     """Ids of each text, in parallel; see `encode`."""
     return self._encode(self.backend, texts, add_special_tokens)
+
+  def encode_pairs(
+    self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, literal: bool = False
+  ) -> list[Encoded]:
+    """Texts, or pairs of texts, in the template's special tokens, in parallel.
+
+    Offsets may begin with the space before a word; tokens that share a character share its offset.
+
+    Args:
+      pairs: the second text of each pair.
+      literal: text that merely spells a special token is ordinary text, as in `encode_documents`.
+
+    Raises:
+      InputError: as `encode`, or if the numbers of texts differ.
+    """
+    if pairs is not None and len(pairs) != len(texts):
+      raise InputError(f"{len(texts)} texts and {len(pairs)} second texts: give one for each.")
+    inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+    backend = self._literal if literal else self.backend
+    try:
+      encodings = backend.encode_batch(inputs)
+    except Exception as error:  # The library raises nothing more precise.
+      raise _unencodable(backend, [*texts, *(pairs or ())], error) from None
+    return [Encoded(e.ids, e.type_ids, e.offsets, e.sequence_ids) for e in encodings]
 
   def encode_prompt(self, text: str) -> list[int]:
     """Ids of a text to continue: the template's special tokens before it and none after it."""

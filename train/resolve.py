@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from model.config import ModelConfig
 from model.errors import InputError
 from model.tokenizer import Tokenizer
+from model.trained import decoder_start
 from train.config import Config
 from train.data.roles import check_columns
 
@@ -122,23 +123,3 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 def _with_head(model: ModelConfig, config: Config) -> ModelConfig:
   head = SHAPES[config.objective.name][model.shape]
   return dataclasses.replace(model, head=head, pair_head=config.objective.paired)
-
-
-def decoder_start(model: ModelConfig, tokenizer: Tokenizer) -> int | None:
-  """What the decoder of an encoder–decoder reads first: the config's id, else the tokenizer's
-  padding (as T5 has it), beginning or end of a text.
-
-  Raises:
-    InputError: if there is none.
-  """
-  if model.shape != "encoder_decoder":
-    return None
-  if model.decoder_start_id is not None:
-    return model.decoder_start_id
-  found = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
-  start = next((i for i in found if i is not None), None)
-  if start is None:
-    raise InputError(
-      "the tokenizer has no token that could start a decoder: set model.decoder_start_id."
-    )
-  return start

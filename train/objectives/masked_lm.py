@@ -182,7 +182,7 @@ class MaskedLM:
     targets, read = text.tokens[places], text.tokens.copy()
     read[places] = self.masker.replaced(targets, chance)
     fields = dict(tokens=read, types=text.types)
-    example = {
+    example: dict[str, dict[str, Any]] = {
       "": {name: fields[name] for name in sides[""].fields},
       MASKED: dict(places=places, targets=targets, weights=np.ones(len(places))),
     }

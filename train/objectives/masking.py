@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from tokenizers import decoders
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from train.config import ObjectiveConfig
+from train.objectives.special_tokens import need_mask
 
 _WORD_START = "▁"  # SentencePiece's.
 _CONTINUES = "##"  # WordPiece's.
@@ -68,9 +70,9 @@ class Masker:
       rows: of a batch, which the texts lie in, ascending.
       chances: of each text.
     """
-    ends = np.flatnonzero(np.diff(rows, append=-1)) + 1
+    ends = (np.flatnonzero(np.diff(rows, append=-1)) + 1).tolist()
     chosen = []
-    for begin, end in zip(np.concatenate([[0], ends]), ends, strict=False):
+    for begin, end in itertools.pairwise([0, *ends]):
       chosen += self._choose_in_row(texts[begin:end], chances[begin:end])
     return chosen
 
@@ -85,7 +87,7 @@ class Masker:
     random = self.ordinary[(token * len(self.ordinary)).astype(np.int64)]
     shares = self.config.mask_share or 0.0, self.config.random_share or 0.0
     read = np.where(kind < sum(shares), random, targets)
-    return np.where(kind < shares[0], self.tokenizer.mask_id, read)
+    return np.where(kind < shares[0], need_mask(self.tokenizer, self.config.name), read)
 
   def words(self, text: Int64[np.ndarray, "n"]) -> Words:
     """The units of a text: tokens, or words for `word` and `ngram`."""

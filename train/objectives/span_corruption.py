@@ -59,7 +59,9 @@ class SpanCorruption:
     spans = Spans(own.mask_rate or 0, own.mean_span or 1)
     ends = Ends.of(config, tokenizer)
     sentinels = () if tokenizer is None else tokenizer.sentinel_ids
-    objective = cls(own, config.model, two_sides(config), spans, ends, sentinels)
+    objective = cls(
+      own, config.model, two_sides(config.seq_len, config.target_len), spans, ends, sentinels
+    )
     check_longest(config, objective.whole)
     if tokenizer is not None:
       check_sentinels(config, tokenizer, int(spans.counts(np.array(objective.whole))[1]))

@@ -11,11 +11,11 @@ from jaxtyping import Array, Int64
 from model.config import ModelConfig
 from model.errors import InputError
 from model.tokenizer import Tokenizer
+from model.trained import decoder_start
 from train.config import Config, ObjectiveConfig
 from train.objectives.causal_lm import TOKENS, WEIGHTS, word_loss
 from train.objectives.loss import Loss, inputs_of, work
 from train.objectives.objective import Example, Side
-from train.resolve import decoder_start
 
 DECODER = "decoder_"
 
