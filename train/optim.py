@@ -170,7 +170,7 @@ def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
   plain = optax.scale_by_adam(b1, b2, eps)
 
   def update(updates, state, params=None):
-    _, new = plain.update(updates, state, params)
+    new: Any = plain.update(updates, state, params)[1]
     mu, nu = jax.lax.optimization_barrier((new.mu, new.nu))
     means = optax.tree.bias_correction(mu, b1, new.count)
     squares = optax.tree.bias_correction(nu, b2, new.count)
