@@ -4,6 +4,11 @@ stdout holds completions only: one and a newline; several with a line `---` betw
 --json one object a line for each prompt. On a terminal a single completion appears as it is made.
 """
 
+from model.host_memory import use_huge_pages
+
+if __name__ == "__main__":
+  use_huge_pages()
+
 import dataclasses
 import json
 import os
