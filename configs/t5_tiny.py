@@ -18,11 +18,11 @@ def get_config() -> Config:
     target_len=29,
     eval_every=200,
     model=ModelConfig(
-      shape="encoder_decoder", num_layers=3, d_model=128, d_ff=384, num_heads=4,
+      shape="encoder_decoder", num_layers=2, d_model=128, d_ff=384, num_heads=4,
       max_positions=None, positions="t5_bias", norm="rms", norm_eps=1e-6, gated=True,
       activation="gelu_tanh",
     ),
     objective=ObjectiveConfig(name="span_corruption"),
     data=DataConfig(source="python_stdlib", tokenizer="bpe:2048"),
-    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+    optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=50),
   )  # fmt: skip
