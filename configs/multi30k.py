@@ -1,4 +1,4 @@
-"""Translation of image captions from English to German, from scratch: an encoder–decoder of 2.4M parameters.
+"""Translation of image captions, English to German, from scratch: an encoder–decoder of 2.4M.
 
     python -m train --config=configs/multi30k.py --workdir=runs/multi30k \
         --config.data.source=train.en.gz --config.data.target=train.de.gz \
