@@ -165,7 +165,7 @@ def similarities(
     weights: 0 where there is nothing.
   """
   text, n = vectors["text"], len(weights)
-  others = [column for column in vectors if column != "text"]
+  others = [column for column in ("text_pair", "negative") if column in vectors]
   product = functools.partial(jnp.einsum, "nd,md->nm", precision="highest")
   logits = jnp.concatenate([product(text, vectors[c]) for c in others], axis=1) / temperature
   other_ids = jnp.concatenate([ids[c] for c in others])
