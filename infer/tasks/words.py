@@ -25,10 +25,15 @@ def word_pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int
 
 
 def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-  """The same stretch of `text` without white space at its ends."""
+  """The same stretch of `text` without white space at its ends, with the marks of its last
+  character, which normalization may have left out.
+  """
   piece = text[start:end]
   start += len(piece) - len(piece.lstrip())
-  return start, max(start, end - len(piece) + len(piece.rstrip()))
+  end = max(start, end - len(piece) + len(piece.rstrip()))
+  while start < end < len(text) and _marks(text[end]):
+    end += 1
+  return start, end
 
 
 def _continues(text: str, place: int) -> bool:
@@ -36,6 +41,10 @@ def _continues(text: str, place: int) -> bool:
 
 
 def _joins(character: str) -> bool:
-  if not character.isalnum() and unicodedata.category(character)[0] != "M":
+  if not character.isalnum() and not _marks(character):
     return False
   return not unicodedata.name(character, "").startswith(("CJK", "HIRAGANA", "KATAKANA"))
+
+
+def _marks(character: str) -> bool:
+  return unicodedata.category(character)[0] == "M"
