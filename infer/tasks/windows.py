@@ -2,15 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from model.errors import InputError
 from model.tokenizer import Encoded
-
-if TYPE_CHECKING:
-  from model import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +25,11 @@ def body(encoded: Encoded, text: int) -> tuple[int, int]:
   return (places[0], len(places)) if places else (len(encoded.ids), 0)
 
 
-def windows(m: "Model", encoded: Encoded, *, text: int, stride: int | None) -> list[Window]:
+def windows(encoded: Encoded, limit: int | None, *, text: int, stride: int | None) -> list[Window]:
   """Windows over a text that together hold each of its tokens, all but the last of equal length.
 
   Args:
+    limit: positions of the model; None: one window holds all.
     text: which one is cut; the other and the template's tokens are in each window.
     stride: tokens that neighbours share at least; None: a quarter of a window.
 
@@ -40,25 +37,25 @@ def windows(m: "Model", encoded: Encoded, *, text: int, stride: int | None) -> l
     InputError: if the model's positions have no room for more than the shared tokens.
   """
   first, length = body(encoded, text)
-  limit, fixed = m.config.max_positions, len(encoded.ids) - length
+  fixed = len(encoded.ids) - length
   if stride is not None and stride < 0:
     raise InputError(f"stride={stride} counts shared tokens: use a number of at least 0.")
   if limit is None or len(encoded.ids) <= limit:
     return [Window(encoded, first, 0, length)]
   size = limit - fixed
-  shared = size // 4 if stride is None else stride
-  if size <= shared:
+  if size < 1:
     raise InputError(
-      f"the model has {limit} positions: {fixed} tokens that every window holds leave room for "
-      f"{max(0, size)}, and stride={shared} of them are shared. Shorten the "
-      f"{'question' if fixed >= limit else 'stride'}."
+      f"{fixed} tokens go into every window and the model has {limit} positions, which leaves no "
+      "room for the text itself: shorten the question."
     )
+  shared = size // 4 if stride is None else stride
+  if shared >= size:
+    raise InputError(f"stride={stride} leaves nothing new in windows of {size} tokens: lower it.")
   out = []
   for start in range(0, length - shared, size - shared):
     start = min(start, length - size)  # The last one has the same length.
-    out.append(
-      Window(_cut(encoded, first, length, start, start + size), first, start, start + size)
-    )
+    stop = start + size
+    out.append(Window(_cut(encoded, first, length, start, stop), first, start, stop))
   return out
 
 

@@ -32,13 +32,6 @@ def local(**changes) -> Model:
   return Model(cfg, init_params(cfg, jax.random.key(1)), BYTES)
 
 
-class Limit:
-  """What `windows` reads of a model."""
-
-  def __init__(self, max_positions: int):
-    self.config = dataclasses.replace(LOCAL, max_positions=max_positions)
-
-
 @settings(max_examples=300, deadline=None)
 @given(before=st.integers(0, 5), length=st.integers(0, 80), after=st.integers(0, 2),
        limit=st.integers(1, 90), stride=st.none() | st.integers(0, 20))  # fmt: skip
@@ -49,7 +42,7 @@ def test_every_token_counts_once_where_it_has_most_context(before, length, after
   number = before + length + after
   sequence = [None] * before + [0] * length + [None] * after
   row = Encoded([*range(number)], [0] * number, [(i, i + 1) for i in range(number)], sequence)
-  parts = windows(Limit(limit), row, text=0, stride=stride)
+  parts = windows(row, limit, text=0, stride=stride)
   owner = owners(parts)
   assert len(owner) == length
   for w in parts:
@@ -92,7 +85,7 @@ def test_an_answer_in_a_long_context_is_the_best_of_its_windows(seed):
   m = dataclasses.replace(m, params=init_params(m.config, jax.random.key(seed)))
   got = infer.answer(m, "who?", TEXT, stride=8)[0]
   row = BYTES.encode_pairs(["who?"], [TEXT])[0]
-  rows = [w.encoded for w in windows(m, row, text=1, stride=8)]
+  rows = [w.encoded for w in windows(row, 48, text=1, stride=8)]
   assert len(rows) > 4
   assert TEXT[got.start : got.end] == got.answer
   each = [_alone(m, r) for r in rows]
