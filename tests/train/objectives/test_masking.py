@@ -83,8 +83,8 @@ def test_ngrams_of_n_words_are_a_share_of_one_in_n():
 @settings(max_examples=60, deadline=None)
 @given(
   st.lists(st.integers(0, 70), min_size=1, max_size=12),
-  st.sampled_from(["token", "word", "ngram"]),
-  st.sampled_from([0.05, 0.15, 0.5, 0.9]), st.booleans(), st.integers(0, 3),
+  st.sampled_from(["token", "word", "ngram"]), st.sampled_from([0.05, 0.15, 0.5, 0.9]),
+  st.booleans(), st.integers(0, 3),
 )  # fmt: skip
 def test_targets_put_back_rebuild_the_documents(lengths, unit, rate, packing, epoch):
   texts = documents(len(lengths), lengths)
