@@ -97,7 +97,8 @@ def run_lines(config: Config, program: Program, data: Data, mesh: Mesh, start: i
     "device": f"{kind}, {_peak_text(kind, str(config.model.compute_dtype))}",
     "step": f"{config.batch_size} x {' + '.join(map(str, lengths))} = {tokens:,} tokens{parts}",
     "data": _data_text(config, data),
-    "validation": f"{data.validation_tokens:,} {'tokens' if is_task(config) else 'targets'} in {data.num_validation_batches:,} batches",
+    "validation": f"{data.validation_tokens:,} {_counted(config)} in "
+    + f"{data.num_validation_batches:,} batches",
     "vocabulary": f"{data.tokenizer.vocab_size:,} tokens",
     "memory": memory_text(program.train_step, kind),
     "compiled": f"in {program.compile_seconds:.1f} s",
@@ -193,14 +194,18 @@ def _peak_text(kind: str, dtype: str) -> str:
 
 def _data_text(config: Config, data: Data) -> str:
   epochs = config.steps * config.batch_size / max(1, data.rows_per_epoch)
-  counted = "tokens" if is_task(config) else "targets"
   text = (
-    f"{config.data.source}: {data.tokens_per_epoch:,} {counted} in {data.rows_per_epoch:,} rows, "
-    f"read {epochs:.2f} times"
+    f"{config.data.source}: {data.tokens_per_epoch:,} {_counted(config)} in "
+    f"{data.rows_per_epoch:,} rows, read {epochs:.2f} times"
   )
   if data.truncated_documents:
     text += f"; {data.truncated_tokens:,} of {data.truncated_documents:,} documents are cut off"
   return text
+
+
+def _counted(config: Config) -> str:
+  """What the sizes of a corpus count: see `Data`."""
+  return "tokens" if is_task(config) else "targets"
 
 
 def _count_text(count: int, noun: str) -> str:

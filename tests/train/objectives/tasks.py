@@ -79,7 +79,8 @@ def config(folder: Path, objective: str, shape: str = "encoder", **changes) -> C
   names = {f.name for f in dataclasses.fields(ObjectiveConfig)}
   settings |= {k: changes.pop(k) for k in list(changes) if k in names}
   made = Config(
-    optimizer=OptimizerConfig(name="sgd", warmup_steps=0), **(rest | changes), model=ModelConfig(shape=shape, **model), data=DataConfig(**data),
+    **(rest | changes), optimizer=OptimizerConfig(name="sgd", warmup_steps=0),
+    model=ModelConfig(shape=shape, **model), data=DataConfig(**data),
     objective=ObjectiveConfig(name=name, **settings),
   )  # fmt: skip
   check_fit(made)
