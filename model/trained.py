@@ -225,9 +225,7 @@ def decoder_start(model: ModelConfig, tokenizer: Tokenizer | None) -> int | None
   found = () if tokenizer is None else (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
   start = next((i for i in found if i is not None), None)
   if start is None:
-    raise InputError(
-      "there is no token that could start a decoder: set model.decoder_start_id."
-    )
+    raise InputError("there is no token that could start a decoder: set model.decoder_start_id.")
   return start
 
 
