@@ -12,6 +12,7 @@ if __name__ == "__main__":
   use_huge_pages()
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -94,14 +95,16 @@ def main(argv: list[str]) -> int:
   prompts = [*_PROMPT.value, *_prompts_of_file(_PROMPTS_FILE.value)]
   if not prompts:
     raise InputError("there is no prompt: give --prompt=TEXT or --prompts_file=FILE.")
-  run_task = _generate if _TASK.value == "generate" else _tell
-  ask = _settings(prompts) if _TASK.value == "generate" else _asked(prompts)
+  if _TASK.value == "generate":
+    answer = functools.partial(_generate, prompts=prompts, settings=_settings(prompts))
+  else:
+    answer = functools.partial(_tell, asked=_asked(prompts))
   use_compilation_cache(_CACHE_DIR.value)  # What is impossible was said before the load.
   m = load(_CHECKPOINT.value)
   if _TASK.value != "embed":
     check_head(m.config, _TASK.value)
   try:
-    run_task(m, prompts, ask)
+    answer(m)
     sys.stdout.flush()
   except BrokenPipeError:  # The reader has seen enough; Python must not flush into it at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -158,7 +161,7 @@ def _asked(prompts: list[str]) -> Asked:
   )  # fmt: skip
 
 
-def _tell(m: Model, prompts: list[str], asked: Asked) -> None:
+def _tell(m: Model, asked: Asked) -> None:
   for i, (values, lines) in enumerate(tell(m, asked)):
     if i and not _JSON.value:
       print("---")
