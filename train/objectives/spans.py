@@ -24,9 +24,10 @@ class Spans:
   def counts(self, lengths: Int64[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray]:
     """(tokens that are left out, spans); none of a text of one token."""
     most = np.maximum(lengths - 1, 0)
-    wanted = np.round(np.float32(lengths) * np.float32(self.rate))  # Ties fall as seqio's do.
+    # In float32, so that ties fall as seqio's do.
+    wanted = np.round(lengths.astype(np.float32) * np.float32(self.rate))
     noise = np.clip(wanted.astype(np.int64), np.minimum(1, most), most)
-    spans = np.round(np.float32(noise) / np.float32(self.mean)).astype(np.int64)
+    spans = np.round(noise.astype(np.float32) / np.float32(self.mean)).astype(np.int64)
     return noise, np.clip(spans, np.minimum(1, noise), np.minimum(noise, lengths - noise))
 
   def sizes(self, lengths: Int64[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray]:
