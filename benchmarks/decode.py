@@ -3,9 +3,12 @@
     python -m benchmarks.decode [--write]
 
 Both continue the same prompts by the same number of tokens, on the same machine in the same run, in
-turns. float32 on CPU, bfloat16 on a GPU. The time of reading the prompt is included.
+turns, each in a process of its own; Transformers a second time with the huge pages that
+`python -m infer` asks for. float32 on CPU, bfloat16 on a GPU. The time of reading the prompt is
+included.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,7 +16,7 @@ import numpy as np
 from absl import app, flags
 
 import infer
-from benchmarks.measure import interleaved, rates, report
+from benchmarks.measure import Worker, interleaved, rates, report, serve
 from configs import gpt_small
 from model.heads import init_params
 from model.loading import Model
@@ -22,6 +25,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds in which all take turns.", l
 _NEW = flags.DEFINE_integer("new_tokens", 64, "Tokens to add to each prompt.", lower_bound=1)
 _PROMPT = flags.DEFINE_integer("prompt_tokens", 16, "Tokens of each prompt.", lower_bound=1)
 _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Numbers of prompts to decode together.")
+_WAY = flags.DEFINE_string("way", None, "Do the work of one way: what the benchmark starts.")
 _WRITE = flags.DEFINE_bool("write", False, "Write the result under benchmarks/results.")
 
 
@@ -63,20 +67,34 @@ def _expect(lengths: list[int], new_tokens: int) -> None:
 
 
 def main(_: list[str]) -> None:
-  rows = []
-  for batch in map(int, _BATCHES.value):
-    prompts = np.random.default_rng(0).integers(0, 50_257, (batch, _PROMPT.value))
-    ways = {
-      "triune": ours(prompts, _NEW.value),
-      "transformers": transformers_generate(prompts, _NEW.value),
-    }
-    measured = rates(interleaved(ways, _ROUNDS.value), batch * _NEW.value)
-    ratio = measured["triune"]["median"] / measured["transformers"]["median"]
-    what = f"GPT-2 small, greedy, {batch} x ({_PROMPT.value} + {_NEW.value}) tokens"
-    rows.append(
-      dict(what=what, unit="tokens/s", rates=measured, ratios={"triune / transformers": ratio})
-    )
-  report("decode", rows, write=_WRITE.value)
+  if _WAY.value:
+    serve(one_way(*_WAY.value.split(":")))
+  else:
+    report("decode", [compared(batch) for batch in map(int, _BATCHES.value)], write=_WRITE.value)
+
+
+def one_way(way: str, batch: str) -> Callable[[], None]:
+  """What a worker does."""
+  prompts = np.random.default_rng(0).integers(0, 50_257, (int(batch), _PROMPT.value))
+  ways = {"triune": ours, "transformers": transformers_generate}
+  return ways[way](prompts, _NEW.value)
+
+
+def compared(batch: int) -> dict:
+  """A row of the report."""
+  start = functools.partial(Worker, "benchmarks.decode")
+  ways = {
+    "triune": start(f"triune:{batch}", huge_pages=True),
+    "transformers": start(f"transformers:{batch}", huge_pages=False),
+    "transformers, huge pages": start(f"transformers:{batch}", huge_pages=True),
+  }
+  measured = rates(interleaved(ways, _ROUNDS.value, 1), batch * _NEW.value)
+  median = lambda name: measured[name]["median"]
+  return dict(
+    what=f"GPT-2 small, greedy, {batch} x ({_PROMPT.value} + {_NEW.value}) tokens",
+    unit="tokens/s", rates=measured,
+    ratios={f"triune / {n}": median("triune") / median(n) for n in ways if n != "triune"},
+  )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,16 +1,24 @@
-"""Interleaved timing of two or more ways to do the same thing, and what the machine is."""
+"""Interleaved timing of two or more ways to do the same thing, and what the machine is.
+
+Each way has a process of its own, as its user would start it, and they take turns.
+"""
 
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
+from model.host_memory import with_huge_pages
+
 RESULTS = Path(__file__).parent / "results"
+_ANSWER = "seconds: "
 
 
 def machine() -> str:
@@ -29,17 +37,48 @@ def commit() -> str:
   return out.stdout.strip() or "unknown"
 
 
-def interleaved(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-  """Seconds of each way in each round; the ways take turns, after one warm-up each."""
-  for run in ways.values():
+class Worker:
+  """A process that does one way of a benchmark's work when it is told to."""
+
+  def __init__(self, module: str, way: str, *, huge_pages: bool):
+    """Starts `python -m MODULE --way=WAY` with the flags of this process, which calls `serve`."""
+    environment = dict(os.environ)
+    self._process = subprocess.Popen(
+      [sys.executable, "-m", module, *sys.argv[1:], f"--way={way}"], text=True,
+      env=with_huge_pages(environment) if huge_pages else environment,
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+
+  def seconds(self) -> float:
+    """Does the work once: seconds."""
+    print(file=self._process.stdin, flush=True)
+    for line in self._process.stdout or ():
+      if line.startswith(_ANSWER):
+        return float(line.removeprefix(_ANSWER))
+    raise RuntimeError(f"{self._process.args} ended")
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.communicate()
+
+
+def serve(run: Callable[[], None]) -> None:
+  """Does the work of a Worker: once for each line of standard input, and tells the seconds."""
+  for _ in sys.stdin:
+    start = time.perf_counter()
     run()
-  seconds: dict[str, list[float]] = {name: [] for name in ways}
-  for _ in range(rounds):
-    for name, run in ways.items():
-      start = time.perf_counter()
-      run()
-      seconds[name].append(time.perf_counter() - start)
-  return seconds
+    print(f"{_ANSWER}{time.perf_counter() - start}", flush=True)
+
+
+def interleaved(workers: dict[str, Worker], rounds: int, warmups: int) -> dict[str, list[float]]:
+  """Seconds of each way in each round; the ways take turns, after warm-ups. Ends the workers."""
+  seconds: dict[str, list[float]] = {name: [] for name in workers}
+  for _ in range(warmups + rounds):
+    for name, worker in workers.items():
+      seconds[name].append(worker.seconds())
+  for worker in workers.values():
+    worker.close()
+  return {name: times[warmups:] for name, times in seconds.items()}
 
 
 def rates(seconds: dict[str, list[float]], amount: float) -> dict[str, dict[str, float]]:
@@ -61,11 +100,11 @@ def report(name: str, rows: list[dict], *, write: bool) -> None:
     print(f"  {row['what']}")
     for way, rate in row["rates"].items():
       print(
-        f"    {way:<28}{rate['median']:>12,.1f} {row['unit']}"
+        f"    {way:<36}{rate['median']:>12,.1f} {row['unit']}"
         f"  ({rate['least']:,.1f} to {rate['greatest']:,.1f})"
       )
     for pair, ratio in row["ratios"].items():
-      print(f"    {pair:<28}{ratio:>12.2f}")
+      print(f"    {pair:<36}{ratio:>12.2f}")
   if write:
     RESULTS.mkdir(exist_ok=True)
     kind = "".join(c if c.isalnum() else "_" for c in where.lower())[:60].strip("_")

@@ -3,18 +3,20 @@
     python -m benchmarks.train_step [--write]
 
 Both take whole optimizer steps (forward, backward, clipping, AdamW) on the same machine in the same
-run, in turns. On CPU in float32; on a GPU with bfloat16 activations (PyTorch: autocast) and the
-PyTorch model compiled too.
+run, in turns, each in a process of its own. On CPU in float32, and PyTorch a second time with the
+huge pages that `python -m train` asks for; on a GPU with bfloat16 activations (PyTorch: autocast)
+and the PyTorch model compiled too.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks.measure import interleaved, rates, report
+from benchmarks.measure import Worker, interleaved, rates, report, serve
 from configs import gpt_small
 from model.sharding import make_mesh
 from train.program import build_program, put_batch
@@ -23,6 +25,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds in which all take turns.", l
 _STEPS = flags.DEFINE_integer("steps", 4, "Steps in a round.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 4, "Sequences in a batch.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 128, "Tokens in a sequence.", lower_bound=2)
+_WAY = flags.DEFINE_string("way", None, "Do the work of one way: what the benchmark starts.")
 _WRITE = flags.DEFINE_bool("write", False, "Write the result under benchmarks/results.")
 
 
@@ -82,25 +85,51 @@ def pytorch(batch: dict[str, np.ndarray], steps: int, *, compiled: bool) -> Call
 
 
 def main(_: list[str]) -> None:
-  size, length = _BATCH.value, _LENGTH.value
+  if _WAY.value:
+    serve(one_way(_WAY.value))
+  else:
+    report("train_step", [compared()], write=_WRITE.value)
+
+
+def one_way(way: str) -> Callable[[], None]:
+  """What a worker does."""
+  batch = random_batch(_BATCH.value, _LENGTH.value)
+  if way == "triune":
+    return ours(batch, _STEPS.value)
+  return pytorch(batch, _STEPS.value, compiled=way == "compiled")
+
+
+def compared() -> dict:
+  """A row of the report. JAX is left alone, as it would take a GPU's memory from the workers."""
+  import torch
+
+  start = functools.partial(Worker, "benchmarks.train_step")
+  ways = {
+    "triune": start("triune", huge_pages=True),
+    "pytorch eager": start("eager", huge_pages=False),
+  }
+  if torch.cuda.is_available():
+    ways["pytorch compiled"] = start("compiled", huge_pages=False)
+  else:
+    ways["pytorch eager, huge pages"] = start("eager", huge_pages=True)
+  tokens = _STEPS.value * _BATCH.value * _LENGTH.value
+  measured = rates(interleaved(ways, _ROUNDS.value, 1), tokens)
+  median = lambda name: measured[name]["median"]
+  return dict(
+    what=f"GPT-2 small, {_BATCH.value} x {_LENGTH.value} tokens, AdamW",
+    unit="tokens/s", rates=measured,
+    ratios={f"triune / {n}": median("triune") / median(n) for n in ways if n != "triune"},
+  )  # fmt: skip
+
+
+def random_batch(size: int, length: int) -> dict[str, np.ndarray]:
+  """Rows of one document each."""
   tokens = np.random.default_rng(0).integers(0, 50_257, (size, length + 1)).astype(np.int32)
-  batch = dict(
+  return dict(
     tokens=tokens[:, :-1], targets=tokens[:, 1:], weights=np.ones((size, length), np.float32),
     segments=np.ones((size, length), np.int32),
     positions=np.tile(np.arange(length, dtype=np.int32), (size, 1)),
   )  # fmt: skip
-  ways = {"triune": ours(batch, _STEPS.value)}
-  ways["pytorch eager"] = pytorch(batch, _STEPS.value, compiled=False)
-  if jax.default_backend() == "gpu":
-    ways["pytorch compiled"] = pytorch(batch, _STEPS.value, compiled=True)
-  seconds = interleaved(ways, _ROUNDS.value)
-  measured = rates(seconds, _STEPS.value * size * length)
-  best = max((n for n in ways if n != "triune"), key=lambda n: measured[n]["median"])
-  row = dict(
-    what=f"GPT-2 small, {size} x {length} tokens, AdamW", unit="tokens/s", rates=measured,
-    ratios={f"triune / {best}": measured["triune"]["median"] / measured[best]["median"]},
-  )  # fmt: skip
-  report("train_step", [row], write=_WRITE.value)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,23 @@
 """What a trained model does."""
 
 from infer.generate import Completion, generate, stream
+from infer.tasks.answer import Answer, answer
+from infer.tasks.classify import Label, classify
+from infer.tasks.fill_mask import Guess, fill_mask
+from infer.tasks.similarity import similarity
+from infer.tasks.tag import Span, tag
 
-__all__ = ["Completion", "generate", "stream"]
+__all__ = [
+  "Answer",
+  "Completion",
+  "Guess",
+  "Label",
+  "Span",
+  "answer",
+  "classify",
+  "fill_mask",
+  "generate",
+  "similarity",
+  "stream",
+  "tag",
+]

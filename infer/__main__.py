@@ -1,10 +1,18 @@
-"""`python -m infer --checkpoint=PATH --prompt=TEXT`: continues texts on the command line.
+"""`python -m infer --checkpoint=PATH --prompt=TEXT`: continues texts on the command line, or says
+what --task asks of them.
 
-stdout holds completions only: one and a newline; several with a line `---` between them; with
---json one object a line for each prompt. On a terminal a single completion appears as it is made.
+stdout holds results only. A completion is its text and a newline; several have a line `---` between
+them, like the results of other tasks, which are lines for a person; with --json it is one object a
+line for each prompt. On a terminal a single completion appears as it is made.
 """
 
+from model.host_memory import use_huge_pages
+
+if __name__ == "__main__":
+  use_huge_pages()
+
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -15,7 +23,9 @@ from absl import flags
 
 from infer.batch import text_of
 from infer.generate import Completion, generate, stream
+from infer.heads import TASKS, check_head
 from infer.settings import Settings
+from infer.tasks.command import Asked, tell
 from model import Model, load
 from model.compilation import use_compilation_cache
 from model.errors import InputError, run
@@ -23,7 +33,10 @@ from model.errors import InputError, run
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "Workdir of a run, or a step inside it; PATH@best is its best step."
 )
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; again for more prompts.")
+_TASK = flags.DEFINE_enum("task", "generate", list(TASKS.values()), "What the model is asked for.")
+_PROMPT = flags.DEFINE_multi_string(
+  "prompt", [], "Text to continue or to judge, or question; again for more prompts."
+)
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "File with one prompt a line.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object a line for each prompt.")
 _STREAM = flags.DEFINE_bool(
@@ -47,16 +60,72 @@ _SEED = flags.DEFINE_multi_integer("seed", [0], "Of the draws; one for all promp
 _LOGPROBS = flags.DEFINE_integer("logprobs", None, "Report the N most probable tokens (--json).")
 
 
+_TOP = flags.DEFINE_integer("top", 5, "Tokens that are shown for each mask.", lower_bound=1)
+_TEXT_PAIR = flags.DEFINE_multi_string("text_pair", [], "Second text of each prompt, in order.")
+_CONTEXT = flags.DEFINE_string("context", None, "Text that answers every question (answer).")
+_MAX_ANSWER_TOKENS = flags.DEFINE_integer(
+  "max_answer_tokens", 30, "The longest answer.", lower_bound=1
+)
+_STRIDE = flags.DEFINE_integer(
+  "stride", None, "Tokens that windows over a long text share (default: a quarter of a window).",
+  lower_bound=0,
+)  # fmt: skip
+_OUTPUT = flags.DEFINE_string("output", None, "File for the vectors, as a NumPy array.")
+
+# The flags that each task reads besides those that all read.
+_READ = {
+  "generate": ("stream", "max_new_tokens", "min_new_tokens", "stop", "temperature", "top_k",
+               "top_p", "min_p", "seed", "logprobs"),
+  "fill-mask": ("top",),
+  "classify": ("text_pair",),
+  "tag": ("stride",),
+  "answer": ("context", "max_answer_tokens", "stride"),
+  "embed": ("text_pair", "output"),
+}  # fmt: skip
+
+
 def main(argv: list[str]) -> int:
   if argv[1:]:
     raise InputError(
       f"unexpected argument {argv[1]!r}: write --prompt=TEXT, every setting is a flag."
     )
+  _check_task_flags()
   if _CHECKPOINT.value is None:
     raise InputError("--checkpoint is missing: give the workdir of a run.")
   prompts = [*_PROMPT.value, *_prompts_of_file(_PROMPTS_FILE.value)]
   if not prompts:
     raise InputError("there is no prompt: give --prompt=TEXT or --prompts_file=FILE.")
+  if _TASK.value == "generate":
+    answer = functools.partial(_generate, prompts=prompts, settings=_settings(prompts))
+  else:
+    answer = functools.partial(_tell, asked=_asked(prompts))
+  use_compilation_cache(_CACHE_DIR.value)  # What is impossible was said before the load.
+  m = load(_CHECKPOINT.value)
+  if _TASK.value != "embed":
+    check_head(m.config, _TASK.value)
+  try:
+    answer(m)
+    sys.stdout.flush()
+  except BrokenPipeError:  # The reader has seen enough; Python must not flush into it at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except KeyboardInterrupt:
+    print(flush=True)
+    return 130
+  return 0
+
+
+def _check_task_flags() -> None:
+  """Refuses flags that the task does not read."""
+  for name in dict.fromkeys(name for names in _READ.values() for name in names):
+    readers = [task for task, names in _READ.items() if name in names]
+    if flags.FLAGS[name].present and _TASK.value not in readers:
+      raise InputError(
+        f"--{name} has no effect on --task={_TASK.value}: leave it out. It is read by "
+        f"--task={' and --task='.join(readers)}."
+      )
+
+
+def _settings(prompts: list[str]) -> dict[str, Any]:
   if _JSON.value and _STREAM.value:
     raise InputError("--stream and --json exclude each other: JSON is printed whole.")
   if _LOGPROBS.value is not None and not _JSON.value:
@@ -67,22 +136,44 @@ def main(argv: list[str]) -> int:
     stop=_STOP.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
     min_p=_MIN_P.value, seed=seed, logprobs=_LOGPROBS.value,
   )  # fmt: skip
-  seeds = Settings(**settings).seeds(len(prompts))  # What is impossible is said before the load.
-  use_compilation_cache(_CACHE_DIR.value)
-  m = load(_CHECKPOINT.value)
+  Settings(**settings).seeds(len(prompts))
+  return settings
+
+
+def _asked(prompts: list[str]) -> Asked:
+  task, pairs, output = _TASK.value, _TEXT_PAIR.value, _OUTPUT.value
+  if task == "answer" and not (_CONTEXT.value or "").strip():
+    raise InputError("--context is missing: give the text that --prompt asks about.")
+  if pairs and len(pairs) != len(prompts):
+    raise InputError(
+      f"there are {len(prompts)} prompts and {len(pairs)} of --text_pair: give one for each."
+    )
+  if output is not None and (pairs or _JSON.value):
+    raise InputError(
+      "--output holds the vectors of the prompts in place of what is printed: leave out "
+      f"{'--text_pair' if pairs else '--json'}."
+    )
+  if output is not None and not output.endswith(".npy"):
+    raise InputError(f"--output={output} is a NumPy array: name a file that ends in .npy.")
+  return Asked(
+    task, prompts, pairs, _CONTEXT.value, _TOP.value, _MAX_ANSWER_TOKENS.value, _STRIDE.value,
+    output,
+  )  # fmt: skip
+
+
+def _tell(m: Model, asked: Asked) -> None:
+  for i, (values, lines) in enumerate(tell(m, asked)):
+    if i and not _JSON.value:
+      print("---")
+    print(json.dumps(values, ensure_ascii=False) if _JSON.value else "\n".join(lines))
+
+
+def _generate(m: Model, prompts: list[str], settings: dict[str, Any]) -> None:
   live = sys.stdout.isatty() and len(prompts) == 1 if _STREAM.value is None else _STREAM.value
-  try:
-    if live and not _JSON.value:
-      _print_pieces(m, prompts, seeds, settings)
-    else:
-      _print_whole(m, prompts, settings)
-    sys.stdout.flush()
-  except BrokenPipeError:  # The reader has seen enough; Python must not flush into it at its end.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  except KeyboardInterrupt:
-    print(flush=True)
-    return 130
-  return 0
+  if live and not _JSON.value:
+    _print_pieces(m, prompts, Settings(**settings).seeds(len(prompts)), settings)
+  else:
+    _print_whole(m, prompts, settings)
 
 
 def _print_pieces(m: Model, prompts: list[str], seeds: list[int], settings: dict) -> None:

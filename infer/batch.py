@@ -10,13 +10,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from infer.decode import Drawn, Request, decode, prefill
+from infer.prompts import prefix
 from infer.sampling import OFF_TOP_K, MinP, Sampler, Temperature, TopK, TopP, seed_words
 from infer.settings import Settings
 from infer.text import Transcript, continuation
 from model.cache import new_cache
+from model.transformer import Inputs
 
 if TYPE_CHECKING:
   from model import Model
@@ -31,7 +34,7 @@ CACHE_SHARE = 0.5  # Of the memory that is free on a device.
 class Row:
   """One sequence."""
 
-  prompt: list[int]
+  prompt: list[int]  # What the decoder reads before the first new token.
   transcript: Transcript
   tokens: list[int] = dataclasses.field(default_factory=list)
   ended: bool = False
@@ -47,23 +50,24 @@ class Batch:
     """Reads the prompts and chooses a first token for each.
 
     Args:
+      prompts: of an encoder–decoder, what its encoder reads.
       follow: keep the text of each row after every token, which stop strings and streams need.
     """
     self.settings, self.decode_text = settings, text_of(m)
     self._follow, self._ends = follow, end_ids(m, settings)
     stop, least = settings.stop_strings(), settings.min_new_tokens
     begin = lambda p: Transcript(self.decode_text, p, stop=stop, min_tokens=least)
-    self.rows = [Row(prompt, begin(prompt)) for prompt in prompts]
+    read = [prefix(m, prompt) for prompt in prompts]
+    self.rows = [Row(prompt, begin(prompt)) for prompt in read]
     self._net, self._params = m.unstacked()
-    longest, size = max(map(len, prompts)), bucket(len(prompts), 1)
-    tokens = np.zeros((size, bucket(longest, LEAST_PROMPT, m.config.max_positions)), np.int32)
-    lengths = np.zeros(size, np.int32)
-    for i, prompt in enumerate(prompts):
-      tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+    size, limit = bucket(len(prompts), 1), m.config.max_positions
+    encoder = m.config.shape == "encoder_decoder"
+    tokens, lengths = _table(read, size, 1 if encoder else LEAST_PROMPT, limit)
+    source = _source(*_table(prompts, size, LEAST_PROMPT, limit)) if encoder else None
     self._request = _request(settings, seeds, size, self._ends, m.config.padded_vocab)
     self._cache, self._progress = prefill(
-      self._net, self._params, tokens, lengths, self._request, cfg=m.config,
-      length=_cache_length(m, longest, settings),
+      self._net, self._params, tokens, lengths, self._request, source, cfg=m.config,
+      length=_cache_length(m, read, settings),
       room=bucket(settings.most_new_tokens(), LEAST_ROOM),
       top=bucket(settings.logprobs, 1, m.config.vocab_size) if settings.logprobs else 0,
     )  # fmt: skip
@@ -113,8 +117,9 @@ class Batch:
 def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[list[int]]:
   """Indices of the prompts of each batch: similar lengths, and as many as memory has room for."""
   longest = max(map(len, prompts))
-  length = _cache_length(m, longest, settings)
-  row = jax.eval_shape(lambda: new_cache(m.config, 1, length, stacked=False))
+  length = _cache_length(m, [prefix(m, prompt) for prompt in prompts], settings)
+  source = bucket(longest, LEAST_PROMPT, m.config.max_positions)  # Kept behind an encoder only.
+  row = jax.eval_shape(lambda: new_cache(m.config, 1, length, stacked=False, source=source))
   row_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(row))
   stats = jax.local_devices()[0].memory_stats() or {}
   free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
@@ -126,9 +131,14 @@ def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[li
 
 
 def end_ids(m: "Model", settings: Settings) -> frozenset[int]:
-  """Tokens that end a sequence: the tokenizer's end token and the settings' stop ids."""
-  eos = getattr(m.tokenizer, "eos_id", None)
-  return frozenset(settings.stop_ids()) | frozenset([] if eos is None else [eos])
+  """Tokens that end a sequence: the settings' stop ids, and the tokenizer's end token, or where it
+  names none what its template closes a text with.
+  """
+  if m.tokenizer is None:
+    return frozenset(settings.stop_ids())
+  eos = m.tokenizer.eos_id
+  closing = m.tokenizer.affixes[1][-1:] if eos is None else [eos]
+  return frozenset([*settings.stop_ids(), *closing])
 
 
 def text_of(m: "Model") -> Callable[[list[int]], str]:
@@ -142,9 +152,26 @@ def bucket(size: int, least: int, most: int | None = None) -> int:
   return rounded if most is None else min(rounded, most)
 
 
-def _cache_length(m: "Model", longest: int, settings: Settings) -> int:
-  most = m.config.max_positions
+def _cache_length(m: "Model", prompts: list[list[int]], settings: Settings) -> int:
+  longest, most = max(map(len, prompts)), m.config.max_positions
   return bucket(longest + settings.most_new_tokens(), LEAST_LENGTH, most)
+
+
+def _table(
+  prompts: list[list[int]], size: int, least: int, most: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens, each prompt from the left; lengths, 0 for rows that only fill the batch)."""
+  tokens = np.zeros((size, bucket(max(map(len, prompts)), least, most)), np.int32)
+  lengths = np.zeros(size, np.int32)
+  for i, prompt in enumerate(prompts):
+    tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+  return tokens, lengths
+
+
+def _source(tokens: np.ndarray, lengths: np.ndarray) -> Inputs:
+  """What an encoder reads."""
+  index: Any = np.arange(tokens.shape[1], dtype=np.int32)
+  return Inputs(jnp.asarray(tokens), jnp.where(index < lengths[:, None], index, -1))
 
 
 def _request(

@@ -53,13 +53,14 @@ class Progress:
 @functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "top"))
 def prefill(
   graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
-  request: Request, *, cfg: ModelConfig, length: int, room: int, top: int,
+  request: Request, source: Inputs | None, *, cfg: ModelConfig, length: int, room: int, top: int,
 ) -> tuple[Cache, Progress]:  # fmt: skip
   """Reads the prompts and chooses the first token of each.
 
   Args:
     tokens: each prompt from the left, anything behind it.
     lengths: tokens of each prompt; 0 for a row that only fills the batch.
+    source: what the encoder of an encoder–decoder reads, once; `tokens` then begin its decoder.
     length: tokens that the cache has room for.
     room: new tokens that the result has room for.
     top: how many of the most probable tokens to report at each step.
@@ -67,7 +68,10 @@ def prefill(
   net, (B, T) = nnx.merge(graphdef, params), tokens.shape
   index = jnp.arange(T)
   pos = jnp.where(index < lengths[:, None], index, -1)
-  cache = new_cache(cfg, B, length, stacked=False, chunk=T)
+  S = 0 if source is None else source.tokens.shape[1]
+  cache = new_cache(cfg, B, length, stacked=False, chunk=T, source=S)
+  if source is not None:
+    cache = net.read(cache, source)
   x, cache, _ = net.hidden(Inputs(tokens, pos), cache=cache)
   last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
   start = Progress(

@@ -80,7 +80,10 @@ class Attention(nnx.Module):
     self.cfg, self.kind, self.cross = cfg, kind, cross
     into = functools.partial(Linear, cfg, rngs=rngs, bias=cfg.attention_bias)
     kv_axes = ("embed", "kv_heads", "head_dim")
-    self.q_proj = into((D, N, H), ("embed", "heads", "head_dim"))
+    # A scale of its own, such as T5's 1, is made good by the queries: scores begin as usual.
+    spread = 1.0 if cfg.attention_scale is None else H**-0.5 / cfg.attention_scale
+    init = jax.nn.initializers.normal(cfg.init_std * spread)
+    self.q_proj = into((D, N, H), ("embed", "heads", "head_dim"), init=init)
     self.k_proj = into((D, K, H), kv_axes)
     self.v_proj = into((D, K, H), kv_axes)
     self.o_proj = Linear(
@@ -135,16 +138,15 @@ class Attention(nnx.Module):
 
   def _seen(self, x: Array, where: Where, cache: KVCache | None):
     """(keys, values, their positions, their segments, the cache after this)."""
-    if self.cross and cache is None:
+    if cache is None and not self.cross:
+      return *self.keys_values(x, where), where.pos, where.seg, None
+    if cache is None:
       context = where.context
       if context is None:
         raise InputError("cross-attention needs what the encoder has read: give its tokens.")
       return *self.keys_values(context.x, context), context.pos, context.seg, None
     if not self.cross:
-      k, v = self.keys_values(x, where)
-      if cache is None:
-        return k, v, where.pos, where.seg, None
-      cache = cache.update(k, v, where.pos)
+      cache = cache.update(*self.keys_values(x, where), where.pos)
     return cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2), cache.pos, None, cache
 
   def _turned(self, heads: Array, where: Where | Context, norm: str) -> Float[Array, "B T N H"]:

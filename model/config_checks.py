@@ -34,7 +34,7 @@ def check(cfg: ModelConfig) -> None:
 
 
 def _check_choices(cfg: ModelConfig) -> None:
-  choices = dict(
+  choices: dict[str, tuple[str, ...]] = dict(
     shape=SHAPES, positions=POSITIONS, rope_scaling=ROPE_SCALINGS, norm=NORMS,
     norm_placement=NORM_PLACEMENTS, residual=RESIDUALS, qk_norm=QK_NORMS, activation=ACTIVATIONS,
     remat=REMAT, attention_kernel=ATTENTION_KERNELS, expert_kernel=EXPERT_KERNELS, dtype=DTYPES,
@@ -67,9 +67,9 @@ def _check_sizes(cfg: ModelConfig) -> None:
     if not 0 <= getattr(cfg, name) < 1:
       raise InputError(f"model.{name}={getattr(cfg, name)} is a probability: use 0 <= p < 1.")
   positive = ("attention_softcap", "logit_softcap", "attention_scale", "norm_eps", "init_std",
-              "rope_theta", "rope_local_theta", "rope_factor", "rope_attention_factor",
-              "logit_scale", "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast",
-              "rope_beta_slow")  # fmt: skip
+              "init_embed_std", "rope_theta", "rope_local_theta", "rope_factor",
+              "rope_attention_factor", "logit_scale", "rope_low_freq_factor",
+              "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow")  # fmt: skip
   for name in positive:
     value = getattr(cfg, name)
     if value is not None and not 0 < value < float("inf"):
@@ -162,7 +162,7 @@ def _check_shape(cfg: ModelConfig) -> None:
 
 
 def _check_head(cfg: ModelConfig) -> None:
-  kind = cfg.head_kind
+  kind, given = cfg.head_kind, cfg.head is not None  # Else what is learned decides the head.
   fitting = {"language": ("decoder", "encoder_decoder"), "masked_lm": ("encoder",),
              "replaced_token": ("encoder",)}  # fmt: skip
   if cfg.shape not in fitting.get(kind, SHAPES):
@@ -172,9 +172,9 @@ def _check_head(cfg: ModelConfig) -> None:
     )
   if cfg.pair_head and kind != "masked_lm":
     raise InputError(f"model.pair_head stands beside a masked_lm head, not beside {kind!r}.")
-  if cfg.problem != "single_label" and kind != "sequence":
+  if given and cfg.problem != "single_label" and kind != "sequence":
     raise InputError(f"model.problem={cfg.problem!r} has no effect on model.head={kind!r}.")
-  if kind not in ("sequence", "token") and cfg.num_labels is not None:
+  if given and kind not in ("sequence", "token") and cfg.num_labels is not None:
     raise InputError(f"model.num_labels={cfg.num_labels} has no effect on model.head={kind!r}.")
   if cfg.problem == "regression" and cfg.num_labels not in (None, 1):
     raise InputError(f"model.num_labels={cfg.num_labels}: a regression tells one number.")

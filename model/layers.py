@@ -135,7 +135,9 @@ class Embed(nnx.Module):
   def __init__(self, cfg: ModelConfig, rows: int, row_axis: str | None, *, rngs: nnx.Rngs):
     self.dtype = cfg.compute_dtype
     shape, axes = (rows, cfg.d_model), (row_axis, "embed")
-    self.table = param(cfg, rngs, shape, axes, role="embedding")
+    std = cfg.init_std if cfg.init_embed_std is None else cfg.init_embed_std
+    init = jax.nn.initializers.normal(std)
+    self.table = param(cfg, rngs, shape, axes, role="embedding", init=init)
 
   def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     return self.table[...].astype(self.dtype)[ids]

@@ -1,7 +1,9 @@
 """Tokenizer: text to ids and back, in Hugging Face form, whatever it was loaded from."""
 
+import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -31,6 +33,16 @@ _LONG = 1 << 18  # Characters from which a document is encoded in parts, to boun
 _GROUP = 1 << 21  # Characters that are encoded at a time.
 _WINDOW = 256  # Characters on each side of a cut that must encode alike cut and whole.
 _UNSPELLABLE = "\U0010ffff\ufdd0"  # Noncharacters, in place of special tokens in documents.
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """Token ids of a text or of a pair of texts, and where each token comes from."""
+
+  ids: list[int]
+  types: list[int]  # Token types, as the template gives them.
+  offsets: list[tuple[int, int]]  # Characters (start, end) of the text that a token is of.
+  sequence: list[int | None]  # 0: of the first text; 1: of the second; None: the template's own.
 
 
 class Tokenizer:
@@ -78,6 +90,17 @@ class Tokenizer:
     return self._id("mask")
 
   @functools.cached_property
+  def sentinel_ids(self) -> tuple[int, ...]:
+    """Ids of T5's sentinels, <extra_id_0> first: each stands for one span that is left out."""
+    ids = map(self._sentinel, itertools.count())
+    return tuple(itertools.takewhile(lambda found: found is not None, ids))  # pyright: ignore
+
+  def _sentinel(self, i: int) -> int | None:
+    names = f"<extra_id_{i}>", f"▁<extra_id_{i}>"  # mT5's vocabulary has the second form.
+    ids = map(self.backend.token_to_id, names)
+    return next((found for found in ids if found is not None), None)
+
+  @functools.cached_property
   def special_ids(self) -> frozenset[int]:
     """Ids of all special tokens: `decode` leaves them out."""
     added = self.backend.get_added_tokens_decoder()
@@ -106,6 +129,30 @@ class Tokenizer:
     """Ids of each text, in parallel; see `encode`."""
     return self._encode(self.backend, texts, add_special_tokens)
 
+  def encode_pairs(
+    self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, literal: bool = False
+  ) -> list[Encoded]:
+    """Texts, or pairs of texts, in the template's special tokens, in parallel.
+
+    Offsets may begin with the space before a word; tokens that share a character share its offset.
+
+    Args:
+      pairs: the second text of each pair.
+      literal: text that merely spells a special token is ordinary text, as in `encode_documents`.
+
+    Raises:
+      InputError: as `encode`, or if the numbers of texts differ.
+    """
+    if pairs is not None and len(pairs) != len(texts):
+      raise InputError(f"{len(texts)} texts and {len(pairs)} second texts: give one for each.")
+    inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+    backend = self._literal if literal else self.backend
+    try:
+      encodings = backend.encode_batch(inputs)
+    except Exception as error:  # The library raises nothing more precise.
+      raise _unencodable(backend, [*texts, *(pairs or ())], error) from None
+    return [Encoded(e.ids, e.type_ids, e.offsets, e.sequence_ids) for e in encodings]
+
   def encode_prompt(self, text: str) -> list[int]:
     """Ids of a text to continue: the template's special tokens before it and none after it."""
     return [*self.affixes[0], *self.encode(text, add_special_tokens=False)]
@@ -127,6 +174,23 @@ class Tokenizer:
     ids = self._encode_parts([part for one in parts for part in one])
     prefix, suffix = (np.array(ends, np.int32) for ends in self.affixes)
     return [np.concatenate([prefix, *(next(ids) for _ in one), suffix]) for one in parts]
+
+  def encode_spans(
+    self, texts: Sequence[str]
+  ) -> list[tuple[Int32[np.ndarray, "n"], Int32[np.ndarray, "n 2"]]]:
+    """Ids of documents without special tokens, and the characters [start, end) of each token.
+
+    As in `encode_documents`, special tokens spelled in a text are ordinary characters.
+
+    Raises:
+      InputError: as `encode`.
+    """
+    try:
+      found = self._literal.encode_batch(list(texts), add_special_tokens=False)
+    except Exception as error:  # The library raises nothing more precise.
+      raise _unencodable(self._literal, texts, error) from None
+    spans = lambda e: np.array(e.offsets, np.int32).reshape(-1, 2)
+    return [(np.array(e.ids, np.int32), spans(e)) for e in found]
 
   def _encode_parts(self, parts: Sequence[str]) -> Iterator[Int32[np.ndarray, "_"]]:
     group, size = [], 0
@@ -302,6 +366,10 @@ def _from_model_file(path: Path, config: dict[str, Any]) -> Tokenizer:
     add_bos=config.get("add_bos_token", True),
     add_eos=config.get("add_eos_token", True),
   )
+  # Sentinels of T5's published models are not in the file: the class adds them, the last one first.
+  sentinels = 100 if str(config.get("tokenizer_class")).startswith("T5Tokenizer") else 0
+  number = config.get("extra_ids", sentinels)
+  backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(number))])
   return Tokenizer(backend, roles | config)
 
 

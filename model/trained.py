@@ -211,6 +211,24 @@ class Model:
       )
 
 
+def decoder_start(model: ModelConfig, tokenizer: Tokenizer | None) -> int | None:
+  """What the decoder of an encoder–decoder reads first: the config's id, else the tokenizer's
+  padding (as T5 has it), beginning or end of a text; None for other shapes.
+
+  Raises:
+    InputError: if there is none.
+  """
+  if model.shape != "encoder_decoder":
+    return None
+  if model.decoder_start_id is not None:
+    return model.decoder_start_id
+  found = () if tokenizer is None else (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+  start = next((i for i in found if i is not None), None)
+  if start is None:
+    raise InputError("there is no token that could start a decoder: set model.decoder_start_id.")
+  return start
+
+
 def whole_numbers(name: str, values: Any, *, least: int) -> Any:
   """int32 (B, T); of a tracer only the shape and dtype are checked.
 

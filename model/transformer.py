@@ -145,12 +145,12 @@ class Stack(nnx.Module):
         cache that holds it (`read`).
     """
     where = self._where(inputs, context, cached=cache is not None)
-    x = self.embedded(embed, inputs) if x is None else x
+    h = self.embedded(embed, inputs) if x is None else x
     if key is not None:
-      x = dropout(x, self.cfg.dropout, jax.random.fold_in(key, self.cfg.depth(self.name)))
+      h = dropout(h, self.cfg.dropout, jax.random.fold_in(key, self.cfg.depth(self.name)))
     run = self._run_stacked if self.stacked else self._run_unstacked
-    x, cache, aux = run(x, where, cache, key)
-    return (self.final_norm(x) if self.cfg.final_norm else x), cache, aux
+    h, cache, aux = run(h, where, cache, key)
+    return (self.final_norm(h) if self.cfg.final_norm else h), cache, aux
 
   def read(self, cache: Cache, context: Context) -> Cache:
     """The cache with keys and values of what the encoder has read, once for all steps."""

@@ -43,7 +43,9 @@ def parse_spec(spec: str) -> tuple[str, int | None] | None:
   return kind, int(size) if colon else None
 
 
-def build_tokenizer(kind: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
+def build_tokenizer(
+  kind: str, size: int | None, texts: Iterable[str], extra: tuple[str, ...] = ()
+) -> Tokenizer:
   """Builds a tokenizer; the same texts give the same one on every machine.
 
   Args:
@@ -52,29 +54,41 @@ def build_tokenizer(kind: str, size: int | None, texts: Iterable[str]) -> Tokeni
       `unigram` is like T5's, `wordpiece` like BERT's.
     size: entries of a trained vocabulary, special tokens included; a small corpus gives fewer.
     texts: what it is trained on; it is read more than once.
+    extra: further special tokens; those that the kind does not have come last, in this order.
 
   Raises:
     InputError: for an unknown kind, no text, or a size too small for the alphabet.
   """
   if kind == "bytes":
-    return _bytes()
+    return _with_special(_bytes(), extra)
   if not any(texts):
     raise InputError("there is no text to train a tokenizer on: the corpus is empty.")
   if kind == "char":
-    return _char(texts)
+    return _with_special(_char(texts), extra)
   if kind not in TRAINED:
     raise InputError(
       f"tokenizer kind {kind!r} is not known: use one of {', '.join(KINDS)}.{nearest(kind, KINDS)}"
     )
   if size is None or size < 1:
     raise InputError(f"a {kind} tokenizer needs a vocabulary size of at least 1, not {size}.")
-  tokenizer = {"bpe": _bpe, "unigram": _unigram, "wordpiece": _wordpiece}[kind](size, texts)
+  own = _BERT_SPECIAL if kind == "wordpiece" else _BPE_SPECIAL
+  more = len(set(extra).difference(own))
+  build = {"bpe": _bpe, "unigram": _unigram, "wordpiece": _wordpiece}[kind]
+  tokenizer = _with_special(build(size, more, texts), extra)
   if tokenizer.vocab_size < size:
     logging.warning(
       "The corpus is too small for %d %s entries: the vocabulary has %d.",
       size, kind, tokenizer.vocab_size,
     )  # fmt: skip
   return tokenizer
+
+
+def _with_special(tokenizer: Tokenizer, extra: tuple[str, ...]) -> Tokenizer:
+  """The tokenizer with further special tokens at the end of its vocabulary."""
+  missing = [token for token in extra if tokenizer.backend.token_to_id(token) is None]
+  tokenizer.backend.add_special_tokens(missing)
+  mask = {"mask_token": "<mask>"} if "<mask>" in missing else {}
+  return Tokenizer(tokenizer.backend, tokenizer.config | mask)
 
 
 def _bytes() -> Tokenizer:
@@ -104,17 +118,18 @@ def _char(texts: Iterable[str]) -> Tokenizer:
   return Tokenizer(backend, {})
 
 
-def _bpe(size: int, texts: Iterable[str]) -> Tokenizer:
-  least = 256 + len(_BPE_SPECIAL)
-  if size < least:
+def _bpe(size: int, extra: int, texts: Iterable[str]) -> Tokenizer:
+  """`extra` of the `size` entries are left to others, here and below."""
+  special = len(_BPE_SPECIAL) + extra
+  if size < 256 + special:
     raise InputError(
-      f"bpe:{size} is too small: 256 bytes and {len(_BPE_SPECIAL)} special tokens need {least}."
+      f"bpe:{size} is too small: 256 bytes and {special} special tokens need {256 + special}."
     )
   backend = tokenizers.Tokenizer(models.BPE())
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
-    vocab_size=size,
+    vocab_size=size - extra,
     special_tokens=list(_BPE_SPECIAL),
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
@@ -124,17 +139,19 @@ def _bpe(size: int, texts: Iterable[str]) -> Tokenizer:
   return Tokenizer(backend, {f"{r}_token": f"<{r}>" for r in ("pad", "bos", "eos")})
 
 
-def _unigram(size: int, texts: Iterable[str]) -> Tokenizer:
+def _unigram(size: int, extra: int, texts: Iterable[str]) -> Tokenizer:
   """Trained by SentencePiece: the other library's trainer depends on the order of a hash table."""
   import sentencepiece
 
   from model.sentencepiece import convert
 
+  if size <= extra:
+    raise InputError(f"unigram:{size} is too small: {extra} special tokens must fit beside text.")
   target = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
       sentence_iterator=_sentences(texts), model_writer=target, model_type="unigram",
-      vocab_size=size, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+      vocab_size=size - extra, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
       max_sentence_length=8 * _LINE, num_threads=4, minloglevel=2,
     )  # fmt: skip
   except (RuntimeError, OSError) as error:
@@ -151,7 +168,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
         yield line[start : start + _LINE]
 
 
-def _wordpiece(size: int, texts: Iterable[str]) -> Tokenizer:
+def _wordpiece(size: int, extra: int, texts: Iterable[str]) -> Tokenizer:
   """Trained as BPE is, with the alphabet given: else ids would depend on a hash table's order."""
   backend = tokenizers.Tokenizer(models.WordPiece(unk_token=_BERT_SPECIAL[1]))  # pyright: ignore
   backend.normalizer = normalizers.BertNormalizer()
@@ -159,14 +176,14 @@ def _wordpiece(size: int, texts: Iterable[str]) -> Tokenizer:
   characters = set().union(*(backend.normalizer.normalize_str(text) for text in texts))
   alphabet = sorted(c for c in characters if not c.isspace())
   forms = [*alphabet, *(f"##{c}" for c in alphabet)]
-  if size < len(_BERT_SPECIAL) + len(forms):
+  special = len(_BERT_SPECIAL) + extra
+  if size < special + len(forms):
     raise InputError(
-      f"wordpiece:{size} is too small: {len(_BERT_SPECIAL)} special tokens and the corpus' "
-      f"{len(alphabet)} characters, each at the start and inside of words, need "
-      f"{len(_BERT_SPECIAL) + len(forms)}."
+      f"wordpiece:{size} is too small: {special} special tokens and the corpus' {len(alphabet)} "
+      f"characters, each at the start and inside of words, need {special + len(forms)}."
     )
   trainer = trainers.WordPieceTrainer(
-    vocab_size=size, special_tokens=[*_BERT_SPECIAL, *forms], show_progress=False
+    vocab_size=size - extra, special_tokens=[*_BERT_SPECIAL, *forms], show_progress=False
   )
   backend.train_from_iterator(texts, trainer)
   return _bert(backend.get_vocab(with_added_tokens=False))

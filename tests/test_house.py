@@ -31,6 +31,14 @@ PUBLISHED = {
   "llama3_8b": 8_030_261_248,
   "llama3_70b": 70_553_706_496,
   "mixtral_8x7b": 46_702_792_704,
+  "bert_base": 109_514_298,
+  "bert_large": 335_174_458,
+  "modernbert_base": 149_655_232,
+  "t5_small": 60_506_624,
+  "t5_base": 222_903_552,
+  "t5_1_1_base": 247_577_856,
+  "bart_base": 139_420_416,
+  "ul2_base": 247_577_856,
 }
 
 
@@ -103,6 +111,15 @@ def test_config_files_are_valid_and_have_the_published_parameter_count(name):
   elif config.model.vocab_size is None:
     sized = dataclasses.replace(config.model, vocab_size=1000)
     assert sized.num_params() > 0
+
+
+@pytest.mark.parametrize(
+  ("name", "count"), [("bert_base", 109_482_240), ("bert_large", 335_141_888)]
+)
+def test_bert_with_its_pooler_and_no_head_has_the_published_count(name, count):
+  config = importlib.import_module(f"configs.{name}").get_config().model
+  pooled = dict(head="embedding", head_activation="tanh", head_norm=False, logit_bias=False)
+  assert dataclasses.replace(config, **pooled).num_params() == count
 
 
 def test_a_config_survives_json():

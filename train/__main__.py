@@ -1,8 +1,10 @@
 """python -m train --config=configs/X.py --workdir=DIR [--config.k=v …]: trains, or continues."""
 
+from model.host_memory import use_huge_pages
 from train.preemption import leave_at_once
 
 if __name__ == "__main__":
+  use_huge_pages()
   leave_at_once()  # Before all imports that take seconds.
 
 from pathlib import Path

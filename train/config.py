@@ -7,6 +7,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.errors import InputError, nearest
+from train.denoisers import parse_denoisers
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt", "wsd")
@@ -19,6 +20,7 @@ class DataConfig:
 
   source: str = "python_stdlib"
   validation_source: str | None = None  # None: the last part of the corpus.
+  validation_target: str | None = None  # As `target`, of the validation source; None: the same.
   validation_fraction: float = 0.05  # Share of the corpus' tokens, where no source is given.
   tokenizer: str = "bpe:4096"
   packing: bool = True
@@ -253,6 +255,8 @@ class ObjectiveConfig:
       value = getattr(self, name)
       if value is not None and not 1 <= value < float("inf"):
         raise InputError(f"objective.{name}={value} must be at least 1.")
+    if self.denoisers is not None:
+      parse_denoisers(self.denoisers)
     for name in ("temperature", "replaced_weight"):
       value = getattr(self, name)
       if value is not None and not 0 < value < float("inf"):

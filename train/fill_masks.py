@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 import numpy as np
 
 from model.errors import InputError
@@ -37,7 +38,7 @@ def filled_masks(m: Model, data: Data, prompt: str) -> str:
   """
   ids, truth = _masked_text(data) if not prompt else (data.tokenizer.encode(prompt), [])
   places = [i for i, token in enumerate(ids) if token == data.tokenizer.mask_id]
-  scores = np.asarray(m(np.array([ids])))[0, places]
+  scores = np.asarray(m(jnp.array([ids])))[0, places]
   guesses = _shown(data.tokenizer, scores.argmax(-1).tolist(), truth)
   text = data.tokenizer.backend.decode(ids, skip_special_tokens=False)
   return re.sub(re.escape(data.tokenizer.special["mask"]), lambda _: next(guesses, "[]"), text)

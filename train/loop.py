@@ -7,32 +7,27 @@ from pathlib import Path
 
 import jax
 
-from infer import generate
-from model.checkpoint import Checkpoints, restore_params
+from model.checkpoint import Checkpoints
 from model.compilation import use_compilation_cache
-from model.errors import DONE, NON_FINITE, PREEMPTED, InputError, Stop
-from model.heads import WORD_HEADS
-from model.loading import TRAINED_BESIDE, Model
+from model.errors import DONE, NON_FINITE, PREEMPTED, Stop
 from model.sharding import make_mesh
 from train import report
 from train.config import Config
 from train.data.pipeline import Data, load_data
-from train.fill_masks import check_masked, filled_masks
+from train.init_from import initial_params, with_its_tokenizer
 from train.metrics import MetricsLog
 from train.preemption import Preemption
 from train.program import Program, build_program, put_batch
 from train.resolve import check_fit, resolved
+from train.sample import check_sample, sample
 from train.step import TrainState
 from train.workdir import (
   as_dict,
-  check_init,
   check_same_data,
   check_workdir,
   read_config,
   write_config,
 )
-
-SAMPLE_TOKENS = 128
 
 
 def train(config: Config, workdir: Path) -> int:
@@ -46,6 +41,7 @@ def train(config: Config, workdir: Path) -> int:
     Stop: with the status for a loss that stays non-finite.
   """
   check_fit(config)
+  config = with_its_tokenizer(config, workdir)
   check_workdir(workdir, config)
   use_compilation_cache(config.cache_dir)
   mesh = make_mesh(**dataclasses.asdict(config.mesh))
@@ -121,11 +117,7 @@ def restore_or_init(
     return restored.state, restored.step
   state = program.init()
   if config.init_from is not None:
-    check_init(config.init_from, config, data.tokenizer)
-    wanted = program.state.params
-    others = tuple(name for name in TRAINED_BESIDE if name not in wanted)
-    params = restore_params(config.init_from, {"params": wanted}, cast=True, leave_out=others)
-    params = params.state["params"]
+    params = initial_params(config, state.params, program.state.params, data)
     ema = jax.tree.map(lambda a: a.copy(), params) if state.ema else {}
     state = dataclasses.replace(state, params=params, ema=ema)
   return state, 0
@@ -140,51 +132,6 @@ def evaluate(program: Program, state: TrainState, data: Data) -> dict[str, float
       sums.setdefault(name, [0.0, 0.0])
       sums[name] = [sums[name][0] + float(total), sums[name][1] + float(weight)]
   return {name: total / weight for name, (total, weight) in sums.items() if weight}
-
-
-def check_sample(config: Config, data: Data) -> None:
-  """Raises an InputError if no sample can be made of `config.sample_prompt`."""
-  if config.model.head_kind == "language":
-    sample_tokens(config, data)
-  elif config.model.head_kind == "masked_lm":
-    check_masked(config.sample_prompt, data.tokenizer, config.model.max_positions)
-  elif config.sample_prompt:
-    raise InputError(f"sample_prompt has no effect on objective.name={config.objective.name!r}.")
-
-
-def sample(config: Config, data: Data, state: TrainState) -> str | None:
-  """What the trained model says behind `config.sample_prompt`, or in the place of its masks.
-
-  None on more than one process, and for models that write no text.
-  """
-  if jax.process_count() > 1 or config.model.head_kind not in WORD_HEADS:
-    return None
-  m = Model(config.model, state.params, data.tokenizer)
-  if config.model.head_kind == "masked_lm":
-    return filled_masks(m, data, config.sample_prompt)
-  prompt, room = sample_tokens(config, data)
-  return config.sample_prompt + generate(
-    m, [prompt], max_new_tokens=room, temperature=0.8, seed=config.seed
-  )[0].text  # fmt: skip
-
-
-def sample_tokens(config: Config, data: Data) -> tuple[list[int], int]:
-  """`config.sample_prompt` as token ids, and how many the sample may add.
-
-  Raises:
-    InputError: if the model has no position left behind the prompt.
-  """
-  prompt = data.tokenizer.encode_prompt(config.sample_prompt)
-  if not prompt:  # No special token begins a text: take the first one of the corpus.
-    prompt = data.batch(0)["tokens"][0, :1].tolist()
-  limit = config.model.max_positions
-  room = SAMPLE_TOKENS if limit is None else min(SAMPLE_TOKENS, limit - len(prompt))
-  if room < 1:
-    raise InputError(
-      f"sample_prompt has {len(prompt)} tokens and leaves no room in model.max_positions={limit}: "
-      "shorten it."
-    )
-  return prompt, room
 
 
 def _non_finite(config: Config, step: int, log: MetricsLog) -> str:

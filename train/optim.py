@@ -151,7 +151,7 @@ def _direction(config: OptimizerConfig, info: dict) -> optax.GradientTransformat
 def _preconditioner(config: OptimizerConfig, info: dict) -> optax.GradientTransformation:
   m = config.moments()
   if config.name == "adamw":
-    return optax.scale_by_adam(m["b1"], m["b2"], m["eps"])
+    return _adam(m["b1"], m["b2"], m["eps"])
   if config.name == "lion":
     return optax.scale_by_lion(m["b1"], m["b2"])
   if config.name == "sgd":
@@ -159,6 +159,25 @@ def _preconditioner(config: OptimizerConfig, info: dict) -> optax.GradientTransf
   if config.name == "adafactor":
     return _by_layer(functools.partial(_adafactor, eps=m["eps"]), info)
   return _by_layer(functools.partial(_muon, beta=m["b1"], b2=m["b2"], eps=m["eps"]), info)
+
+
+def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+  """optax.scale_by_adam, whose moves are read off the new moments.
+
+  Otherwise XLA computes them from the old ones once more, of which it then keeps copies on a CPU
+  because the new moments are written over them.
+  """
+  plain = optax.scale_by_adam(b1, b2, eps)
+
+  def update(updates, state, params=None):
+    new: Any = plain.update(updates, state, params)[1]
+    mu, nu = jax.lax.optimization_barrier((new.mu, new.nu))
+    means = optax.tree.bias_correction(mu, b1, new.count)
+    squares = optax.tree.bias_correction(nu, b2, new.count)
+    moves = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), means, squares)
+    return moves, new._replace(mu=mu, nu=nu)
+
+  return optax.GradientTransformation(plain.init, update)
 
 
 def _adafactor(
@@ -188,7 +207,7 @@ def _muon(
   """
   matrix = _matrix_shape(info, shape)
   if info.role != "matrix" or "vocab" in info.axes or 1 in matrix:
-    return optax.scale_by_adam(MUON_ADAM_B1, b2, eps)
+    return _adam(MUON_ADAM_B1, b2, eps)
   axes = tuple(range(len(shape)))
   sides = optax.contrib.MuonDimensionNumbers(axes[: info.inputs], axes[info.inputs :])
   return optax.chain(

@@ -20,8 +20,8 @@ from train.data.pipeline import Data
 from train.program import Program
 
 PARTS: tuple[str, ...] = (
-  "token embedding", "position embedding", "attention", "MLP", "experts", "norms", "head",
-  "generator", "other",
+  "token embedding", "position embedding", "type embedding", "attention", "MLP", "experts",
+  "norms", "head", "generator", "other",
 )  # fmt: skip
 PLAIN_SECONDS = 15.0  # Between lines where the output is no terminal.
 REDRAW_SECONDS = 0.1
@@ -87,13 +87,14 @@ def run_lines(config: Config, program: Program, data: Data, mesh: Mesh, start: i
   """Mesh, device and its peak, tokens per step, data, memory, and where the run begins."""
   axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   kind = mesh.devices.flat[0].device_kind
-  tokens = config.batch_size * config.seq_len
+  lengths = [n for n in (config.seq_len, config.target_len) if n is not None]
+  tokens = config.batch_size * sum(lengths)
   parts = f" in {config.accumulation} parts" if config.accumulation > 1 else ""
   rows = {
     "mesh": f"{axes} ({_count_text(mesh.size, 'device')}, "
     + f"{_count_text(jax.process_count(), 'process')})",
     "device": f"{kind}, {_peak_text(kind, str(config.model.compute_dtype))}",
-    "step": f"{config.batch_size} x {config.seq_len} = {tokens:,} tokens{parts}",
+    "step": f"{config.batch_size} x {' + '.join(map(str, lengths))} = {tokens:,} tokens{parts}",
     "data": _data_text(config, data),
     "validation": f"{data.validation_tokens:,} tokens in {data.num_validation_batches:,} batches",
     "vocabulary": f"{data.tokenizer.vocab_size:,} tokens",
@@ -213,11 +214,15 @@ def _part(path: tuple[str, ...], info: ParamInfo) -> str:
   """The part of the model that a parameter belongs to."""
   if path[0] == "generator":
     return "generator"
-  if "attn" in path:
+  if "attn" in path or "cross_attn" in path:
     return "attention"
   if "mlp" in path:
     return "experts" if "expert" in info.axes or "shared" in path else "MLP"
   if any("norm" in name for name in path):
     return "norms"
-  named = {"embed": "token embedding", "position_embed": "position embedding", "head": "head"}
+  named = {
+    "embed": "token embedding", "position_embed": "position embedding",
+    "relative_bias": "position embedding", "type_embed": "type embedding", "head": "head",
+    "pair": "head",
+  }  # fmt: skip
   return next((part for name, part in named.items() if name in path), "other")

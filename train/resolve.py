@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from model.config import ModelConfig
 from model.errors import InputError
 from model.tokenizer import Tokenizer
+from model.trained import decoder_start
 from train.config import Config
+from train.data.roles import check_columns
 
 if TYPE_CHECKING:
   from train.data.pipeline import Data
@@ -45,6 +47,8 @@ def check_fit(config: Config) -> None:
     )
   if model.pair_head and not config.objective.paired:
     raise InputError("model.pair_head is trained by objective.pairs: set it, or leave both out.")
+  check_columns(config)
+  _check_task(config)
   writes = model.shape == "encoder_decoder" and fitting[model.shape] == "language"
   if writes and config.target_len is None:
     raise InputError("target_len is not set: tokens that the decoder of a row reads are needed.")
@@ -56,6 +60,31 @@ def check_fit(config: Config) -> None:
       f"target_len={config.target_len} is longer than model.max_positions={limit}: shorten it or "
       "give the model more positions."
     )
+
+
+def _check_task(config: Config) -> None:
+  """What cannot be learned, or has no effect, where a whole text has one answer."""
+  name, model, objective = config.objective.name, config.model, config.objective
+  if name == "contrastive" and config.accumulation > 1:
+    raise InputError(
+      f"accumulation={config.accumulation}: contrastive learns against all texts of a batch, and "
+      "parts do not see each other. Use accumulation=1 and more devices, or a smaller batch_size."
+    )
+  decoded = model.shape != "encoder" and name == "classification"
+  if (decoded or (model.shape == "decoder" and name == "contrastive")) and model.pooling == "first":
+    raise InputError(
+      "model.pooling='first' stands for a text where it begins, and a decoder has not read it by "
+      "then: use 'last' or 'mean'."
+    )
+  if model.problem != "single_label" and name != "classification":
+    raise InputError(f"model.problem={model.problem!r} has no effect on {name}: remove it.")
+  unread = {"contrastive": ["label_smoothing"]}.get(name, [])
+  if model.problem != "single_label":
+    unread = ["label_smoothing", "z_loss"]
+  for field in unread:
+    if getattr(objective, field):
+      what = name if model.problem == "single_label" else f"model.problem={model.problem!r}"
+      raise InputError(f"objective.{field}={getattr(objective, field)} has no effect on {what}.")
 
 
 def resolved(config: Config, data: "Data") -> Config:
@@ -94,23 +123,3 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 def _with_head(model: ModelConfig, config: Config) -> ModelConfig:
   head = SHAPES[config.objective.name][model.shape]
   return dataclasses.replace(model, head=head, pair_head=config.objective.paired)
-
-
-def decoder_start(model: ModelConfig, tokenizer: Tokenizer) -> int | None:
-  """What the decoder of an encoder–decoder reads first: the config's id, else the tokenizer's
-  padding (as T5 has it), beginning or end of a text.
-
-  Raises:
-    InputError: if there is none.
-  """
-  if model.shape != "encoder_decoder":
-    return None
-  if model.decoder_start_id is not None:
-    return model.decoder_start_id
-  found = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
-  start = next((i for i in found if i is not None), None)
-  if start is None:
-    raise InputError(
-      "the tokenizer has no token that could start a decoder: set model.decoder_start_id."
-    )
-  return start

@@ -1,6 +1,7 @@
 """One optimizer step and one evaluation step, as pure functions of state and batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,9 +72,9 @@ def make_train_step(
     grads, loss, value = _accumulated(gradient, state, batch, key, weights, accumulation)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-    new = _updated(state, grads, tx, ema_decay)
-    keep = lambda fresh, old: jnp.where(finite, fresh, old)
-    new = jax.tree.map(keep, new, state)
+    # Selecting between the old and the new state instead would read and write both once more.
+    update = functools.partial(_updated, tx=tx, ema_decay=ema_decay)
+    new = jax.lax.cond(finite, update, lambda state, grads: state, state, grads)
     new = dataclasses.replace(
       new, step=state.step + 1, bad_steps=jnp.where(finite, 0, state.bad_steps + 1)
     )
@@ -105,8 +106,9 @@ def _positive(weights: dict[str, Array]) -> dict[str, Array]:
 
 
 def _updated(
-  state: TrainState, grads: dict, tx: optax.GradientTransformationExtraArgs, ema_decay: float | None
-) -> TrainState:
+  state: TrainState, grads: dict, *, tx: optax.GradientTransformationExtraArgs,
+  ema_decay: float | None,
+) -> TrainState:  # fmt: skip
   updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
   params = optax.apply_updates(state.params, updates)
   ema = state.ema

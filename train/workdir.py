@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model import checkpoint
-from model.config import architecture
 from model.errors import InputError
-from model.tokenizer import Tokenizer
 from train.config import Config
 
 # What may change when a run is continued; anything else makes it another run.
@@ -73,20 +71,6 @@ def as_dict(config: Config) -> dict[str, Any]:
 def check_same_data(saved: dict[str, Any], current: dict[str, Any]) -> None:
   """Raises an InputError if the corpus or tokenizer is not the one that the run began with."""
   checkpoint.check_config({"data": saved}, {"data": json.loads(json.dumps(current))})
-
-
-def check_init(path: str, config: Config, tokenizer: Tokenizer) -> None:
-  """Raises an InputError if the model at `path` is another one, or reads another vocabulary."""
-  saved = checkpoint.describe(path).meta["config"]["model"]
-  ours = architecture(config.model)
-  theirs = {name: saved.get(name) for name in ours}
-  checkpoint.check_config({"model": theirs}, {"model": json.loads(json.dumps(ours))})
-  folder = Path(checkpoint.resolve(path)[0]) / "tokenizer"
-  if folder.is_dir() and Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
-    raise InputError(
-      f"init_from={path!r} was trained with another tokenizer than data.tokenizer="
-      f"{config.data.tokenizer!r}: its ids mean other text. Set data.tokenizer={str(folder)!r}."
-    )
 
 
 def _forget(workdir: Path) -> None:

@@ -241,3 +241,28 @@ def test_wrong_input_is_named(built, tmp_path):
   for call, words in cases:
     with pytest.raises(InputError, match=words):
       call()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_pairs_hold_the_tokens_of_both_texts_and_their_characters(built, spec):
+  t, a, b = built[spec], LINES[0], LINES[2]
+  one, two = t.encode_pairs([a])[0], t.encode_pairs([a], [b])[0]
+  assert one.ids == t.encode(a)
+  bodies = [t.encode(text, add_special_tokens=False) for text in (a, b)]
+  for number, (text, body) in enumerate(zip((a, b), bodies, strict=True)):
+    own = [i for i, s in enumerate(two.sequence) if s == number]
+    assert [two.ids[i] for i in own] == body
+    covered = {c for i in own for c in range(*two.offsets[i])}
+    assert {c for c, letter in enumerate(text) if letter != " "} <= covered <= set(range(len(text)))
+    assert {two.types[i] for i in own} == {number}
+  special = [i for i, s in zip(two.ids, two.sequence, strict=True) if s is None]
+  assert set(special) <= t.special_ids and bool(special) == (spec != "char")
+
+
+def test_pairs_take_spelled_special_tokens_for_text_where_asked_to(built):
+  t, spelled = built["wordpiece:200"], "stop [SEP] it"
+  ids = lambda literal: t.encode_pairs(["the"], [spelled], literal=literal)[0].ids
+  assert ids(False).count(t.encode("")[-1]) == 3 and ids(True).count(t.encode("")[-1]) == 2
+  assert t.encode_pairs([spelled], literal=True)[0].ids == t.encode_document(spelled)
+  with pytest.raises(InputError, match="2 texts and 1 second texts"):
+    t.encode_pairs(["a", "b"], ["c"])

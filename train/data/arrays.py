@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64, Integer
@@ -15,14 +16,45 @@ from train.data.sources import TokenSource
 _BLOCK = 1 << 24  # Ids checked at a time.
 
 
+# Columns of token ids, beside the text itself.
+TOKEN_COLUMNS = ("text_pair", "target", "negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """Further values of each document: token ids, labels, places; as many as there are.
+
+  Those of document d are `values[starts[d] : starts[d] + lengths[d]]`.
+  """
+
+  values: np.ndarray  # Often mapped from a file.
+  starts: Int64[np.ndarray, "d"]
+  lengths: Int64[np.ndarray, "d"]
+  names: tuple[str, ...] = ()  # What the values are the places of: labels, files.
+
+  def of(self, document: int) -> np.ndarray:
+    """The values of a document."""
+    start = self.starts[document]
+    return self.values[start : start + self.lengths[document]]
+
+  def take(self, which: Any) -> "Column":
+    """The documents that an index into an array selects."""
+    return dataclasses.replace(self, starts=self.starts[which], lengths=self.lengths[which])
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Documents as token ids; document d is `tokens[starts[d] : starts[d] + lengths[d]]`."""
+  """Documents as token ids; document d is `tokens[starts[d] : starts[d] + lengths[d]]`.
+
+  Where documents are examples of a task, the tokens are those of its text, and `columns` holds what
+  else belongs to each, by the name of the field of `data` that asks for it.
+  """
 
   tokens: Integer[np.ndarray, "n"]  # Often mapped from a file.
   starts: Int64[np.ndarray, "d"]
   lengths: Int64[np.ndarray, "d"]
   entry: Entry | None = None  # What keeps a mapped file in the cache.
+  columns: Mapping[str, Column] = dataclasses.field(default_factory=dict)
 
   def limited(self, most: int) -> "Corpus":
     """The first `most` tokens of each document."""
@@ -41,6 +73,24 @@ class Corpus:
     for i, token in enumerate(ids):
       found = found & (self.tokens[np.where(found, places + i, 0)] == token)
     return found
+
+  def take(self, which: Any) -> "Corpus":
+    """The documents that an index into an array selects."""
+    columns = {name: column.take(which) for name, column in self.columns.items()}
+    return dataclasses.replace(
+      self, starts=self.starts[which], lengths=self.lengths[which], columns=columns
+    )
+
+  def text(self, document: int) -> Integer[np.ndarray, "n"]:
+    """Token ids of a document."""
+    start = self.starts[document]
+    return np.asarray(self.tokens[start : start + self.lengths[document]])
+
+  @property
+  def sizes(self) -> Int64[np.ndarray, "d"]:
+    """Tokens of each document, in all columns."""
+    further = [self.columns[name].lengths for name in TOKEN_COLUMNS if name in self.columns]
+    return sum(further, start=self.lengths)
 
 
 def read_arrays(source: TokenSource, vocab_size: int, cache: Cache) -> Corpus:
@@ -75,10 +125,18 @@ def split_validation(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus | 
   """Cuts off the last `fraction` of the tokens: (training, validation).
 
   One document is cut inside, several at the boundary nearest to the cut.
+
+  Raises:
+    InputError: if there is one example of a task alone, which cannot be cut.
   """
   if not fraction:
     return corpus, None
   starts, lengths = corpus.starts, corpus.lengths
+  if corpus.columns and len(lengths) == 1:
+    raise InputError(
+      "the data holds one example, and data.validation_fraction cuts off some of several: set it "
+      "to 0, or name a data.validation_source."
+    )
   cut = int(lengths.sum() * (1 - fraction))
   part = lambda s, n: dataclasses.replace(corpus, starts=s, lengths=n)
   if len(lengths) == 1:
@@ -86,7 +144,7 @@ def split_validation(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus | 
     return part(starts, first), part(starts + cut, lengths - first)
   ends = np.cumsum(lengths)
   d = int(np.clip(np.argmin(np.abs(ends - cut)) + 1, 1, len(lengths) - 1))
-  return part(starts[:d], lengths[:d]), part(starts[d:], lengths[d:])
+  return corpus.take(slice(d)), corpus.take(slice(d, None))
 
 
 def _open(path: Path, vocab_size: int) -> np.ndarray:

@@ -176,7 +176,7 @@ class Rows:
       place = (self._starts[document] + begin).astype(np.uint64)
       order = np.lexsort((_hash(place ^ plan.salt), which))
     cuts = which, document, begin, steps + self._overlap, salt
-    return Cuts(*(array[order] for array in cuts), np.full(len(order), epoch))
+    return Cuts(*[array[order] for array in cuts], epoch=np.full(len(order), epoch))
 
   def _cut(self, piece: np.ndarray, plan: _Epoch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Begins and steps of pieces, and which of them have a second piece (at the end)."""

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,25 @@ from model.tokenizer import Tokenizer
 from train.config import Config
 from train.data.arrays import Corpus, read_arrays, split_validation
 from train.data.cache import Cache
+from train.data.encode import read_examples
+from train.data.examples import ExampleSource, open_training, open_validation
+from train.data.fit import Fitted
+from train.data.labels import label_order, with_order
 from train.data.mix import Mixture, mix
 from train.data.pack import Rows
+from train.data.roles import is_task
 from train.data.sources import Source, TokenSource, open_source, parse_mixture
 from train.data.tokenize import tokenize
 from train.data.vocabulary import choose_tokenizer
-from train.objectives import make_objective
-from train.objectives.objective import Batch, Objective, Pieces, Side, empty_batch
+from train.objectives import bare, extra_tokens, make_objective
+from train.objectives.objective import (
+  Batch,
+  Objective,
+  Pieces,
+  Side,
+  TaskObjective,
+  empty_batch,
+)
 
 _FORMAT = 2  # Of rows: a run goes on only with the rows that it began with.
 _FINER = 4
@@ -129,11 +141,16 @@ def load_data(
     )
   cache = Cache(Path(config.cache_dir) / "data", config.cache_gib * 2**30)
   mixture = parse_mixture(config.data.source)
-  sources = [open_source(spec, config.data) for _, spec in mixture]
-  held_out = _validation_sources(config)
-  tokenizer = choose_tokenizer(
-    config.data.tokenizer, sources, cache, workdir, write=process_index == 0
+  task = is_task(config)
+  sources = open_training(config) if task else _text_sources(config.data.source, config)
+  held_out = (
+    open_validation(config) if task else _text_sources(config.data.validation_source, config)
   )
+  texts = [s.texts() if isinstance(s, ExampleSource) else s for s in sources]
+  tokenizer = choose_tokenizer(
+    config.data.tokenizer, texts, cache, workdir, write=process_index == 0,
+    extra=extra_tokens(config),
+  )  # fmt: skip
   read = lambda source: _read(source, tokenizer, cache)
   training = [read(source) for source in sources]
   validation = [read(source) for source in held_out]
@@ -141,6 +158,15 @@ def load_data(
     split = [split_validation(corpus, config.data.validation_fraction) for corpus in training]
     training = [corpus for corpus, _ in split]
     validation = [corpus for _, corpus in split if corpus is not None]
+  labels = config.data.labels
+  if task and any(
+    corpus.columns["label"].names for corpus in training if "label" in corpus.columns
+  ):
+    labels = label_order(training) if labels is None else labels
+    training, validation = (
+      [with_order(c, labels) for c in part] for part in (training, validation)
+    )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=labels))
   return _assemble(
     config, tokenizer, training, validation, [weight for weight, _ in mixture],
     _fingerprint(tokenizer, sources, held_out), (process_index, process_count),
@@ -152,17 +178,17 @@ def _assemble(
   weights: list[float], fingerprint: dict[str, Any], process: tuple[int, int],
 ) -> Data:  # fmt: skip
   objective = make_objective(config, tokenizer)
-  if config.objective.paired:  # Pairs get the template's special tokens when they are made.
+  if bare(config):  # Pieces get the template's special tokens when they are made.
     training = [corpus.without(*tokenizer.affixes) for corpus in training]
     validation = [corpus.without(*tokenizer.affixes) for corpus in validation]
-  steps = lambda corpus: np.maximum(corpus.lengths - objective.overlap, 0)
-  kept = training
-  if config.data.truncate and objective.whole is not None:
-    kept = [corpus.limited(objective.whole) for corpus in training]
+  steps = lambda corpus: np.maximum(corpus.sizes - objective.overlap, 0)
+  fitted = [_fitted(objective, corpus, cut=config.data.truncate) for corpus in training]
+  kept = [one.corpus for one in fitted]
+  if isinstance(objective, TaskObjective):
+    validation = [_fitted(objective, c, cut=config.data.truncate).corpus for c in validation]
   _check_enough(config, objective, kept, validation)
   parts = [(c, make_rows(objective, c, config.data.packing, config.seed)) for c in kept]
   validation_parts = [(c, make_rows(objective, c, config.data.packing, None)) for c in validation]
-  both = list(zip(training, kept, strict=True))
   batches = -(-sum(len(rows) for _, rows in validation_parts) // config.batch_size)
   return Data(
     tokenizer=tokenizer,
@@ -170,12 +196,12 @@ def _assemble(
     rows_per_epoch=sum(len(rows) for _, rows in parts),
     tokens_per_epoch=sum(int(steps(c).sum()) for c in kept),
     validation_tokens=sum(int(steps(c).sum()) for c in validation),
-    truncated_tokens=sum(int((c.lengths - k.lengths).sum()) for c, k in both),
-    truncated_documents=sum(int((c.lengths > k.lengths).sum()) for c, k in both),
+    truncated_tokens=sum(one.truncated_tokens for one in fitted),
+    truncated_documents=sum(one.truncated_documents for one in fitted),
     num_validation_batches=batches
     if config.eval_batches is None
     else min(batches, config.eval_batches),
-    labels=None,
+    labels=config.data.labels,
     _parts=parts,
     _validation=validation_parts,
     _mixture=mix(weights),
@@ -183,6 +209,17 @@ def _assemble(
     _objective=objective,
     _process=process,
   )
+
+
+def _fitted(objective: Objective, corpus: Corpus, *, cut: bool) -> Fitted:
+  """Documents as rows have room for them, and what was cut off."""
+  if isinstance(objective, TaskObjective):
+    return objective.fit(corpus)
+  if not cut or objective.whole is None:
+    return Fitted(corpus)
+  kept = corpus.limited(objective.whole)
+  less = corpus.lengths - kept.lengths
+  return Fitted(kept, int(less.sum()), int((less > 0).sum()))
 
 
 def make_rows(objective: Objective, corpus: Corpus, packing: bool, seed: int | None) -> Rows:
@@ -216,23 +253,22 @@ def _check_enough(
     logging.warning("%d documents of a single token hold nothing to predict.", single)
 
 
-def _validation_sources(config: Config) -> list[Source]:
-  if config.data.validation_source is None:
-    return []
-  return [
-    open_source(spec, config.data) for _, spec in parse_mixture(config.data.validation_source)
-  ]
+def _text_sources(spec: str | None, config: Config) -> list[Source]:
+  return [] if spec is None else [open_source(part, config.data) for _, part in parse_mixture(spec)]
 
 
-def _read(source: Source, tokenizer: Tokenizer, cache: Cache) -> Corpus:
+def _read(source: Source | ExampleSource, tokenizer: Tokenizer, cache: Cache) -> Corpus:
+  if isinstance(source, ExampleSource):
+    return read_examples(source, tokenizer, cache)
   if isinstance(source, TokenSource):
     return read_arrays(source, tokenizer.vocab_size, cache)
   return tokenize(source, tokenizer, cache)
 
 
 def _fingerprint(
-  tokenizer: Tokenizer, sources: list[Source], held_out: list[Source]
-) -> dict[str, Any]:
+  tokenizer: Tokenizer, sources: Sequence[Source | ExampleSource],
+  held_out: Sequence[Source | ExampleSource],
+) -> dict[str, Any]:  # fmt: skip
   join = lambda found: hashlib.sha256("\n".join(s.fingerprint for s in found).encode()).hexdigest()
   fingerprint = {
     "format": _FORMAT,

@@ -77,19 +77,20 @@ def open_source(spec: str, config: DataConfig) -> Source:
 
     return open_tfds(spec, config)
   files = find_files(spec)
-  kinds = {f.suffix if f.suffix in (*ARRAYS, *tables.SUFFIXES) else "text" for f in files}
+  kinds = {kind_of(f) for f in files}
   if kinds <= set(ARRAYS):
-    return TokenSource(spec, _fingerprint(["tokens"], files), tuple(files))
+    return TokenSource(spec, fingerprint(["tokens"], files), tuple(files))
   if kinds & set(ARRAYS):
     raise InputError(f"data.source={spec!r} mixes token arrays with text: give them one by one.")
   options = sorted(kinds)
   options += [config.documents] if "text" in kinds else []
   options += [config.text] if kinds != {"text"} else []
+  plain = kinds == {"text"} and not any(f.suffix == tables.PACKED for f in files)
   return TextSource(
     spec,
-    _fingerprint(options, files),
+    fingerprint(options, files),
     lambda: (d for f in files for d in _documents(f, config)),
-    sum(f.stat().st_size for f in files) if kinds == {"text"} else None,
+    sum(f.stat().st_size for f in files) if plain else None,
   )
 
 
@@ -121,13 +122,26 @@ def digest(path: Path) -> str:
     return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _fingerprint(options: Sequence[str], files: Sequence[Path]) -> str:
+def kind_of(path: Path) -> str:
+  """The suffix of a table or token array, packed or not; `text` for anything else.
+
+  Raises:
+    InputError: for a packed token array.
+  """
+  suffix = tables.suffix_of(path)
+  if suffix in ARRAYS and path.suffix == tables.PACKED:
+    raise InputError(f"{path} is packed: token arrays are mapped into memory, unpack it first.")
+  return suffix if suffix in (*ARRAYS, *tables.SUFFIXES) else "text"
+
+
+def fingerprint(options: Sequence[str], files: Sequence[Path]) -> str:
+  """SHA-256, in hex, of options and of the contents of files."""
   lines = [*options, *(digest(f) for f in files)]
   return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _documents(path: Path, config: DataConfig) -> Iterator[str]:
-  if path.suffix in tables.SUFFIXES:
+  if kind_of(path) in tables.SUFFIXES:
     return tables.read_column(path, config.text)
   if config.documents == "file":
     return iter([_text(path)])
@@ -135,6 +149,9 @@ def _documents(path: Path, config: DataConfig) -> Iterator[str]:
 
 
 def _text(path: Path) -> str:
+  if path.suffix == tables.PACKED:
+    with tables.open_text(path) as f:
+      return f.read()
   try:
     return path.read_bytes().decode("utf-8-sig")
   except UnicodeDecodeError as error:
@@ -185,5 +202,5 @@ def _standard_library() -> TextSource:
     )
   if len(kept) < len(files):
     logging.warning("python_stdlib: %d of %d files left out.", len(files) - len(kept), len(files))
-  fingerprint = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-  return TextSource("python_stdlib", fingerprint, lambda: map(_text, kept), sum(sizes))
+  decides = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+  return TextSource("python_stdlib", decides, lambda: map(_text, kept), sum(sizes))

@@ -1,14 +1,18 @@
 """Data sets that TensorFlow Datasets has prepared as ArrayRecord, read without TensorFlow."""
 
+import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
+
+import numpy as np
 
 from model.errors import InputError, nearest
 from train.config import DataConfig
 from train.data.sources import TextSource
+from train.data.tables import Row, Wanted
 
 _SPEC = re.compile(r"tfds:([^/:\[\]]+)(?:/([^:\[\]]+))?(?::([0-9.]+))?(?:\[(.+)\])?")
 _VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+")
@@ -25,6 +29,34 @@ def open_tfds(spec: str, config: DataConfig) -> TextSource:
   Raises:
     InputError: if it is not there, in a format that needs TensorFlow, or has no such text.
   """
+  found = _open(spec, config, {"data.text": config.text}, ())
+  from tensorflow_datasets.core import features
+
+  if not isinstance(found.features[config.text], features.Text):
+    raise InputError(f"{spec!r}: the feature {config.text!r} is not text.")
+  documents = lambda: _documents(spec, found.examples, config.text)
+  return TextSource(spec, found.fingerprint, documents)
+
+
+def open_tfds_rows(
+  spec: str, config: DataConfig, wanted: Wanted, optional: Collection[str]
+) -> tuple[str, Callable[[], Iterator[Row]]]:
+  """(fingerprint, rows) of a data set; features are columns: see `open_tfds`, `tables.read_rows`.
+
+  Classes are given by their names.
+  """
+  found = _open(spec, config, wanted, optional)
+  return found.fingerprint, lambda: _rows(spec, found, wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+  features: Any
+  examples: Any
+  fingerprint: str
+
+
+def _open(spec: str, config: DataConfig, wanted: Wanted, optional: Collection[str]) -> _Found:
   match = _SPEC.fullmatch(spec)
   if match is None:
     raise InputError(f"{spec!r}: write tfds:NAME/CONFIG:VERSION[SPLIT].")
@@ -44,21 +76,46 @@ def open_tfds(spec: str, config: DataConfig) -> TextSource:
       "TensorFlow reads: prepare it again with file_format='array_record'."
     )
   features = builder.info.features
-  if config.text not in features:
-    raise InputError(
-      f"{spec!r} has no feature {config.text!r}: set data.text to one of {', '.join(features)}."
-      f"{nearest(config.text, features)}"
-    )
-  if not isinstance(features[config.text], tfds.features.Text):
-    raise InputError(f"{spec!r}: the feature {config.text!r} is not text.")
-  skipped = {n: tfds.decode.SkipDecoding() for n in features if n != config.text}
+  for field, column in wanted.items():
+    if column not in features and field not in optional:
+      raise InputError(
+        f"{spec!r} has no feature {column!r}: set {field} to one of {', '.join(features)}."
+        f"{nearest(column, features)}"
+      )
+  read = [column for column in wanted.values() if column in features]
+  skipped = {n: tfds.decode.SkipDecoding() for n in features if n not in read}
   try:
     examples = builder.as_data_source(split=split or "train", decoders=skipped or None)
   except ValueError as error:
     raise InputError(f"{spec!r}: {error}") from None
-  decides = [split or "train", config.text, *_content(folder)]
-  fingerprint = hashlib.sha256("\n".join(decides).encode()).hexdigest()
-  return TextSource(spec, fingerprint, lambda: _documents(spec, examples, config.text))
+  decides = [split or "train", *read, *_content(folder)]
+  return _Found(features, examples, hashlib.sha256("\n".join(decides).encode()).hexdigest())
+
+
+def _rows(spec: str, found: _Found, wanted: Wanted) -> Iterator[Row]:
+  for start in range(0, len(found.examples), _EXAMPLES):
+    stop = min(start + _EXAMPLES, len(found.examples))
+    for i, example in enumerate(found.examples.__getitems__(range(start, stop)), start):
+      place = f"{spec!r}: example {i}"
+      values = (_plain(example.get(c), found.features.get(c), place) for c in wanted.values())
+      yield i, tuple(values)
+
+
+def _plain(value: Any, feature: Any, place: str) -> Any:
+  """What JSON would hold in the place of a decoded feature."""
+  if isinstance(value, dict):
+    return {k: _plain(v, getattr(feature, "feature", feature)[k], place) for k, v in value.items()}
+  if isinstance(value, bytes):
+    try:
+      return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+      raise InputError(f"{place} is not UTF-8 text: {error}.") from None
+  if isinstance(value, np.ndarray | list) and np.ndim(value):
+    return [_plain(v, getattr(feature, "feature", None), place) for v in value]
+  value = value.item() if isinstance(value, np.generic | np.ndarray) else value
+  if value is not None and hasattr(feature, "int2str"):
+    return feature.int2str(value)
+  return value
 
 
 def _documents(spec: str, examples: Any, feature: str) -> Iterator[str]:

@@ -21,26 +21,25 @@ _NOTE = "trained_as"  # Field of tokenizer_config.json: the spec it was built fr
 
 
 def choose_tokenizer(
-  spec: str, sources: list[Source], cache: Cache, workdir: Path | None, *, write: bool
-) -> Tokenizer:
+  spec: str, sources: list[Source], cache: Cache, workdir: Path | None, *, write: bool,
+  extra: tuple[str, ...] = (),
+) -> Tokenizer:  # fmt: skip
   """The tokenizer that `data.tokenizer` names.
 
   Args:
     sources: the corpus that it is trained on where the spec asks for that.
     workdir: its `tokenizer/` is used where it is there, and made where it is not.
     write: whether this process makes it.
+    extra: special tokens that one which is built gets besides its own.
 
   Raises:
     InputError: for a spec that is none, a corpus without text, or a workdir with another one.
   """
   kept = None if workdir is None else workdir / "tokenizer"
+  note = " ".join((spec, *extra))
   if kept is not None and kept.is_dir():
     tokenizer = Tokenizer.load(kept)
-    if tokenizer.config.get(_NOTE, spec) != spec:
-      raise InputError(
-        f"{kept} was built as {tokenizer.config[_NOTE]!r}, data.tokenizer={spec!r} asks for "
-        "another: use a new workdir."
-      )
+    _check_note(tokenizer.config.get(_NOTE, note), note, kept)
     return tokenizer
   parsed = parse_spec(spec)
   if parsed is None:
@@ -50,12 +49,29 @@ def choose_tokenizer(
         f"{', '.join(k if k in ('bytes', 'char') else f'{k}:N' for k in KINDS)}."
       )
     tokenizer = Tokenizer.load(spec)
+    tokenizer.config.pop(_NOTE, None)  # Of the run that it came from; this one names a path.
   else:
-    tokenizer = _build(spec, *parsed, sources, cache)
-    tokenizer.config[_NOTE] = spec
+    tokenizer = _build(spec, *parsed, sources, cache, extra)
+    tokenizer.config[_NOTE] = note
   if kept is not None and write:
     _save(tokenizer, kept)
   return tokenizer
+
+
+def _check_note(kept: str, wanted: str, folder: Path) -> None:
+  if kept == wanted:
+    return
+  (spec, *extra), (wanted_spec, *wanted_extra) = kept.split(" "), wanted.split(" ")
+  if spec != wanted_spec:
+    raise InputError(
+      f"{folder} was built as {spec!r}, data.tokenizer={wanted_spec!r} asks for another: use a new "
+      "workdir."
+    )
+  different = sorted({*extra} ^ {*wanted_extra}) or wanted_extra
+  raise InputError(
+    f"{folder} was built for another objective, whose special tokens differ in {different[0]!r}: "
+    "use a new workdir."
+  )
 
 
 class Texts:
@@ -79,10 +95,11 @@ class Texts:
 
 
 def _build(
-  spec: str, kind: str, size: int | None, sources: list[Source], cache: Cache
-) -> Tokenizer:
+  spec: str, kind: str, size: int | None, sources: list[Source], cache: Cache,
+  extra: tuple[str, ...],
+) -> Tokenizer:  # fmt: skip
   if kind == "bytes":
-    return build_tokenizer(kind, size, ())
+    return build_tokenizer(kind, size, (), extra)
   texts = [s for s in sources if isinstance(s, TextSource)]
   if len(texts) < len(sources):
     arrays = next(s for s in sources if not isinstance(s, TextSource))
@@ -91,15 +108,17 @@ def _build(
       "data.tokenizer to the path of the tokenizer that made them, or to 'bytes'."
     )
   limit = float("inf") if kind == "char" else _ENOUGH // len(texts)
-  decides = "\n".join([str(_FORMAT), spec, *(s.fingerprint for s in texts)])
+  decides = "\n".join([str(_FORMAT), " ".join((spec, *extra)), *(s.fingerprint for s in texts)])
   key = "tokenizer-" + hashlib.sha256(decides.encode()).hexdigest()[:32]
-  entry = cache.entry(key, lambda folder: _train(kind, size, Texts(texts, limit)).save(folder))
+  entry = cache.entry(
+    key, lambda folder: _train(kind, size, Texts(texts, limit), extra).save(folder)
+  )
   return Tokenizer.load(entry.path)
 
 
-def _train(kind: str, size: int | None, texts: Iterable[str]) -> Tokenizer:
+def _train(kind: str, size: int | None, texts: Iterable[str], extra: tuple[str, ...]) -> Tokenizer:
   start = time.perf_counter()
-  tokenizer = build_tokenizer(kind, size, texts)
+  tokenizer = build_tokenizer(kind, size, texts, extra)
   logging.info(
     "Built a %s tokenizer of %d entries in %.1f s.",
     kind, tokenizer.vocab_size, time.perf_counter() - start,

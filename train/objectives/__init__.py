@@ -2,14 +2,25 @@
 
 from collections.abc import Mapping
 
-from model.errors import InputError
 from model.flops import model_flops
 from model.tokenizer import Tokenizer
 from train.config import Config
 from train.objectives.causal_lm import CausalLM
+from train.objectives.classification import Classification
+from train.objectives.contrastive import Contrastive
+from train.objectives.denoising import Denoising
 from train.objectives.masked_lm import MaskedLM
 from train.objectives.objective import Objective
+from train.objectives.prefix_lm import DecoderPrefixLM, EncoderPrefixLM
 from train.objectives.replaced_token import ReplacedToken, generator_flops
+from train.objectives.seq2seq import Seq2Seq
+from train.objectives.span_corruption import SpanCorruption
+from train.objectives.span_qa import SpanQA
+from train.objectives.special_tokens import bare, extra_tokens
+from train.objectives.tagging import Tagging
+from train.objectives.ul2 import UL2
+
+__all__ = ["bare", "extra_tokens", "make_objective", "step_flops"]
 
 
 def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Objective:
@@ -21,9 +32,13 @@ def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Object
   Raises:
     InputError: if the tokenizer has no token that the objective needs.
   """
-  kinds = {"causal_lm": CausalLM, "masked_lm": MaskedLM, "replaced_token": ReplacedToken}
-  if config.objective.name not in kinds:
-    raise InputError(f"objective.name={config.objective.name!r} is not there yet.")
+  prefix_lm = DecoderPrefixLM if config.model.shape == "decoder" else EncoderPrefixLM
+  kinds = {
+    "causal_lm": CausalLM, "prefix_lm": prefix_lm, "masked_lm": MaskedLM,
+    "replaced_token": ReplacedToken, "span_corruption": SpanCorruption, "denoising": Denoising,
+    "ul2": UL2, "seq2seq": Seq2Seq, "classification": Classification, "tagging": Tagging,
+    "span_qa": SpanQA, "contrastive": Contrastive,
+  }  # fmt: skip
   return kinds[config.objective.name].of(config, tokenizer)
 
 

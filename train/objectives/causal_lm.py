@@ -80,11 +80,18 @@ class CausalLM:
 
   def loss(self, net: Any, batch: Mapping[str, Array], key: jax.Array | None) -> Loss:
     """Cross-entropy of the next token."""
-    inputs = inputs_of(batch)
-    x, _, stats = net.hidden(inputs, key=key)
-    return word_loss(self.config, self.model, net.logits(x), batch, stats, **work(
-      self.model, inputs, head=jnp.sum(inputs.pos >= 0)
-    ))  # fmt: skip
+    return next_token_loss(self.config, self.model, net, batch, key)
+
+
+def next_token_loss(
+  objective: ObjectiveConfig, cfg: ModelConfig, net: Any, batch: Mapping[str, Array],
+  key: jax.Array | None,
+) -> Loss:  # fmt: skip
+  """Cross-entropy of the next token of what a decoder reads."""
+  inputs = inputs_of(batch)
+  x, _, stats = net.hidden(inputs, key=key)
+  done = work(cfg, inputs, head=jnp.sum(inputs.pos >= 0))
+  return word_loss(objective, cfg, net.logits(x), batch, stats, **done)
 
 
 def word_loss(

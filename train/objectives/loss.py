@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +90,15 @@ def router_penalty(stats: Aux, cfg: ModelConfig) -> Float[Array, ""]:
   return cfg.balance_loss * losses["balance_loss"] + cfg.router_z_loss * losses["router_z_loss"]
 
 
-def work(
-  cfg: ModelConfig, inputs: Inputs, source: Inputs | None = None, *, head: Any
-) -> dict[str, dict[str, Array]]:
-  """`tokens` and `pairs` of a pass: what `model.flops.model_flops` counts by.
+class Work(TypedDict):
+  """What model FLOPs are counted by: see `model.flops.model_flops`."""
+
+  tokens: dict[str, Array]
+  pairs: dict[str, Array]
+
+
+def work(cfg: ModelConfig, inputs: Inputs, source: Inputs | None = None, *, head: Any) -> Work:
+  """The work of a pass.
 
   Args:
     inputs: what the last stack reads.
@@ -103,20 +108,24 @@ def work(
   sides = {cfg.stacks[-1]: inputs} | ({} if source is None else {"encoder": source})
   tokens = {name: jnp.sum(side.pos >= 0) for name, side in sides.items()}
   pairs = {
-    f"{name}.{kind.window}": _pairs(side.pos, kind.window, causal=kind.causal)
+    f"{name}.{kind.window}": _pairs(side, kind.window, causal=kind.causal)
     for name, side in sides.items()
     for kind in set(cfg.layers(name))
   }
   if source is not None:
-    seen = (inputs.seg[:, :, None] == source.seg[:, None]) & (inputs.seg[:, :, None] > 0)
-    pairs["cross"] = jnp.sum(seen, dtype=jnp.float32)
-  return dict(tokens={**tokens, "head": jnp.asarray(head)}, pairs=pairs)
+    seg = lambda side: (side.pos >= 0).astype(jnp.int32) if side.seg is None else side.seg
+    reader, read = seg(inputs)[:, :, None], seg(source)[:, None]
+    pairs["cross"] = jnp.sum((reader == read) & (reader > 0), dtype=jnp.float32)
+  return Work(tokens={**tokens, "head": jnp.asarray(head)}, pairs=pairs)
 
 
-def _pairs(pos: Int[Array, "B T"], window: int | None, *, causal: bool) -> Float[Array, ""]:
+def _pairs(side: Inputs, window: int | None, *, causal: bool) -> Float[Array, ""]:
   """Query-key pairs that one layer computes: see `model.flops.visible_pairs`."""
+  pos = side.pos
   if causal:
     seen = pos + 1 if window is None else jnp.minimum(pos + 1, window)
+    if side.bidirectional is not None:  # Those before a token of a prefix see it too.
+      seen += jnp.where(side.bidirectional, seen - 1, 0)
   else:  # Each token with those before it twice, for those after it, and with itself.
     seen = 2 * (pos if window is None else jnp.minimum(pos, window // 2)) + 1
   return jnp.sum(jnp.where(pos >= 0, seen, 0).astype(jnp.float32))

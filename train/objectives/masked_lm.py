@@ -20,7 +20,7 @@ from train.config import Config, ObjectiveConfig
 from train.data.arrays import Corpus
 from train.objectives.causal_lm import TOKENS, WEIGHTS, word_loss
 from train.objectives.loss import Loss, inputs_of, right_answers, token_loss, work
-from train.objectives.masking import Masker, mask_of, most_masked
+from train.objectives.masking import Masker, check_mask, most_masked
 from train.objectives.objective import Batch, Example, Field, Pieces, Side, place
 from train.objectives.pairs import Pair, Template, check_documents, make_pair
 
@@ -60,7 +60,7 @@ class MaskedLM:
       texts if config.data.packing else 1, tokenizer,
     )  # fmt: skip
     if tokenizer is not None:
-      mask_of(config.objective.name, tokenizer)
+      check_mask(config.objective.name, tokenizer)
       objective.check_pairs()
     return objective
 
@@ -98,8 +98,7 @@ class MaskedLM:
   @functools.cached_property
   def masker(self) -> Masker:
     """What chooses the masked places."""
-    tokenizer = self._tokenizer()
-    return Masker(self.config, tokenizer, mask_of(self.config.name, tokenizer))
+    return Masker(self.config, self._tokenizer())
 
   def check_pairs(self) -> None:
     """Raises an InputError if the model or a row has no place for pairs."""
@@ -183,13 +182,13 @@ class MaskedLM:
     targets, read = text.tokens[places], text.tokens.copy()
     read[places] = self.masker.replaced(targets, chance)
     fields = dict(tokens=read, types=text.types)
-    example: dict[str, dict[str, np.ndarray]] = {
+    example: dict[str, dict[str, Any]] = {
       "": {name: fields[name] for name in sides[""].fields},
       MASKED: dict(places=places, targets=targets, weights=np.ones(len(places))),
     }
     if self.paired:
       known = text.label is not None
-      example[TEXTS] = dict(labels=np.array([text.label or 0]), weights=np.array([known]))
+      example[TEXTS] = dict(labels=[text.label or 0], weights=[float(known)])
     return example
 
   def _tokenizer(self) -> Tokenizer:

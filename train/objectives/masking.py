@@ -13,6 +13,7 @@ from tokenizers import decoders
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from train.config import ObjectiveConfig
+from train.objectives.special_tokens import need_mask
 
 _WORD_START = "▁"  # SentencePiece's.
 _CONTINUES = "##"  # WordPiece's.
@@ -40,7 +41,6 @@ class Masker:
 
   config: ObjectiveConfig  # With the objective's own values in it.
   tokenizer: Tokenizer
-  mask_id: int
 
   @functools.cached_property
   def special(self) -> Bool[np.ndarray, "V"]:
@@ -87,7 +87,7 @@ class Masker:
     random = self.ordinary[(token * len(self.ordinary)).astype(np.int64)]
     shares = self.config.mask_share or 0.0, self.config.random_share or 0.0
     read = np.where(kind < sum(shares), random, targets)
-    return np.where(kind < shares[0], self.mask_id, read)
+    return np.where(kind < shares[0], need_mask(self.tokenizer, self.config.name), read)
 
   def words(self, text: Int64[np.ndarray, "n"]) -> Words:
     """The units of a text: tokens, or words for `word` and `ngram`."""
@@ -188,14 +188,13 @@ def word_edges(tokenizer: Tokenizer) -> tuple[Bool[np.ndarray, "V"], Bool[np.nda
   return np.array([inside(t, 0) for t in texts]), np.array([inside(t, -1) for t in texts])
 
 
-def mask_of(name: str, tokenizer: Tokenizer) -> int:
-  """The id of the mask, which an objective needs; an InputError if there is none."""
+def check_mask(name: str, tokenizer: Tokenizer) -> None:
+  """Raises an InputError if the tokenizer has no mask."""
   if tokenizer.mask_id is None:
     raise InputError(
       f"objective.name={name!r} needs a mask token and the tokenizer has none: set data.tokenizer "
       "to 'bytes', to 'wordpiece:N', or to a folder whose tokenizer_config.json names a mask_token."
     )
-  return tokenizer.mask_id
 
 
 def _places(words: Words, taken: Bool[np.ndarray, "w"]) -> Int64[np.ndarray, "m"]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from jaxtyping import Array, Int64, UInt64
 
 from model.config import ModelConfig
 from train.data.arrays import Corpus
+from train.data.fit import Fitted
 
 Batch = dict[str, np.ndarray]
 # What a piece becomes: by side the arrays of its fields, all as long as the piece is on that side.
@@ -76,11 +77,16 @@ class Objective(Protocol):
       pieces together take no more room than one of their length.
   """
 
-  sides: Mapping[str, Side]
-  whole: int | None
-  overlap: int
-  samples: bool
-  moves: bool
+  @property
+  def sides(self) -> Mapping[str, Side]: ...
+  @property
+  def whole(self) -> int | None: ...
+  @property
+  def overlap(self) -> int: ...
+  @property
+  def samples(self) -> bool: ...
+  @property
+  def moves(self) -> bool: ...
 
   def room(
     self, corpus: Corpus, documents: np.ndarray, lengths: np.ndarray, salts: np.ndarray
@@ -102,6 +108,19 @@ class Objective(Protocol):
 
   def loss(self, net: Any, batch: Mapping[str, Array], key: jax.Array | None) -> "Any":
     """The train.objectives.loss.Loss of a batch, or of a part of one."""
+    ...
+
+
+@runtime_checkable
+class TaskObjective(Objective, Protocol):
+  """An objective on examples of a task: their columns are read by `train.data.examples`."""
+
+  def fit(self, corpus: Corpus) -> Fitted:
+    """Examples, or windows on them, each of which a row has room for.
+
+    Raises:
+      InputError: naming one that is too long, unless it may be cut.
+    """
     ...
 
 

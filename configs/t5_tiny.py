@@ -1,0 +1,28 @@
+"""A T5 of 1.4M parameters on the sources of Python's standard library.
+
+    python -m train --config=configs/t5_tiny.py --workdir=runs/t5_tiny
+
+learns to write the spans that are missing in a text: 128 tokens in, 29 out, which 140 tokens of a
+file fill exactly.
+"""
+
+from model.config import ModelConfig
+from train.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig
+
+
+def get_config() -> Config:
+  return Config(
+    steps=600,
+    batch_size=16,
+    seq_len=128,
+    target_len=29,
+    eval_every=200,
+    model=ModelConfig(
+      shape="encoder_decoder", num_layers=2, d_model=128, d_ff=384, num_heads=4,
+      max_positions=None, positions="t5_bias", norm="rms", norm_eps=1e-6, gated=True,
+      activation="gelu_tanh",
+    ),
+    objective=ObjectiveConfig(name="span_corruption"),
+    data=DataConfig(source="python_stdlib", tokenizer="bpe:2048"),
+    optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=50),
+  )  # fmt: skip

@@ -1,0 +1,116 @@
+"""From prompts to token ids, after every check that needs the model."""
+
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+from infer.heads import check_head
+from infer.settings import Settings
+from model.errors import InputError
+from model.trained import decoder_start
+
+if TYPE_CHECKING:
+  from model import Model
+
+
+def checked(m: "Model", prompts: Any, settings: Settings) -> list[list[int]]:
+  """The prompts as token ids: of an encoder–decoder, what its encoder reads.
+
+  Raises:
+    InputError: as `infer.generate` says.
+  """
+  check_head(m.config, "generate")
+  vocab = m.config.vocab_size or 0
+  if settings.stop_strings() and m.tokenizer is None:
+    raise InputError("stop strings need a tokenizer and this model has none: give token ids.")
+  for token in settings.stop_ids():
+    _in_vocabulary("stop", token, vocab)
+  if settings.logprobs is not None and settings.logprobs > vocab:
+    raise InputError(f"logprobs={settings.logprobs} exceeds the vocabulary of {vocab} tokens.")
+  encoded = [_encoded(m, p, i) for i, p in enumerate(_listed(prompts))]
+  for i, prompt in enumerate(encoded):
+    for token in prompt:
+      _in_vocabulary(f"prompt {i}", token, vocab)
+    _check_room(m, i, prompt, settings)
+  return encoded
+
+
+def prefix(m: "Model", prompt: list[int]) -> list[int]:
+  """What the decoder reads before the first new token: the prompt, or behind an encoder the token
+  that starts it.
+
+  Raises:
+    InputError: if there is no such token.
+  """
+  start = decoder_start(m.config, m.tokenizer)
+  return prompt if start is None else [start]
+
+
+def by_room(m: "Model", prompts: list[list[int]], settings: Settings) -> dict[int, list[int]]:
+  """Indices of prompts by the most new tokens that each may get."""
+  groups: dict[int, list[int]] = {}
+  for i, prompt in enumerate(prompts):
+    room, limit = settings.most_new_tokens(), m.config.max_positions
+    if settings.max_new_tokens is None and limit is not None:
+      room = min(room, limit - len(prefix(m, prompt)))
+    groups.setdefault(room, []).append(i)
+  return groups
+
+
+def _check_room(m: "Model", index: int, prompt: list[int], settings: Settings) -> None:
+  limit, read = m.config.max_positions, prefix(m, prompt)
+  if limit is None:
+    return
+  asked = settings.max_new_tokens or max(1, settings.min_new_tokens)
+  if read is prompt and len(prompt) + asked > limit:
+    raise InputError(
+      f"prompt {index} has {len(prompt)} tokens and {asked} new ones are asked for: together "
+      f"{len(prompt) + asked}, and the model has {limit} positions. Shorten the prompt or ask "
+      "for fewer tokens (max_new_tokens)."
+    )
+  if len(prompt) > limit:
+    raise InputError(
+      f"prompt {index} has {len(prompt)} tokens, and the model has {limit} positions: shorten it."
+    )
+  if len(read) + asked > limit:
+    raise InputError(
+      f"{asked} new tokens are asked for behind the decoder's first, and the model has {limit} "
+      "positions: ask for fewer (max_new_tokens)."
+    )
+
+
+def _listed(prompts: Any) -> list[Any]:
+  """One prompt or many -> a list of prompts."""
+  if isinstance(prompts, str):
+    return [prompts]
+  if isinstance(prompts, bytes | dict) or not hasattr(prompts, "__iter__"):
+    raise InputError(f"prompts={prompts!r} must be a text, a list of token ids, or a list of them.")
+  prompts = list(prompts)
+  if not prompts:
+    raise InputError("prompts is empty: give at least one text or one list of token ids.")
+  return [prompts] if all(isinstance(p, Integral) for p in prompts) else prompts
+
+
+def _encoded(m: "Model", prompt: Any, index: int) -> list[int]:
+  """Token ids of a prompt; an empty one is the tokenizer's first token, where it has one."""
+  if isinstance(prompt, str):
+    if m.tokenizer is None:
+      raise InputError(f"prompt {index} is a text and the model has no tokenizer: give token ids.")
+    whole = m.config.shape == "encoder_decoder"  # An encoder reads the closing token too.
+    tokens = m.tokenizer.encode(prompt) if whole else m.tokenizer.encode_prompt(prompt)
+  else:
+    tokens = list(prompt) if hasattr(prompt, "__iter__") else [prompt]
+    if not all(isinstance(t, Integral) and not isinstance(t, bool) for t in tokens):
+      raise InputError(f"prompt {index} is {prompt!r}: give a text or a list of token ids.")
+  bos = getattr(m.tokenizer, "bos_id", None)
+  if tokens:
+    return [int(t) for t in tokens]
+  if bos is None:
+    raise InputError(
+      f"prompt {index} is empty and the tokenizer has no token that begins a text: give some text."
+    )
+  return [bos]
+
+
+def _in_vocabulary(name: str, token: int, vocab: int) -> None:
+  if not 0 <= token < vocab:
+    raise InputError(f"{name}: token {token} is not in the vocabulary of ids 0 to {vocab - 1}.")

@@ -1,0 +1,121 @@
+"""Fine-tuning begins with the body and the tokenizer of a checkpoint, and says what is fresh."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import model
+from model.checkpoint import Checkpoints
+from model.errors import InputError
+from model.heads import init_params
+from model.sharding import make_mesh
+from model.trained import Model
+from model.vocabulary import build_tokenizer
+from tests.train.objectives import tasks
+from train.config import DataConfig
+from train.data.pipeline import load_data
+from train.init_from import with_its_tokenizer
+from train.loop import restore_or_init, train
+from train.program import build_program
+from train.resolve import resolved
+
+DEFAULT = DataConfig().tokenizer
+
+
+def pretrained(folder, **changes):
+  """A masked language model with a wordpiece tokenizer, as a workdir."""
+  tokenizer = build_tokenizer("wordpiece", 60, [" ".join(tasks.WORDS) + " 0123456789"])
+  tokenizer.config["trained_as"] = "wordpiece:60"
+  made = tasks.config(folder, "classification").model
+  made = dataclasses.replace(
+    made, head="masked_lm", vocab_size=tokenizer.vocab_size, head_dense=True, logit_bias=True,
+    **changes,
+  )  # fmt: skip
+  params = jax.jit(init_params, static_argnums=0)(made, jax.random.key(7))
+  model.save(Model(made, params, tokenizer), folder / "bert")
+  return jax.device_get(params)
+
+
+def start(config, folder):
+  """(fresh parameters, those that the run begins with)."""
+  config = with_its_tokenizer(config, folder / "new")
+  mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    data = load_data(config)
+    config = resolved(config, data)
+    program = build_program(config, mesh)
+    fresh = jax.device_get(program.init().params)
+    checkpoints = Checkpoints(folder / "new", keep=1)
+    state, _ = restore_or_init(config, program, checkpoints, data)
+    checkpoints.close()
+    return fresh, jax.device_get(state.params), Model(config.model, state.params, data.tokenizer)
+
+
+def same(a, b):
+  return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b)))
+
+
+def test_a_classifier_takes_the_body_of_a_masked_language_model_and_says_what_is_fresh(
+  tmp_path, capsys
+):
+  saved = pretrained(tmp_path)
+  tasks.write(tmp_path / "rows.jsonl", tasks.rows(12))
+  path = str(tmp_path / "bert")
+  made = tasks.config(tmp_path, "classification", tokenizer=DEFAULT, init_from=path)
+  fresh, begun, m = start(made, tmp_path)
+  err = capsys.readouterr().err
+  assert "tokenizer: " in err and f"{path}/tokenizer" in err
+  assert "head: fresh (model.head: checkpoint 'masked_lm', config 'sequence'" in err
+  assert begun["head"].keys() == {"proj"} and same(begun["head"], fresh["head"])
+  for part in ("embed", "encoder"):
+    assert same(begun[part], saved[part]) and not same(begun[part], fresh[part])
+  labelled = dataclasses.replace(m, labels=("7", "no", "yes"))
+  model.save(labelled, tmp_path / "classifier")
+  again = dataclasses.replace(made, init_from=str(tmp_path / "classifier"), seed=3)
+  fresh, continued, _ = start(again, tmp_path)
+  assert same(continued, begun) and "fresh" not in capsys.readouterr().err
+  other = dataclasses.replace(again.data, labels=("yes", "no", "7"))
+  _, relabelled, _ = start(dataclasses.replace(again, data=other), tmp_path)
+  assert "head: fresh (other labels)" in capsys.readouterr().err
+  assert same(relabelled["encoder"], begun["encoder"])
+  assert not same(relabelled["head"], begun["head"])
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    (dict(d_ff=48), "model.d_ff: checkpoint 32, config 48"),
+    (dict(tokenizer="bytes"), "another tokenizer|vocab_size"),
+    (dict(token_types=2), "model.token_types"),
+  ],
+)
+def test_another_body_or_vocabulary_is_refused(tmp_path, changes, said):
+  pretrained(tmp_path)
+  tasks.write(tmp_path / "rows.jsonl", tasks.rows(12))
+  settings = dict(tokenizer=DEFAULT, init_from=str(tmp_path / "bert")) | changes
+  with pytest.raises(InputError, match=said):
+    start(tasks.config(tmp_path, "classification", **settings), tmp_path)
+
+
+def test_a_fine_tuned_run_goes_on_and_knows_its_labels(tmp_path, capsys):
+  pretrained(tmp_path)
+  tasks.write(tmp_path / "rows.jsonl", tasks.rows(30))
+  made = tasks.config(
+    tmp_path, "classification", tokenizer=DEFAULT, init_from=str(tmp_path / "bert"), batch_size=8,
+    steps=3, checkpoint_every=1, eval_every=1, validation_fraction=0.2,
+  )  # fmt: skip
+  workdir = tmp_path / "run"
+  assert train(made, workdir) == 0
+  assert train(dataclasses.replace(made, steps=5), workdir) == 0
+  assert "3 of 5 done" in capsys.readouterr().err
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
+  assert all("validation_accuracy" in line or "accuracy" in line for line in lines)
+  saved = json.loads((workdir / "config.json").read_text())
+  assert saved["data"]["labels"] == ["7", "no", "yes"] and saved["model"]["num_labels"] == 3
+  m = model.load(workdir)
+  assert m.labels == ("7", "no", "yes")
+  assert m(np.array([m.tokenizer.encode("a bee")])).shape == (1, 3)
