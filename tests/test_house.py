@@ -75,7 +75,7 @@ def test_every_config_field_is_read_somewhere():
   text = "\n".join(p.read_text() for p in paths)
   read = {name for defaults in OPTIMIZER_MOMENTS.values() for name in defaults}
   read |= set(inspect.signature(make_mesh).parameters)  # Both are passed on whole.
-  owner = r"\b(?:\w*config|cfg|data|optimizer|objective|model|self)"
+  owner = r"\b(?:\w*config|cfg|data|optimizer|objective|own|model|self)"
   for name in set(fields(Config)) - read:
     assert re.search(rf"{owner}\.{name}\b", text), f"no code reads the field {name}"
 
