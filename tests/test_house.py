@@ -12,6 +12,7 @@ import pytest
 from model.config import ModelConfig
 from model.sharding import make_mesh
 from train.config import OPTIMIZER_MOMENTS, Config, checked
+from train.data.roles import TASKS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("model", "infer", "train", "configs", "launch")
@@ -75,6 +76,7 @@ def test_every_config_field_is_read_somewhere():
   text = "\n".join(p.read_text() for p in paths)
   read = {name for defaults in OPTIMIZER_MOMENTS.values() for name in defaults}
   read |= set(inspect.signature(make_mesh).parameters)  # Both are passed on whole.
+  read |= {name for roles in TASKS.values() for name in roles}  # Read by name in train.data.roles.
   owner = r"\b(?:\w*config|cfg|data|optimizer|objective|own|model|self)"
   for name in set(fields(Config)) - read:
     assert re.search(rf"{owner}\.{name}\b", text), f"no code reads the field {name}"
