@@ -11,7 +11,8 @@ import pytest
 
 from model.config import ModelConfig
 from model.sharding import make_mesh
-from train.config import OPTIMIZER_MOMENTS, Config, checked
+from train.config import Config, checked
+from train.config_optimizer import OPTIMIZER_MOMENTS
 from train.data.roles import TASKS
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,8 @@ import pytest
 
 from model.errors import InputError
 from model.layers import ParamInfo
-from train.config import OPTIMIZERS, OptimizerConfig
+from train.config import OptimizerConfig
+from train.config_optimizer import OPTIMIZERS
 from train.optim import SPIKE_WARMUP, make_optimizer, skipped_steps, state_axes
 from train.schedules import make_schedule
 
