@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int
 from model.config import ModelConfig
 from model.sharding import constrain
 
+FEW_ROWS = 32  # Up to so many rows, a product costs the reading of its matrix.
+
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
@@ -74,6 +76,7 @@ class Linear(nnx.Module):
   """A weight matrix with any number of input and output axes, in the compute dtype.
 
   The first `inputs` axes of `shape` are contracted with the last ones of what it is called with.
+  While it is `turned` (see `turn`), its weights have these axes last.
   """
 
   def __init__(
@@ -87,16 +90,49 @@ class Linear(nnx.Module):
     bias: bool = False,
     init: Initializer | None = None,
   ):
-    self.inputs, self.dtype = inputs, cfg.compute_dtype
+    self.inputs, self.dtype, self.turned = inputs, cfg.compute_dtype, False
     self.w = param(cfg, rngs, shape, axes, inputs=inputs, init=init)
     if bias:
       zeros = jax.nn.initializers.zeros
       self.b = param(cfg, rngs, shape[inputs:], axes[inputs:], role="vector", init=zeros)
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    # An einsum would contract axes in alphabetical order, which turns the weights at every call.
-    y = jnp.tensordot(x.astype(self.dtype), self.w[...].astype(self.dtype), self.inputs)
+    x, w = x.astype(self.dtype), self.w[...].astype(self.dtype)
+    if self.turned:
+      rows, outputs = x.shape[: x.ndim - self.inputs], w.shape[: w.ndim - self.inputs]
+      flat = (math.prod(outputs), -1)
+      y = scores(w.reshape(flat), x.reshape(*rows, -1)).reshape(*rows, *outputs)
+    else:
+      # An einsum would contract axes in alphabetical order, which turns the weights at every call.
+      y = jnp.tensordot(x, w, self.inputs)
     return y + self.b[...].astype(self.dtype) if hasattr(self, "b") else y
+
+
+def turn(module: Any, params: dict) -> dict:
+  """Turns all Linear below `module`, whose parameters are `params`; returns the new parameters."""
+  if isinstance(module, Linear):
+    module.turned = True
+    weights = params["w"]
+    order = (*range(module.inputs, weights.ndim), *range(module.inputs))
+    return params | {"w": jnp.transpose(weights, order)}
+  below = dict(enumerate(module)) if isinstance(module, nnx.List) else vars(module)
+  return {k: turn(below[k], v) if isinstance(v, dict) else v for k, v in params.items()}
+
+
+def scores(
+  table: Float[Array, "V D"], x: Float[Array, "... D"], dtype: Any = None
+) -> Float[Array, "... V"]:
+  """x · tableᵀ, accumulated and returned in `dtype` (None: as they are).
+
+  On a CPU, XLA packs the second matrix of a product before it multiplies. That is cheap where it is
+  many rows' x, but for few rows the table has to come first. XLA would turn the product around if
+  it saw that its result is turned.
+  """
+  rows = math.prod(x.shape[:-1])
+  if rows > FEW_ROWS or jax.default_backend() != "cpu":
+    return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=dtype)
+  y = jnp.matmul(table, x.reshape(rows, -1).T, preferred_element_type=dtype)
+  return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
 
 
 class Norm(nnx.Module):
@@ -146,7 +182,7 @@ class Embed(nnx.Module):
     """Scores in at least float32."""
     wide = jnp.promote_types(self.dtype, jnp.float32)
     table = self.table[...].astype(self.dtype)
-    return jnp.einsum("...D,VD->...V", x.astype(self.dtype), table, preferred_element_type=wide)
+    return scores(table, x.astype(self.dtype), wide)
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import TEXT_HEADS, abstract, pool, unstack
+from model.layers import turn
 from model.mask import positions_of
 from model.tokenizer import Tokenizer
 from model.transformer import Inputs
@@ -39,11 +40,12 @@ class Model:
 
   @functools.cached_property
   def _unstacked(self) -> tuple[nnx.GraphDef, dict]:
-    graphdef = nnx.split(abstract(self.config, stacked=False), nnx.Param)[0]
-    return graphdef, jax.jit(functools.partial(unstack, self.config))(self.params)
+    net = abstract(self.config, stacked=False)
+    params = turn(net, jax.jit(functools.partial(unstack, self.config))(self.params))
+    return nnx.split(net, nnx.Param)[0], params
 
   def unstacked(self) -> tuple[nnx.GraphDef, dict]:
-    """(graphdef, params) with separate arrays for each layer, which decodes faster."""
+    """(graphdef, params) with separate, turned arrays for each layer, which decodes faster."""
     return self._unstacked
 
   def __call__(

@@ -11,7 +11,8 @@ from flax import nnx
 
 from model.cache import new_cache
 from model.config import ModelConfig
-from model.heads import abstract, init_params, unstack
+from model.heads import abstract, init_params
+from model.layers import FEW_ROWS, scores
 from model.loading import Model
 from model.transformer import Inputs
 from tests.train import tiny
@@ -208,13 +209,13 @@ def test_cached_and_unstacked_decoding_equal_one_full_pass(name):
   pos = jnp.stack([jnp.arange(12), jnp.arange(12) - 3]).clip(-1)  # The second is padded left.
   graphdef = nnx.split(abstract(cfg), nnx.Param)[0]
   want = jax.jit(lambda p: nnx.merge(graphdef, p).hidden(Inputs(tokens, pos))[0])(params)
-  loose = nnx.split(abstract(cfg, stacked=False), nnx.Param)[0]
+  loose, separate = Model(cfg, params).unstacked()
 
   @jax.jit
   def step(params, cache, tokens, pos):
     return nnx.merge(loose, params).hidden(Inputs(tokens, pos), cache=cache)[:2]
 
-  cache, separate, got = new_cache(cfg, 2, 12, stacked=False, chunk=5), unstack(cfg, params), []
+  cache, got = new_cache(cfg, 2, 12, stacked=False, chunk=5), []
   for chunk in (slice(0, 5), *(slice(t, t + 1) for t in range(5, 12))):
     x, cache = step(separate, cache, tokens[:, chunk], pos[:, chunk])
     got.append(x)
@@ -222,6 +223,20 @@ def test_cached_and_unstacked_decoding_equal_one_full_pass(name):
   np.testing.assert_allclose(
     jnp.concatenate(got, axis=1)[real], want[real], rtol=1e-4, atol=1e-5
   )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (2, 3), (FEW_ROWS + 1,)])
+def test_scores_equal_a_product_and_have_its_gradient(rows):
+  rng = np.random.default_rng(0)
+  table, x = rng.standard_normal((24, 16)), rng.standard_normal((*rows, 16))
+  value, (by_table, by_x) = jax.value_and_grad(
+    lambda t, x: jnp.sum(jnp.square(scores(t, x))), argnums=(0, 1)
+  )(table.astype(np.float32), x.astype(np.float32))
+  y = x @ table.T
+  np.testing.assert_allclose(value, np.sum(y**2), rtol=1e-5)
+  np.testing.assert_allclose(by_x, 2 * y @ table, rtol=1e-4, atol=1e-4)
+  want = 2 * y.reshape(-1, 24).T @ x.reshape(-1, 16)
+  np.testing.assert_allclose(by_table, want, rtol=1e-4, atol=1e-4)
 
 
 def test_the_padding_of_the_vocabulary_is_never_predicted_or_counted():
