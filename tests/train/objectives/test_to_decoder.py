@@ -182,10 +182,11 @@ def test_a_pair_sees_nothing_of_the_others_in_its_row(changed):
 
 
 @pytest.mark.parametrize("name, shape", KINDS[::2])
-def test_a_run_trains_to_its_end(texts, name, shape, tmp_path, capsys):
+def test_a_run_trains_to_its_end_and_shows_what_it_says(texts, name, shape, tmp_path, capsys):
   one = _config(texts, name, shape, steps=2, batch_size=8, eval_batches=1, optimizer=QUICK)
   assert train(one, tmp_path / "run") == 0
-  assert ("sample:" in capsys.readouterr().out) == (shape == "decoder")
+  out = capsys.readouterr().out
+  assert out.startswith("sample: ") and (" -> " in out) == (shape == "encoder_decoder")
 
 
 def _bare_bpe() -> Tokenizer:
