@@ -49,6 +49,11 @@ class Template:
     parts = [ids for ids, _ in self.pair] if pair else self.single
     return sum(map(len, parts))
 
+  @property
+  def num_types(self) -> int:
+    """Token types that a model of pairs needs."""
+    return 1 + max(*self.types, *(kind for _, kinds in self.pair for kind in kinds))
+
   def one(self, ids: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "m"]:
     """A text with its special tokens."""
     before, after = self.single

@@ -76,7 +76,7 @@ class CausalLM:
 
   def weights(self, batch: Mapping[str, Array]) -> dict[str, Array]:
     """Target tokens."""
-    return {"loss": jnp.sum(batch["weights"])}
+    return word_weights(batch)
 
   def loss(self, net: Any, batch: Mapping[str, Array], key: jax.Array | None) -> Loss:
     """Cross-entropy of the next token."""
@@ -92,6 +92,11 @@ def next_token_loss(
   x, _, stats = net.hidden(inputs, key=key)
   done = work(cfg, inputs, head=jnp.sum(inputs.pos >= 0))
   return word_loss(objective, cfg, net.logits(x), batch, stats, **done)
+
+
+def word_weights(batch: Mapping[str, Array], side: str = "") -> dict[str, Array]:
+  """What `word_loss` is divided by: the target tokens of a side."""
+  return {"loss": jnp.sum(batch[f"{side}weights"])}
 
 
 def word_loss(

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int64
@@ -16,6 +15,7 @@ from model.heads import Network, build
 from model.tokenizer import Tokenizer
 from train.config import Config, ObjectiveConfig
 from train.data.arrays import Corpus
+from train.objectives.causal_lm import word_weights
 from train.objectives.loss import Loss
 from train.objectives.objective import Batch, Example, Pieces, Side, place
 from train.objectives.sentences import Sentences
@@ -99,7 +99,7 @@ class Denoising:
 
   def weights(self, batch: Mapping[str, Array]) -> dict[str, Array]:
     """Tokens that the decoder writes."""
-    return {"loss": jnp.sum(batch["decoder_weights"])}
+    return word_weights(batch, DECODER)
 
   def loss(self, net: Any, batch: Mapping[str, Array], key: jax.Array | None) -> Loss:
     """Cross-entropy of what the decoder writes."""

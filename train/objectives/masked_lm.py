@@ -14,15 +14,17 @@ from jaxtyping import Array, Float
 from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import Network, build, pool
+from model.template import Template
 from model.tokenizer import Tokenizer
 from model.transformer import Inputs
 from train.config import Config, ObjectiveConfig
 from train.data.arrays import Corpus
 from train.objectives.causal_lm import TOKENS, WEIGHTS, word_loss
 from train.objectives.loss import Loss, inputs_of, right_answers, token_loss, work
-from train.objectives.masking import Masker, check_mask, most_masked
+from train.objectives.masking import Masker, most_masked
 from train.objectives.objective import Batch, Example, Field, Pieces, Side, place
-from train.objectives.pairs import Pair, Template, check_documents, make_pair
+from train.objectives.pairs import Pair, check_documents, check_first, make_pair
+from train.objectives.special_tokens import need_mask
 
 _TEXT = 16  # Tokens of a pair below which rows may have no room for its label.
 MASKED = "masked_"
@@ -60,7 +62,7 @@ class MaskedLM:
       texts if config.data.packing else 1, tokenizer,
     )  # fmt: skip
     if tokenizer is not None:
-      check_mask(config.objective.name, tokenizer)
+      need_mask(tokenizer, config.objective.name)
       objective.check_pairs()
     return objective
 
@@ -83,7 +85,7 @@ class MaskedLM:
   @property
   def whole(self) -> int:
     """Tokens of the longest piece; pairs get special tokens of their own."""
-    return self.seq_len - (self.template.added if self.paired else 0)
+    return self.seq_len - (self.template.added(pair=True) if self.paired else 0)
 
   @property
   def moves(self) -> bool:
@@ -104,10 +106,12 @@ class MaskedLM:
     """Raises an InputError if the model or a row has no place for pairs."""
     if not self.paired:
       return
-    if self.seq_len < self.template.added + 2:
+    check_first(self.template)
+    added = self.template.added(pair=True)
+    if self.seq_len < added + 2:
       raise InputError(
-        f"seq_len={self.seq_len} has no place for two texts and {self.template.added} special "
-        "tokens: lengthen the rows."
+        f"seq_len={self.seq_len} has no place for two texts and {added} special tokens: lengthen "
+        "the rows."
       )
     types = self.model.token_types
     if 1 < types < self.template.num_types:
@@ -124,7 +128,7 @@ class MaskedLM:
     if not self.paired:
       return {"": lengths, MASKED: none}
     check_documents(self.config.pairs or "", corpus)
-    return {"": lengths + self.template.added, MASKED: none, TEXTS: none + 1}
+    return {"": lengths + self.template.added(pair=True), MASKED: none, TEXTS: none + 1}
 
   def fill(self, batch: Batch, pieces: Pieces) -> None:
     """Chooses the masked places of whole rows, then writes piece by piece."""

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Bool, Int64
 from tokenizers import decoders
 
-from model.errors import InputError
 from model.tokenizer import Tokenizer
 from train.config import ObjectiveConfig
 from train.objectives.special_tokens import need_mask
@@ -186,15 +185,6 @@ def word_edges(tokenizer: Tokenizer) -> tuple[Bool[np.ndarray, "V"], Bool[np.nda
     texts = [n.replace(_WORD_START, " ") if not _is_byte(n) else "x" for n in names]
   inside = lambda text, i: bool(text) and text[i].isalnum()
   return np.array([inside(t, 0) for t in texts]), np.array([inside(t, -1) for t in texts])
-
-
-def check_mask(name: str, tokenizer: Tokenizer) -> None:
-  """Raises an InputError if the tokenizer has no mask."""
-  if tokenizer.mask_id is None:
-    raise InputError(
-      f"objective.name={name!r} needs a mask token and the tokenizer has none: set data.tokenizer "
-      "to 'bytes', to 'wordpiece:N', or to a folder whose tokenizer_config.json names a mask_token."
-    )
 
 
 def _places(words: Words, taken: Bool[np.ndarray, "w"]) -> Int64[np.ndarray, "m"]:

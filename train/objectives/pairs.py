@@ -1,13 +1,12 @@
 """Two texts in one piece: does the second follow the first (BERT), are they in order (ALBERT)?"""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int64
 
 from model.errors import InputError
-from model.tokenizer import Tokenizer
+from model.template import Template
 from train.data.arrays import Corpus
 from train.objectives.objective import Pieces
 
@@ -23,54 +22,13 @@ class Pair:
   label: int | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Template:
-  """Special ids before, between and after two texts, and the token types of everything."""
-
-  specials: tuple[tuple[int, ...], ...]
-  special_types: tuple[tuple[int, ...], ...]
-  types: tuple[int, int]  # Of the first text and of the second.
-
-  @classmethod
-  def of(cls, tokenizer: Tokenizer) -> "Template":
-    """The template of a tokenizer.
-
-    Raises:
-      InputError: if it puts nothing before two texts: the pair head reads the first token.
-    """
-    text = _something(tokenizer)
-    found = tokenizer.backend.encode(text, text)
-    ids, kinds, types, part = ([], [], []), ([], [], []), [0, 0], 0
-    for i, kind, sequence in zip(found.ids, found.type_ids, found.sequence_ids, strict=True):
-      if sequence is None:
-        ids[part].append(i)
-        kinds[part].append(kind)
-      else:
-        types[sequence], part = kind, sequence + 1
-    if not ids[0]:
-      raise InputError(
-        "objective.pairs needs a tokenizer that puts a special token before two texts, as BERT's "
-        "[CLS]: set data.tokenizer to 'wordpiece:N' or 'bytes', or leave objective.pairs out."
-      )
-    return cls(tuple(map(tuple, ids)), tuple(map(tuple, kinds)), (types[0], types[1]))
-
-  @property
-  def added(self) -> int:
-    """Special tokens of a pair."""
-    return sum(map(len, self.specials))
-
-  @property
-  def num_types(self) -> int:
-    """Token types that a model needs."""
-    return 1 + max(*self.types, *(kind for part in self.special_types for kind in part))
-
-  def two(self, first: np.ndarray, second: np.ndarray, label: int | None) -> Pair:
-    """Two texts with their special tokens."""
-    (before, between, behind), (a, b) = self.specials, self.types
-    kinds = self.special_types
-    ids = before, first, between, second, behind
-    types = kinds[0], np.full(len(first), a), kinds[1], np.full(len(second), b), kinds[2]
-    return Pair(_joined(ids), _joined(types), label)
+def check_first(template: Template) -> None:
+  """Raises an InputError if no special token stands before two texts, for the pair head to read."""
+  if not template.pair[0][0]:
+    raise InputError(
+      "objective.pairs needs a tokenizer that puts a special token before two texts, as BERT's "
+      "[CLS]: set data.tokenizer to 'wordpiece:N' or 'bytes', or leave objective.pairs out."
+    )
 
 
 def make_pair(kind: str, template: Template, pieces: Pieces, i: int, chance) -> Pair:
@@ -83,15 +41,15 @@ def make_pair(kind: str, template: Template, pieces: Pieces, i: int, chance) -> 
   text = pieces.tokens(i)
   place, coin, *where = chance.random(4)
   if len(text) < 2:
-    return template.two(text, text[:0], None)
+    return Pair(*template.two(text, text[:0]), None)
   cut = 1 + int(place * (len(text) - 1))
   first, second = text[:cut], text[cut:]
   if coin >= 0.5:
-    return template.two(first, second, FOLLOWS)
+    return Pair(*template.two(first, second), FOLLOWS)
   if kind == "sentence_order":
-    return template.two(second, first, OTHER)
+    return Pair(*template.two(second, first), OTHER)
   other = _other_text(pieces.corpus, int(pieces.documents[i]), len(second), *where)
-  return template.two(first, other, OTHER)
+  return Pair(*template.two(first, other), OTHER)
 
 
 def check_documents(kind: str, corpus: Corpus) -> None:
@@ -118,16 +76,3 @@ def _other_text(
       left -= len(found[-1])
     document, start = (document + 1) % count, 0
   return np.concatenate(found)
-
-
-def _joined(parts: Sequence[Sequence[int] | np.ndarray]) -> Int64[np.ndarray, "n"]:
-  return np.concatenate([np.asarray(part, np.int64) for part in parts])
-
-
-def _something(tokenizer: Tokenizer) -> str:
-  """A text that has a token."""
-  for i in range(tokenizer.vocab_size):
-    text = "" if i in tokenizer.special_ids else tokenizer.backend.decode([i])
-    if text and tokenizer.encode(text, add_special_tokens=False):
-      return text
-  raise InputError("the tokenizer has no token that stands for any text.")

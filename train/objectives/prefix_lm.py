@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
@@ -15,7 +14,7 @@ from model.heads import Network, build
 from model.tokenizer import Tokenizer
 from train.config import Config, ObjectiveConfig
 from train.data.arrays import Corpus
-from train.objectives.causal_lm import TOKENS, WEIGHTS, next_token_loss
+from train.objectives.causal_lm import TOKENS, WEIGHTS, next_token_loss, word_weights
 from train.objectives.loss import Loss
 from train.objectives.objective import Batch, Example, Field, Pieces, Side, place
 from train.objectives.to_decoder import (
@@ -81,7 +80,7 @@ class DecoderPrefixLM:
 
   def weights(self, batch: Mapping[str, Array]) -> dict[str, Array]:
     """Target tokens."""
-    return {"loss": jnp.sum(batch["weights"])}
+    return word_weights(batch)
 
   def loss(self, net: Any, batch: Mapping[str, Array], key: jax.Array | None) -> Loss:
     """Cross-entropy of the next token behind prefixes."""
@@ -146,7 +145,7 @@ class EncoderPrefixLM:
 
   def weights(self, batch: Mapping[str, Array]) -> dict[str, Array]:
     """Tokens that the decoder writes."""
-    return {"loss": jnp.sum(batch["decoder_weights"])}
+    return word_weights(batch, DECODER)
 
   def loss(self, net: Any, batch: Mapping[str, Array], key: jax.Array | None) -> Loss:
     """Cross-entropy of what the decoder writes."""

@@ -18,7 +18,7 @@ from model.tokenizer import Tokenizer
 from train.config import Config, ObjectiveConfig
 from train.data.arrays import Corpus
 from train.data.fit import Fitted, fit, shares
-from train.objectives.causal_lm import TOKENS, WEIGHTS, word_loss
+from train.objectives.causal_lm import TOKENS, WEIGHTS, word_loss, word_weights
 from train.objectives.loss import Loss, inputs_of, work
 from train.objectives.objective import Batch, Example, Pieces, Side, place
 from train.objectives.to_decoder import (
@@ -27,7 +27,6 @@ from train.objectives.to_decoder import (
   two_sided,
   two_sides,
   written_loss,
-  written_weights,
 )
 
 
@@ -120,9 +119,7 @@ class Seq2Seq:
 
   def weights(self, batch: Mapping[str, Array]) -> dict[str, Array]:
     """Target tokens."""
-    if self.target_len is not None:
-      return written_weights(batch)
-    return {"loss": jnp.sum(batch["weights"])}
+    return word_weights(batch, "" if self.target_len is None else DECODER)
 
   def loss(self, net: Any, batch: Mapping[str, Array], key: jax.Array | None) -> Loss:
     """Cross-entropy of the targets."""

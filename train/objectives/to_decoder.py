@@ -94,11 +94,6 @@ def written_loss(
   return word_loss(objective, cfg, net.logits(x), batch, stats, side=DECODER, **done)
 
 
-def written_weights(batch: Mapping[str, Array]) -> dict[str, Array]:
-  """Tokens that the decoder writes."""
-  return {"loss": jnp.sum(batch[f"{DECODER}weights"])}
-
-
 def longest(
   room: Callable[[Int64[np.ndarray, "n"]], Mapping[str, np.ndarray]], sides: Mapping[str, Side]
 ) -> int:

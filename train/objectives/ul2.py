@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
@@ -17,7 +16,7 @@ from model.tokenizer import Tokenizer
 from train.config import Config, ObjectiveConfig
 from train.data.arrays import Corpus
 from train.denoisers import parse_denoisers
-from train.objectives.causal_lm import next_token_loss
+from train.objectives.causal_lm import next_token_loss, word_weights
 from train.objectives.loss import Loss
 from train.objectives.objective import Batch, Example, Pieces, Side, place
 from train.objectives.prefix_lm import continued, prefix_sides
@@ -143,8 +142,7 @@ class UL2:
 
   def weights(self, batch: Mapping[str, Array]) -> dict[str, Array]:
     """Tokens that are written."""
-    side = DECODER if DECODER in self.sides else ""
-    return {"loss": jnp.sum(batch[f"{side}weights"])}
+    return word_weights(batch, DECODER if DECODER in self.sides else "")
 
   def loss(self, net: Any, batch: Mapping[str, Array], key: jax.Array | None) -> Loss:
     """Cross-entropy of what is written."""
