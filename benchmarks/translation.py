@@ -5,68 +5,97 @@
 
 Ours is `python -m train --config=configs/multi30k.py`, as a user runs it; the peer learns from the
 same batches, one after the other, with the same AdamW and schedule. Both translate the validation
-sentences greedily, and sacrebleu compares with the references.
+sentences greedily, and sacrebleu (`pip install -e '.[eval]'`) compares with the references.
 """
 
-import dataclasses
 import gzip
-import json
 import math
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
 from absl import app, flags
 
 import infer
 import model
-from benchmarks.measure import RESULTS, commit, machine
+from benchmarks.learning import EVERY, Learned, losses_of, overridden, report, train_ours, train_peer
 from configs import multi30k
 from model.config import ModelConfig
-from train.config import Config
 from train.data.pipeline import load_data
 from train.resolve import resolved
-from train.schedules import make_schedule
 
 _TEXT = flags.DEFINE_string("text", None, "Sentences to translate, one a line.", required=True)
 _TARGET = flags.DEFINE_string("target", None, "Their translations.", required=True)
 _VALIDATION_TEXT = flags.DEFINE_string("validation_text", None, "As text.", required=True)
 _VALIDATION_TARGET = flags.DEFINE_string("validation_target", None, "As target.", required=True)
-_STEPS = flags.DEFINE_integer("steps", None, "Steps of both; none: the config's.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 1500, "Steps of both.", lower_bound=1)
+_WARMUP = flags.DEFINE_integer("warmup", 200, "Steps of the warm-up.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of both.", lower_bound=0)
-_WRITE = flags.DEFINE_bool("write", False, "Write the result under benchmarks/results.")
+_WRITE = flags.DEFINE_bool("write", False, "Write the result and the curve.")
 _TOKENS = 80  # The most that a translation has.
 _ROWS = 64  # Sentences that the peer translates at a time.
 
 
-def settings() -> Config:
-  """The config of both."""
-  config = multi30k.get_config()
-  data = dataclasses.replace(
-    config.data, source=_TEXT.value, target=_TARGET.value,
-    validation_source=_VALIDATION_TEXT.value, validation_target=_VALIDATION_TARGET.value,
+def main(_: list[str]) -> None:
+  import sacrebleu  # pyright: ignore[reportMissingImports]
+
+  values = {
+    "steps": _STEPS.value, "seed": _SEED.value, "eval_every": _STEPS.value,
+    "checkpoint_every": _STEPS.value, "log_every": EVERY, "optimizer.warmup_steps": _WARMUP.value,
+    "data.source": _TEXT.value, "data.target": _TARGET.value,
+    "data.validation_source": _VALIDATION_TEXT.value,
+    "data.validation_target": _VALIDATION_TARGET.value,
+  }  # fmt: skip
+  metric = sacrebleu.metrics.BLEU()
+  texts, references = lines_of(_VALIDATION_TEXT.value), lines_of(_VALIDATION_TARGET.value)
+  bleu = lambda found: round(metric.corpus_score(found, [references]).score, 2)
+  with tempfile.TemporaryDirectory() as folder:
+    workdir = Path(folder) / "run"
+    found, ours = learn_ours(values, workdir, texts, bleu)
+    print("\n".join(found[:3]))
+    found, theirs = learn_theirs(values, workdir, texts, bleu)
+    print("\n".join(found[:3]))
+  print(metric.get_signature())
+  report(
+    "translation_multi30k", {"triune": [ours], "nn.Transformer": [theirs]}, "BLEU",
+    write=_WRITE.value, steps=_STEPS.value, seeds=[_SEED.value],
+    signature=str(metric.get_signature()),
   )  # fmt: skip
-  steps = config.steps if _STEPS.value is None else _STEPS.value
-  return dataclasses.replace(config, data=data, steps=steps, seed=_SEED.value)
 
 
-def train_ours(config: Config, workdir: Path) -> float:
-  """Runs the command; returns its seconds."""
-  data = config.data
-  values = dict(
-    steps=config.steps, seed=config.seed, eval_every=config.steps, checkpoint_every=config.steps,
-  )  # fmt: skip
-  sources = {"data.source": data.source, "data.target": data.target,
-             "data.validation_source": data.validation_source,
-             "data.validation_target": data.validation_target}  # fmt: skip
-  overrides = [f"--config.{name}={value}" for name, value in {**values, **sources}.items()]
-  command = [sys.executable, "-m", "train", "--config=configs/multi30k.py", f"--workdir={workdir}"]
-  start = time.perf_counter()
-  subprocess.run([*command, *overrides], check=True)
-  return time.perf_counter() - start
+def learn_ours(values: dict, workdir: Path, texts: list[str], bleu) -> tuple[list[str], Learned]:
+  """(translations, the run)."""
+  seconds = train_ours("configs/multi30k.py", values, workdir)
+  m = model.load(workdir)
+  found = [c.text for c in infer.generate(m, texts, max_new_tokens=_TOKENS)]
+  return found, Learned(bleu(found), seconds, m.config.num_params(), losses_of(workdir))
+
+
+def learn_theirs(values: dict, workdir: Path, texts: list[str], bleu) -> tuple[list[str], Learned]:
+  """(translations, the run); the tokenizer is that of `workdir`."""
+  import torch
+  from torch.nn import functional as F
+
+  config = overridden(multi30k.get_config(), values)
+  data = load_data(config, workdir=workdir)
+  config = resolved(config, data)
+  torch.manual_seed(config.seed)
+  net, smoothing = make_peer(config.model), config.objective.label_smoothing
+
+  def loss_of(batch):
+    side = lambda name: [batch[name + field] for field in ("tokens", "positions", "segments")]
+    logits = net(side(""), side("decoder_")).flatten(0, 1)
+    targets, weights = (batch[f"decoder_{n}"].flatten() for n in ("targets", "weights"))
+    mean = lambda smoothing: (
+      F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing) * weights
+    ).sum() / weights.sum()
+    with torch.no_grad():
+      reported = mean(0.0).item()
+    return mean(smoothing), reported
+
+  seconds, losses = train_peer(config, data, net, loss_of)
+  found = translate_with_peer(net.eval(), config.model, data.tokenizer, texts)
+  parameters = sum(p.numel() for p in net.parameters())
+  return found, Learned(bleu(found), seconds, parameters, losses)
 
 
 def make_peer(cfg: ModelConfig):
@@ -107,47 +136,6 @@ def make_peer(cfg: ModelConfig):
   return Translator()
 
 
-def train_peer(config: Config, workdir: Path):
-  """(the trained peer, its config, its tokenizer, seconds, last losses)."""
-  import torch
-  from torch.nn import functional as F
-
-  data = load_data(config, workdir=workdir)
-  config = resolved(config, data)
-  torch.manual_seed(config.seed)
-  net, o = make_peer(config.model), config.optimizer
-  matrices = [p for p in net.parameters() if p.ndim >= 2]
-  vectors = [p for p in net.parameters() if p.ndim < 2]
-  groups = [dict(params=matrices, weight_decay=o.weight_decay),
-            dict(params=vectors, weight_decay=0.0)]  # fmt: skip
-  moments = o.moments()
-  adamw = torch.optim.AdamW(groups, betas=(moments["b1"], moments["b2"]), eps=moments["eps"])
-  schedule, losses, start = make_schedule(o, config.steps), [], time.perf_counter()
-  for step, batch in zip(range(config.steps), data.batches(), strict=False):
-    side = lambda name: tuple(
-      torch.tensor(batch[name + field]).long()  # noqa: B023
-      for field in ("tokens", "positions", "segments")
-    )
-    logits = net(side(""), side("decoder_"))
-    targets, weights = (torch.tensor(batch[f"decoder_{n}"]) for n in ("targets", "weights"))
-    each = F.cross_entropy(
-      logits.flatten(0, 1), targets.long().flatten(), reduction="none",
-      label_smoothing=config.objective.label_smoothing,
-    )  # fmt: skip
-    loss = (each * weights.flatten()).sum() / weights.sum()
-    adamw.zero_grad(set_to_none=True)
-    loss.backward()
-    if o.clip_norm is not None:
-      torch.nn.utils.clip_grad_norm_(net.parameters(), o.clip_norm)
-    for group in adamw.param_groups:
-      group["lr"] = float(np.asarray(schedule(step)))
-    adamw.step()
-    losses.append(loss.item())
-    if step % 100 == 0:
-      print(f"pytorch step {step}/{config.steps}  loss {losses[-1]:.3f}", file=sys.stderr)
-  return net.eval(), config, data.tokenizer, time.perf_counter() - start, losses[-20:]
-
-
 def translate_with_peer(net, cfg: ModelConfig, tokenizer, texts: list[str]) -> list[str]:
   """Greedy translations, some at a time."""
   import torch
@@ -178,43 +166,6 @@ def lines_of(path: str) -> list[str]:
   data = Path(path).read_bytes()
   text = (gzip.decompress(data) if path.endswith(".gz") else data).decode()
   return text.removesuffix("\n").split("\n")
-
-
-def main(_: list[str]) -> None:
-  import sacrebleu  # pyright: ignore[reportMissingImports]
-
-  config = settings()
-  texts, references = lines_of(_VALIDATION_TEXT.value), lines_of(_VALIDATION_TARGET.value)
-  with tempfile.TemporaryDirectory() as folder:
-    workdir = Path(folder) / "run"
-    seconds = train_ours(config, workdir)
-    m = model.load(workdir)
-    ours = [c.text for c in infer.generate(m, texts, max_new_tokens=_TOKENS)]
-    net, peer_config, tokenizer, peer_seconds, losses = train_peer(config, workdir)
-    theirs = translate_with_peer(net, peer_config.model, tokenizer, texts)
-  metric = sacrebleu.metrics.BLEU()
-  rows = {}
-  for name, found, spent in (("triune", ours, seconds), ("nn.Transformer", theirs, peer_seconds)):
-    score = metric.corpus_score(found, [references])
-    rows[name] = dict(bleu=round(score.score, 2), training_seconds=round(spent, 1))
-    print(f"{name:<16}BLEU {score.score:.2f}  training {spent:,.0f} s")
-    print("\n".join(f"    {text}" for text in found[:3]))
-  print(metric.get_signature())
-  result = dict(
-    machine=machine(), commit=commit(), steps=config.steps, seed=config.seed, rows=rows,
-    parameters=dict(triune=sum(np.size(a) for a in _leaves(m.params)),
-                    pytorch=sum(p.numel() for p in net.parameters())),
-    signature=str(metric.get_signature()), peer_last_loss=float(np.mean(losses)),
-  )  # fmt: skip
-  if _WRITE.value:
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "translation_multi30k.json").write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _leaves(params: dict) -> list:
-  import jax
-
-  return jax.tree.leaves(params)
 
 
 if __name__ == "__main__":
