@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import RESULTS, commit, machine
+from model.config import ModelConfig
 from train.config import Config, checked
 from train.data.pipeline import Data
 from train.schedules import make_schedule
@@ -92,6 +93,15 @@ def _tensors(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, Any
   long = lambda a: a.astype(np.int64) if a.dtype == np.int32 else a
   for batch in batches:
     yield {name: torch.from_numpy(long(array)) for name, array in batch.items()}
+
+
+def sinusoids(cfg: ModelConfig):
+  """Positions of a torch model (P, D): sines, then cosines (Vaswani et al., arXiv:1706.03762)."""
+  import torch
+
+  frequency = 10_000.0 ** (-torch.arange(0, cfg.d_model, 2) / cfg.d_model)
+  angle = torch.arange(cfg.max_positions or 512)[:, None] * frequency
+  return torch.cat((angle.sin(), angle.cos()), -1)
 
 
 def report(

@@ -17,7 +17,16 @@ from absl import app, flags
 
 import infer
 import model
-from benchmarks.learning import EVERY, Learned, losses_of, overridden, report, train_ours, train_peer
+from benchmarks.learning import (
+  EVERY,
+  Learned,
+  losses_of,
+  overridden,
+  report,
+  sinusoids,
+  train_ours,
+  train_peer,
+)
 from configs import multi30k
 from model.config import ModelConfig
 from train.data.pipeline import load_data
@@ -86,8 +95,11 @@ def learn_theirs(values: dict, workdir: Path, texts: list[str], bleu) -> tuple[l
     logits = net(side(""), side("decoder_")).flatten(0, 1)
     targets, weights = (batch[f"decoder_{n}"].flatten() for n in ("targets", "weights"))
     mean = lambda smoothing: (
-      F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing) * weights
-    ).sum() / weights.sum()
+      (
+        F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing) * weights
+      ).sum()
+      / weights.sum()
+    )
     with torch.no_grad():
       reported = mean(0.0).item()
     return mean(smoothing), reported
@@ -100,7 +112,6 @@ def learn_theirs(values: dict, workdir: Path, texts: list[str], bleu) -> tuple[l
 
 def make_peer(cfg: ModelConfig):
   """nn.Transformer of the same size with one table of tokens for both sides and the output."""
-  import torch
   from torch import nn
 
   class Translator(nn.Module):
@@ -114,9 +125,7 @@ def make_peer(cfg: ModelConfig):
         norm_first=cfg.norm_placement == "pre",
       )  # fmt: skip
       self.drop = nn.Dropout(cfg.dropout)
-      frequency = 10_000.0 ** (-torch.arange(0, cfg.d_model, 2) / cfg.d_model)
-      angle = torch.arange(cfg.max_positions or 512)[:, None] * frequency
-      self.register_buffer("sinusoids", torch.cat((angle.sin(), angle.cos()), -1))
+      self.register_buffer("sinusoids", sinusoids(cfg))
 
     def read(self, tokens, pos):
       x = self.embed(tokens) * math.sqrt(cfg.d_model) + self.sinusoids[pos.clamp(min=0)]  # pyright: ignore
