@@ -41,7 +41,7 @@ CASES = {
   "bert": Case("BERT base, masked LM", bert_base.get_config, 2, 512),
   "t5": Case("T5 base", t5_base.get_config, 2, 512),
 }
-_CASE = flags.DEFINE_multi_enum("case", list(CASES), list(CASES), "Shapes to measure.")
+_CASE = flags.DEFINE_multi_enum("case", [*CASES], [*CASES], "Shapes to measure.")  # pyright: ignore
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds in which all take turns.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 2, "Steps in a round.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", None, "Sequences in a batch.", lower_bound=1)
@@ -125,8 +125,8 @@ def compared(case: str) -> dict:
   else:
     ways["pytorch eager, huge pages"] = start("eager", huge_pages=True)
   config = settings(CASES[case])
-  lengths = [config.seq_len] + [config.target_len] * (config.target_len is not None)
-  tokens = config.batch_size * sum(map(int, lengths))  # pyright: ignore[reportArgumentType]
+  lengths = [n for n in (config.seq_len, config.target_len) if n is not None]
+  tokens = config.batch_size * sum(lengths)
   measured = rates(interleaved(ways, _ROUNDS.value, 1), _STEPS.value * tokens)
   median = lambda name: measured[name]["median"]
   return dict(

@@ -45,7 +45,7 @@ _ROWS = 64  # Sentences that the peer translates at a time.
 
 
 def main(_: list[str]) -> None:
-  import sacrebleu  # pyright: ignore[reportMissingImports]
+  from sacrebleu.metrics.bleu import BLEU  # pyright: ignore[reportMissingImports]
 
   values = {
     "steps": _STEPS.value, "seed": _SEED.value, "eval_every": _STEPS.value,
@@ -54,7 +54,7 @@ def main(_: list[str]) -> None:
     "data.validation_source": _VALIDATION_TEXT.value,
     "data.validation_target": _VALIDATION_TARGET.value,
   }  # fmt: skip
-  metric = sacrebleu.metrics.BLEU()
+  metric = BLEU()
   texts, references = lines_of(_VALIDATION_TEXT.value), lines_of(_VALIDATION_TARGET.value)
   bleu = lambda found: round(metric.corpus_score(found, [references]).score, 2)
   with tempfile.TemporaryDirectory() as folder:

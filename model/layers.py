@@ -169,14 +169,15 @@ class Embed(nnx.Module):
   """A table of `rows` vectors; `attend` scores vectors against all of them (tied embeddings)."""
 
   def __init__(self, cfg: ModelConfig, rows: int, row_axis: str | None, *, rngs: nnx.Rngs):
-    self.dtype = cfg.compute_dtype
+    self.dtype, self.row_axis = cfg.compute_dtype, row_axis
     shape, axes = (rows, cfg.d_model), (row_axis, "embed")
     std = cfg.init_std if cfg.init_embed_std is None else cfg.init_embed_std
     init = jax.nn.initializers.normal(std)
     self.table = param(cfg, rngs, shape, axes, role="embedding", init=init)
 
   def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    return self.table[...].astype(self.dtype)[ids]
+    table = constrain(self.table[...].astype(self.dtype), (self.row_axis, None))
+    return constrain(table[ids], ("batch", "seq", None))
 
   def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Scores in at least float32."""

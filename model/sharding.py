@@ -117,3 +117,12 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     parts = mesh_parts(name, mesh)
     places.append(RULES[name] if parts > 1 and size % parts == 0 else None)
   return jax.lax.with_sharding_constraint(x, P(*places))
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+  """`constrain` for an activation of which only the first axis, the rows of a batch, is split.
+
+  Without it the compiler may leave gathered hidden states split like the weights that follow; of
+  jax 0.10 on meshes with data, fsdp and tensor axes their gradients were then wrong.
+  """
+  return constrain(x, ("batch", *(None,) * (x.ndim - 1)))

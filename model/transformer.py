@@ -167,7 +167,7 @@ class Stack(nnx.Module):
   def embedded(self, embed: Embed, inputs: Inputs) -> Float[Array, "B T D"]:
     """What the first layer reads: tokens with what positions and token types add to them."""
     cfg = self.cfg
-    x = constrain(embed(inputs.tokens), ("batch", "seq", None))
+    x = embed(inputs.tokens)
     if cfg.scale_embeddings:
       x *= jnp.asarray(cfg.d_model**0.5, x.dtype)
     if hasattr(self, "type_embed"):
@@ -175,7 +175,7 @@ class Stack(nnx.Module):
       x += self.type_embed(types)
     if cfg.positions == "learned":
       row = jnp.maximum(inputs.pos, 0) + cfg.position_offset
-      x += constrain(self.position_embed(row), ("batch", "seq", None))
+      x += self.position_embed(row)
     if cfg.positions == "sinusoidal":
       x += positions.sinusoidal(inputs.pos, cfg.d_model).astype(x.dtype)
     return self.embed_norm(x) if cfg.embed_norm else x

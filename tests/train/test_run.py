@@ -16,6 +16,20 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "train" / "run_config.py"
 TIMING = ("tokens_per_second", "mfu")
+SHAPES = {
+  "decoder": (),
+  "encoder": (
+    "--config.model.shape=encoder", "--config.objective.name=masked_lm",
+    "--config.objective.pairs=next_sentence", "--config.model.positions=learned",
+    "--config.model.token_types=2", "--config.model.norm_placement=post",
+    "--config.model.final_norm=False",
+  ),
+  "encoder_decoder": (
+    "--config.model.shape=encoder_decoder", "--config.objective.name=span_corruption",
+    "--config.target_len=24", "--config.model.positions=t5_bias",
+  ),
+}  # fmt: skip
+MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 
 
 class Bench:
@@ -121,15 +135,24 @@ def test_killed_runs_continue_bit_for_bit(bench, reference):
   kill_and_continue(bench, bench.folder / "killed", workdir, seconds, kills=2, seed=0)
 
 
+@pytest.mark.parametrize("shape", ["encoder", "encoder_decoder"])
+def test_a_killed_run_with_an_encoder_continues_bit_for_bit(bench, shape):
+  undisturbed, began = bench.folder / shape, time.monotonic()
+  status, _, err = bench.run(undisturbed, *SHAPES[shape])
+  assert status == 0, err
+  seconds, workdir = time.monotonic() - began, bench.folder / f"killed_{shape}"
+  kill_and_continue(bench, workdir, undisturbed, seconds, 1, 0, *SHAPES[shape])
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("devices", [1, 8])
-def test_twenty_kills_at_random_moments_change_nothing(bench, devices):
-  mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-  overrides = mesh if devices == 8 else []
-  undisturbed, began = bench.folder / f"undisturbed{devices}", time.monotonic()
+def test_twenty_kills_at_random_moments_change_nothing(bench, devices, shape):
+  overrides = (*SHAPES[shape], *(MESH if devices == 8 else ()))
+  undisturbed, began = bench.folder / f"undisturbed_{shape}{devices}", time.monotonic()
   status, _, err = bench.run(undisturbed, *overrides, devices=devices)
   assert status == 0, err
-  seconds, workdir = time.monotonic() - began, bench.folder / f"killed{devices}"
+  seconds, workdir = time.monotonic() - began, bench.folder / f"killed_{shape}{devices}"
   kill_and_continue(
     bench, workdir, undisturbed, seconds, 20, devices, *overrides, devices=devices
   )  # fmt: skip

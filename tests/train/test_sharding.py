@@ -9,6 +9,8 @@ import pytest
 from tests.train import tiny
 from tests.train.test_step import run
 from train.config import MeshConfig, OptimizerConfig
+from train.data.pipeline import load_data
+from train.resolve import resolved
 
 MESHES = {
   "data": MeshConfig(data=8),
@@ -60,6 +62,55 @@ def test_eight_devices_equal_one_over_twenty_losses_in_float32():
   model = dataclasses.replace(tiny.ROTARY, dropout=0.1)
   one = run(tiny.config(model, optimizer=settings), batches, 1)[1]
   mixed = run(tiny.config(model, optimizer=settings, mesh=MESHES["mix"]), batches, 8)[1]
+  np.testing.assert_allclose(mixed, one, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  """A file of short lines, and a folder for caches."""
+  folder, rng = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
+  words = ["def", "return", "self", "in", "(x)", "= 1", "None"]
+  lines = [" ".join(rng.choice(words, rng.integers(2, 9))) for _ in range(200)]
+  (folder / "text.txt").write_text("\n".join(lines))
+  return folder
+
+
+def shape_run(folder, shape, devices, steps, **changes):
+  """(final state, losses) on the batches that a user's run has."""
+  one = tiny.shape_config(shape, str(folder / "text.txt"), str(folder / "cache"), **changes)
+  data = load_data(one)
+  return run(resolved(one, data), [data.batch(step) for step in range(steps)], devices)
+
+
+slow = pytest.mark.slow
+ENCODER_CASES = [("adamw", "mix"), *(pytest.param(*case, marks=slow) for case in (
+  ("adamw", "fsdp"), ("adamw", "tensor"), ("adafactor", "mix"), ("muon", "mix"),
+))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("optimizer", "mesh"), ENCODER_CASES)
+@pytest.mark.parametrize("shape", tiny.SHAPES)
+def test_eight_devices_equal_one_in_float64_with_an_encoder(text, shape, optimizer, mesh):
+  same = dict(
+    dtype="float64", param_dtype="float64",
+    optimizer=OptimizerConfig(name=optimizer, warmup_steps=1, learning_rate=0.01),
+  )  # fmt: skip
+  with jax.enable_x64(True):
+    want, want_losses = shape_run(text, shape, 1, 3, **same)
+    state, losses = shape_run(text, shape, 8, 3, mesh=MESHES[mesh], **same)
+  np.testing.assert_allclose(losses, want_losses, rtol=0, atol=1e-9)
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
+  jax.tree.map(near, state.params, want.params)
+  jax.tree.map(near, state.opt_state, want.opt_state)
+
+
+@slow
+@pytest.mark.parametrize("shape", tiny.SHAPES)
+def test_eight_devices_equal_one_over_twenty_losses_with_an_encoder(text, shape):
+  settings = OptimizerConfig(warmup_steps=1, learning_rate=1e-3)
+  same = dict(optimizer=settings, dropout=0.1)
+  one = shape_run(text, shape, 1, 20, **same)[1]
+  mixed = shape_run(text, shape, 8, 20, mesh=MESHES["mix"], **same)[1]
   np.testing.assert_allclose(mixed, one, rtol=0, atol=1e-5)
 
 

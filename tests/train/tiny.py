@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from model.config import ModelConfig
-from train.config import Config, OptimizerConfig
+from train.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig
 
 VOCAB = 61
 ROTARY = ModelConfig(
@@ -28,6 +28,41 @@ MODELS = {
     balance_loss=0.0, router_z_loss=0.0,
   ),
 }  # fmt: skip
+
+SHAPES = {  # (model, objective, lengths) of those that read text with an encoder.
+  "encoder": (
+    ModelConfig(
+      shape="encoder", vocab_multiple=8, num_layers=2, d_model=16, d_ff=32, num_heads=4,
+      max_positions=32, positions="learned", norm="layer", norm_placement="post", embed_norm=True,
+      final_norm=False, activation="gelu", gated=False, token_types=2, mlp_bias=True,
+      attention_bias=True, attention_out_bias=True, head_dense=True, head_norm=True,
+      logit_bias=True,
+    ),
+    ObjectiveConfig(name="masked_lm", pairs="sentence_order"),
+    dict(seq_len=24),
+  ),
+  "encoder_decoder": (
+    ModelConfig(
+      shape="encoder_decoder", vocab_multiple=8, num_layers=2, d_model=16, d_ff=32, num_heads=4,
+      num_kv_heads=2, max_positions=None, positions="t5_bias", norm="rms", relative_buckets=8,
+      relative_max_distance=20,
+    ),
+    ObjectiveConfig(name="span_corruption"),
+    dict(seq_len=24, target_len=16),
+  ),
+}  # fmt: skip
+
+
+def shape_config(shape: str, text: str, cache_dir: str, **changes) -> Config:
+  """A run of an encoder or an encoder–decoder on a text file; `changes` are the model's too."""
+  model, objective, lengths = SHAPES[shape]
+  inner = {f.name for f in dataclasses.fields(ModelConfig)}
+  own = {name: changes.pop(name) for name in list(changes) if name in inner}
+  data = DataConfig(source=text, tokenizer="bytes", documents="line", validation_fraction=0.1)
+  return config(
+    dataclasses.replace(model, **own), objective=objective, data=data, cache_dir=cache_dir,
+    **(lengths | changes),
+  )  # fmt: skip
 
 
 def config(model: ModelConfig = ROTARY, **changes) -> Config:

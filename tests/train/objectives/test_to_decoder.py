@@ -121,9 +121,7 @@ def _fitting(examples: list) -> list:
   return [order[i] for i in (4, 0, 1, 2, 3)]
 
 
-@pytest.mark.parametrize(
-  "name, shape", [("span_corruption", "encoder_decoder"), ("ul2", "decoder")]
-)
+@pytest.mark.parametrize("name, shape", KINDS)
 def test_packed_equals_separate_loss_and_gradient(name, shape):
   objective, net, packed, separate = _prepared(name, shape)
   graphdef, params = nnx.split(net, nnx.Param)
