@@ -41,7 +41,7 @@ CASES = {
   "bert": Case("BERT base, masked LM", bert_base.get_config, 2, 512),
   "t5": Case("T5 base", t5_base.get_config, 2, 512),
 }
-_CASE = flags.DEFINE_multi_enum("case", [*CASES], [*CASES], "Shapes to measure.")  # pyright: ignore
+_CASE = flags.DEFINE_multi_enum("case", None, list(CASES), "Shapes to measure; none: all.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds in which all take turns.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 2, "Steps in a round.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", None, "Sequences in a batch.", lower_bound=1)
@@ -55,7 +55,7 @@ def main(_: list[str]) -> None:
     case, _, way = _WAY.value.partition("/")
     serve(one_way(settings(CASES[case]), case, way))
   else:
-    report("train_step", [compared(case) for case in _CASE.value], write=_WRITE.value)
+    report("train_step", [compared(case) for case in _CASE.value or CASES], write=_WRITE.value)
 
 
 def settings(case: Case) -> Config:
