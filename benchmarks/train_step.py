@@ -1,6 +1,6 @@
 """Training steps a second beside PyTorch + Transformers: same shape, batch and optimizer.
 
-    python -m benchmarks.train_step [--case=gpt2] [--case=bert] [--case=t5] [--write]
+    python -m benchmarks.train_step [--cases=gpt2,bert,t5] [--write]
 
 Both take whole optimizer steps (forward, backward, clipping, AdamW), without dropout, on the same
 machine in the same run, in turns, each in a process of its own. On CPU in float32, and PyTorch a
@@ -41,7 +41,7 @@ CASES = {
   "bert": Case("BERT base, masked LM", bert_base.get_config, 2, 512),
   "t5": Case("T5 base", t5_base.get_config, 2, 512),
 }
-_CASE = flags.DEFINE_multi_enum("case", None, list(CASES), "Shapes to measure; none: all.")
+_CASES = flags.DEFINE_list("cases", [*CASES], "Shapes to measure, a comma between them.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds in which all take turns.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 2, "Steps in a round.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", None, "Sequences in a batch.", lower_bound=1)
@@ -52,10 +52,10 @@ _WRITE = flags.DEFINE_bool("write", False, "Write the result under benchmarks/re
 
 def main(_: list[str]) -> None:
   if _WAY.value:
-    case, _, way = _WAY.value.partition("/")
+    case, way = _WAY.value.split("/")
     serve(one_way(settings(CASES[case]), case, way))
   else:
-    report("train_step", [compared(case) for case in _CASE.value or CASES], write=_WRITE.value)
+    report("train_step", [compared(case) for case in _CASES.value], write=_WRITE.value)
 
 
 def settings(case: Case) -> Config:

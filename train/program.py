@@ -1,6 +1,7 @@
 """The compiled programs of a run, and the shapes and places of what they work on."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,10 @@ from train.step import Batch, LossFn, TrainState, init_state, make_eval_step, ma
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What a run is made of. The compiled steps take the shapes they were compiled for, no others."""
+  """What a run is made of. The compiled steps take the shapes they were compiled for, no others.
+
+  The evaluation step is compiled when it is first asked for: a run without validation needs none.
+  """
 
   graphdef: nnx.GraphDef
   info: dict  # ParamInfo of each parameter.
@@ -33,12 +37,17 @@ class Program:
   batch: dict[str, jax.ShapeDtypeStruct]  # Abstract and global, with shardings.
   init: Callable[[], TrainState]
   train_step: jax.stages.Compiled
-  eval_step: jax.stages.Compiled
-  compile_seconds: float
+  compile_seconds: float  # Of the training step.
+  _evaluate: jax.stages.Wrapped = dataclasses.field(repr=False)
+
+  @functools.cached_property
+  def eval_step(self) -> jax.stages.Compiled:
+    """(params, frozen, batch) -> the Means of a batch."""
+    return self._evaluate.lower(self.state.params, self.state.frozen, self.batch).compile()
 
 
 def build_program(config: Config, mesh: Mesh) -> Program:
-  """Abstract shapes, then shardings, then the jitted initialization and the two compiled steps.
+  """Abstract shapes, then shardings, then the jitted initialization and the compiled step.
 
   Raises:
     InputError: if the mesh does not divide the batch or an axis of the model.
@@ -70,11 +79,11 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   start = time.perf_counter()
   train_step = jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh)))
   compiled = train_step.lower(state, batch).compile()
+  seconds = time.perf_counter() - start
   evaluate = jax.jit(make_eval_step(loss_fn), out_shardings=replicated(mesh))
-  compiled_eval = evaluate.lower(state.params, state.frozen, batch).compile()
   return Program(
-    graphdef, info, state, batch, jax.jit(init, out_shardings=where), compiled, compiled_eval,
-    time.perf_counter() - start,
+    graphdef, info, state, batch, jax.jit(init, out_shardings=where), compiled,
+    seconds, evaluate,
   )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from model.errors import InputError
 from model.layers import ParamInfo
+from tests.quick import xla_flags
 from train.config import OptimizerConfig
 from train.config_optimizer import OPTIMIZERS
 from train.optim import SPIKE_WARMUP, make_optimizer, skipped_steps, state_axes
@@ -342,8 +343,7 @@ def sharded_equals_one_device():
 
 
 def test_state_is_sharded_like_the_parameters_and_steps_equal_one_device():
-  quick = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-  environment = os.environ | {"XLA_FLAGS": quick, "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | {"XLA_FLAGS": xla_flags(8), "JAX_PLATFORMS": "cpu"}
   code = "from tests.train.test_optim import sharded_equals_one_device as f; f()"
   root = Path(__file__).parents[2]
   done = subprocess.run(

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.quick import xla_flags
+
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "train" / "run_config.py"
 TIMING = ("tokens_per_second", "mfu")
@@ -50,8 +52,7 @@ class Bench:
     ]  # fmt: skip
 
   def start(self, workdir: Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(devices), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
       self.command(workdir, *overrides), cwd=ROOT, env=environment, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE,
