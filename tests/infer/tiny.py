@@ -19,5 +19,5 @@ PROMPTS = ("Hi", "Some words: é", "x", "def f(n):\n")
 def model(seed: int = 0, **changes) -> Model:
   """Random and sure of itself: without repeating one token for ever, as smaller weights do."""
   cfg = dataclasses.replace(CONFIG, **changes)
-  params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(seed))
+  params = init_params(cfg, jax.random.key(seed))
   return Model(cfg, params, build_tokenizer("bytes", None, []))

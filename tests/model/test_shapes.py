@@ -335,19 +335,25 @@ SMALL = {
 @pytest.mark.parametrize("name", SMALL)
 def test_cached_cross_attention_equals_one_full_pass(name, stacked):
   cfg = SMALL[name]
-  params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
+  params = init_params(cfg, jax.random.key(0))
   docs = [(np.arange(9) + 5, np.arange(8) + 9), (np.arange(20) + 7, np.arange(11) + 11)]
   source = Inputs(*map(jnp.asarray, padded([a for a, _ in docs], 24)))
   answers, pos = padded([b for _, b in docs], 11, left=True)
   graphdef = nnx.split(abstract(cfg), nnx.Param)[0]
-  net = nnx.merge(graphdef, params)
-  want = net.hidden(Inputs(answers, pos), source=source)[0]
-  loose = nnx.split(abstract(cfg, stacked=False), nnx.Param)[0]
-  net = net if stacked else nnx.merge(loose, unstack(cfg, params))
+  whole = lambda p: nnx.merge(graphdef, p).hidden(Inputs(answers, pos), source=source)[0]
+  want = jax.jit(whole)(params)
+  if not stacked:
+    graphdef = nnx.split(abstract(cfg, stacked=False), nnx.Param)[0]
+    params = unstack(cfg, params)
   cache = new_cache(cfg, 2, 11, stacked=stacked, chunk=6, source=24)
-  cache, got = net.read(cache, source), []
+  cache, got = jax.jit(lambda p: nnx.merge(graphdef, p).read(cache, source))(params), []
+
+  @jax.jit
+  def step(cache, tokens, pos):
+    return nnx.merge(graphdef, params).hidden(Inputs(tokens, pos), cache=cache)[:2]
+
   for chunk in (slice(0, 6), *(slice(t, t + 1) for t in range(6, 11))):
-    x, cache, _ = net.hidden(Inputs(answers[:, chunk], pos[:, chunk]), cache=cache)
+    x, cache = step(cache, answers[:, chunk], pos[:, chunk])
     got.append(x)
   real = pos >= 0
   np.testing.assert_allclose(
@@ -355,11 +361,19 @@ def test_cached_cross_attention_equals_one_full_pass(name, stacked):
   )
 
 
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("change", [dict(scan_layers=False), dict(remat="full")], ids=str)
+LOOP, REMAT = dict(scan_layers=False), dict(remat="full")
+
+
+@pytest.mark.parametrize(
+  ("name", "change"),
+  [("windows", LOOP), ("bart", REMAT), *(
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (("windows", REMAT), ("bart", LOOP), ("t5", LOOP), ("t5", REMAT))
+  )],
+)  # fmt: skip
 def test_loop_and_remat_equal_the_plain_scan_of_both_stacks(name, change):
   cfg = dataclasses.replace(SMALL[name], dropout=0.1, attention_dropout=0.1)
-  params = jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0))
+  params = init_params(cfg, jax.random.key(0))
   tokens = jnp.arange(24).reshape(2, 12) + 5
   pos = jnp.broadcast_to(jnp.arange(12), (2, 12))
 

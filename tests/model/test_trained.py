@@ -37,7 +37,7 @@ DECODED = np.array([[7, 20, 21, 22], [7, 30, 31, 32]])
 
 def built(name: str) -> Model:
   cfg = dataclasses.replace(BASE, **SHAPES[name][0])
-  return Model(cfg, jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0)))
+  return Model(cfg, init_params(cfg, jax.random.key(0)))
 
 
 def decoded(m: Model, tokens: np.ndarray, **more) -> dict:

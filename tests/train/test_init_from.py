@@ -34,7 +34,7 @@ def pretrained(folder, **changes):
     made, head="masked_lm", vocab_size=tokenizer.vocab_size, head_dense=True, logit_bias=True,
     **changes,
   )  # fmt: skip
-  params = jax.jit(init_params, static_argnums=0)(made, jax.random.key(7))
+  params = init_params(made, jax.random.key(7))
   model.save(Model(made, params, tokenizer), folder / "bert")
   return jax.device_get(params)
 

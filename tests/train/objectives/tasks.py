@@ -95,7 +95,7 @@ def epoch(config: Config) -> tuple[Config, Data, dict[str, np.ndarray]]:
 
 
 def fresh(config: Config, seed: int = 0) -> dict:
-  return jax.jit(init_params, static_argnums=0)(config.model, jax.random.key(seed))
+  return init_params(config.model, jax.random.key(seed))
 
 
 def network(config: Config, params: dict) -> Any:

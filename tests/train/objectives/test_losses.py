@@ -10,6 +10,7 @@ import pytest
 
 from model.sharding import make_mesh
 from tests.train.objectives import tasks
+from tests.train.test_step import born
 from train.objectives import make_objective
 from train.objectives.contrastive import similarities, text_id
 from train.objectives.loss import inputs_of
@@ -103,7 +104,7 @@ def step(config, batch, devices: int):
   mesh = make_mesh(data=devices, fsdp=1, tensor=1, devices=jax.devices()[:devices])
   with jax.set_mesh(mesh):
     program = build_program(config, mesh)
-    state = program.init()
+    state = born(config, program)
     start = jax.device_get(state.params)
     state, metrics = program.train_step(state, put_batch(program, batch))
     return start, jax.device_get(state.params), jax.device_get(metrics)
