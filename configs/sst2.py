@@ -4,8 +4,9 @@
         --config.data.source=train.tsv --config.data.validation_source=dev.tsv
 
 where the files are those of SST-2: a sentence and 0 or 1 a line, a tab between, no header. With
---config.init_from=WORKDIR of a masked language model and its `model` settings it is fine-tuned
-instead. About five minutes on two cores; metrics.jsonl has `validation_accuracy`.
+--config.init_from=WORKDIR of a masked language model, --config.data.tokenizer=WORKDIR/tokenizer and
+its `model` settings it is fine-tuned instead. About five minutes on two cores; metrics.jsonl has
+`validation_accuracy`.
 """
 
 from model.config import ModelConfig

@@ -72,7 +72,8 @@ def prefill(
   cache = new_cache(cfg, B, length, stacked=False, chunk=T, source=S)
   if source is not None:
     cache = net.read(cache, source)
-  x, cache, _ = net.hidden(Inputs(tokens, pos), cache=cache)
+  prompt = Inputs(tokens, pos, bidirectional=pos >= 0 if cfg.prefix_attention else None)
+  x, cache, _ = net.hidden(prompt, cache=cache)
   last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
   start = Progress(
     count=jnp.zeros((), jnp.int32),

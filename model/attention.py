@@ -109,10 +109,13 @@ class Attention(nnx.Module):
     cfg, causal = self.cfg, self.kind.causal and not self.cross
     q = self._turned(self.q_proj(x), where, "q_norm")
     k, v, kv_pos, kv_seg, cache = self._seen(x, where, cache)
-    bias = where.bias
+    bias, prefix = where.bias, where.bidirectional
     if self.cross:
-      bias = None
-    elif cache is not None:
+      bias = prefix = None
+    elif cache is not None and prefix is not None:  # Marked by place, so that slots need no flags.
+      last = jnp.max(jnp.where(prefix, where.pos, -1), axis=1, keepdims=True)
+      prefix = kv_pos <= last
+    if cache is not None and not self.cross:
       bias = relative_bias(cfg, where.table, where.pos, kv_pos, causal=causal)
     run = functools.partial(
       attend, causal=causal, window=None if self.cross else self.kind.window,
@@ -125,7 +128,7 @@ class Attention(nnx.Module):
     y = run(
       constrain(q, ("batch", "seq", "heads", None)), k.astype(q.dtype), v.astype(q.dtype),
       q_pos=where.pos, kv_pos=kv_pos, q_seg=where.seg, kv_seg=kv_seg, bias=bias, key=key,
-      bidirectional=None if self.cross else where.bidirectional,
+      bidirectional=prefix,
       sinks=self.sinks[...] if cfg.attention_sinks else None,
     )  # fmt: skip
     return self.o_proj(constrain(y, ("batch", "seq", "heads", None))), cache

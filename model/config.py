@@ -112,6 +112,7 @@ class ModelConfig:
   logit_softcap: float | None = None
   logit_bias: bool = False
   decoder_start_id: int | None = None  # Encoder–decoders: what the decoder reads first.
+  prefix_attention: bool = False  # Decoders: prompts are read in both directions (prefix LM, UL2).
 
   # MLP and experts.
   activation: str = "silu"
@@ -135,7 +136,7 @@ class ModelConfig:
   pair_head: bool = False  # Also tells whether two texts follow each other (BERT, ALBERT).
   num_labels: int | None = None  # None: as many as the data has.
   problem: str = "single_label"  # What a sequence head tells: one label, several, or a number.
-  pooling: str = "first"  # Which hidden state stands for a text: first, last, or their mean.
+  pooling: str | None = None  # What stands for a text: its first or last hidden state, their mean.
   normalize: bool = False  # Embeddings of texts have length 1.
 
   # Initialization and regularization.
@@ -168,6 +169,15 @@ class ModelConfig:
     """What sits on the last stack, the default resolved."""
     default = "masked_lm" if self.shape == "encoder" else "language"
     return default if self.head is None else self.head
+
+  @property
+  def text_stack(self) -> str:
+    """Whose hidden states stand for texts: an encoder embeds them, the last stack labels them."""
+    return self.stacks[0 if self.head_kind == "embedding" else -1]
+
+  def pooling_of(self, stack: str) -> str:
+    """How a stack's hidden states stand for a text: a decoder has read it at the end only."""
+    return self.pooling or ("last" if stack == "decoder" else "first")
 
   @property
   def kv_heads(self) -> int:

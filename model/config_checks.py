@@ -39,10 +39,11 @@ def _check_choices(cfg: ModelConfig) -> None:
     norm_placement=NORM_PLACEMENTS, residual=RESIDUALS, qk_norm=QK_NORMS, activation=ACTIVATIONS,
     remat=REMAT, attention_kernel=ATTENTION_KERNELS, expert_kernel=EXPERT_KERNELS, dtype=DTYPES,
     param_dtype=PARAM_DTYPES, router_scores=("softmax", "sigmoid"), head_activation=ACTIVATIONS,
-    problem=PROBLEMS, pooling=POOLINGS,
+    problem=PROBLEMS,
   )  # fmt: skip
-  if cfg.head is not None:
-    choices["head"] = HEADS
+  for name, allowed in (("head", HEADS), ("pooling", POOLINGS)):
+    if getattr(cfg, name) is not None:
+      choices[name] = allowed
   for name, allowed in choices.items():
     value = getattr(cfg, name)
     if value not in allowed:
@@ -159,6 +160,8 @@ def _check_shape(cfg: ModelConfig) -> None:
       f"model.residual={cfg.residual!r} has no place for cross-attention: encoder_decoder needs "
       "'serial'."
     )
+  if cfg.prefix_attention and cfg.shape != "decoder":
+    raise InputError(f"model.prefix_attention has no effect on model.shape={cfg.shape!r}.")
 
 
 def _check_head(cfg: ModelConfig) -> None:
@@ -176,6 +179,11 @@ def _check_head(cfg: ModelConfig) -> None:
     raise InputError(f"model.problem={cfg.problem!r} has no effect on model.head={kind!r}.")
   if given and kind not in ("sequence", "token") and cfg.num_labels is not None:
     raise InputError(f"model.num_labels={cfg.num_labels} has no effect on model.head={kind!r}.")
+  if cfg.pooling == "first" and cfg.text_stack == "decoder" and (given or cfg.shape == "decoder"):
+    raise InputError(
+      "model.pooling='first' stands for a text where it begins, and a decoder has not read it by "
+      "then: use 'last' or 'mean'."
+    )
   if cfg.problem == "regression" and cfg.num_labels not in (None, 1):
     raise InputError(f"model.num_labels={cfg.num_labels}: a regression tells one number.")
   if not cfg.head_dense and (cfg.head_norm or cfg.head_activation != "gelu"):

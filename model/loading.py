@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from model import checkpoint, sharding
-from model.config import DTYPES, ModelConfig
+from model.config import PARAM_DTYPES, ModelConfig
 from model.errors import InputError
 from model.heads import abstract
 from model.layers import param_info
@@ -34,8 +34,10 @@ def load(
   Raises:
     InputError: if there is no such checkpoint, or it is damaged, or holds no average.
   """
-  if dtype not in DTYPES or dtype == "auto":
-    raise InputError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPES[1:])}.")
+  if dtype not in PARAM_DTYPES:
+    raise InputError(f"dtype={dtype!r} is not known: use one of {', '.join(PARAM_DTYPES)}.")
+  if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+    raise InputError("dtype='float64' needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment.")
   found = checkpoint.describe(str(path))
   workdir = checkpoint.resolve(str(path))[0]
   here = dict(dtype=dtype, param_dtype=dtype, remat="none", attention_kernel="auto")

@@ -58,12 +58,14 @@ class Model:
     """What the head says, compiled once for each shape.
 
     Args:
-      tokens: ids; of an encoder–decoder, what the encoder reads.
+      tokens: ids; of an encoder–decoder, what the encoder reads. A decoder reads them causally
+        here, with `prefix_attention` too.
       segments: from 1, 0 is nothing; tokens see their own segment only.
       positions: -1 is padding; omitted, they restart in each segment.
       token_types: of an encoder that has them; omitted, they are 0.
       decoder_tokens: what the decoder reads, the token that starts it first: nothing is shifted. A
-        head on whole texts needs none: there the decoder reads `tokens` behind its start token.
+        head on whole texts needs none: for labels the decoder reads `tokens` behind its start
+        token, and the encoder alone embeds texts.
       decoder_segments, decoder_positions: as `segments` and `positions`.
 
     Returns:
@@ -105,6 +107,8 @@ class Model:
     are `decoder_tokens`. Arguments and errors as in calling the model.
     """
     if self.config.shape == "encoder_decoder" and decoder_tokens is None:
+      if decoder_segments is not None or decoder_positions is not None:
+        raise InputError("decoder_segments or decoder_positions were given without decoder_tokens.")
       source = self._side(tokens, segments, positions, token_types)
       return _encoded(self.graphdef, self.params, source)
     inputs, source, _ = self._checked(
@@ -152,6 +156,12 @@ class Model:
                           ("decoder_positions", decoder_positions)):  # fmt: skip
         if value is not None:
           raise InputError(f"{name} were given, and this model is no encoder–decoder.")
+      return source, None, texts
+    if self.config.head_kind == "embedding" and decoder_tokens is not None:
+      raise InputError("decoder_tokens were given, and the encoder alone embeds texts.")
+    if decoder_tokens is None and (decoder_segments is not None or decoder_positions is not None):
+      raise InputError("decoder_segments or decoder_positions were given without decoder_tokens.")
+    if self.config.head_kind == "embedding":
       return source, None, texts
     if decoder_tokens is not None:
       other = self._side(decoder_tokens, decoder_segments, decoder_positions, None, "decoder_")
@@ -272,10 +282,10 @@ def padded(rows: list[list[int]], limit: int | None) -> tuple[np.ndarray, np.nda
 
 
 def _apply(graphdef, cfg: ModelConfig, params, inputs: Inputs, source: Inputs | None, texts):
-  net = nnx.merge(graphdef, params)
-  x, _, _ = net.hidden(inputs, source=source)
+  net, embeds = nnx.merge(graphdef, params), cfg.text_stack != cfg.stacks[-1]
+  x = net.encode(inputs)[0] if embeds else net.hidden(inputs, source=source)[0]
   if texts is not None:
-    x = pool(x, inputs.pos, inputs.seg, how=cfg.pooling, segments=texts)
+    x = pool(x, inputs.pos, inputs.seg, how=cfg.pooling_of(cfg.text_stack), segments=texts)
     x = x[:, 0] if inputs.seg is None else x
   logits = net.logits(x)
   if cfg.head_kind == "replaced_token":
@@ -300,7 +310,7 @@ def _encoded(graphdef, params, source):
 def _pooled(graphdef, cfg: ModelConfig, params, tokens, pos):
   net, inputs = nnx.merge(graphdef, params), Inputs(tokens, pos)
   x = net.encode(inputs)[0] if cfg.shape == "encoder_decoder" else net.hidden(inputs)[0]
-  x = pool(x, pos, None, how=cfg.pooling, segments=1)[:, 0]
+  x = pool(x, pos, None, how=cfg.pooling_of(cfg.stacks[0]), segments=1)[:, 0]
   if cfg.head_kind == "embedding":
     return net.logits(x).astype(jnp.float32)
   x = x.astype(jnp.float32)

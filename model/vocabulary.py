@@ -74,7 +74,7 @@ def build_tokenizer(
   own = _BERT_SPECIAL if kind == "wordpiece" else _BPE_SPECIAL
   more = len(set(extra).difference(own))
   build = {"bpe": _bpe, "unigram": _unigram, "wordpiece": _wordpiece}[kind]
-  tokenizer = _with_special(build(size, more, texts), extra)
+  tokenizer = _with_special(build(size, more, texts), extra, takes_space=True)
   if tokenizer.vocab_size < size:
     logging.warning(
       "The corpus is too small for %d %s entries: the vocabulary has %d.",
@@ -83,10 +83,18 @@ def build_tokenizer(
   return tokenizer
 
 
-def _with_special(tokenizer: Tokenizer, extra: tuple[str, ...]) -> Tokenizer:
-  """The tokenizer with further special tokens at the end of its vocabulary."""
+def _with_special(
+  tokenizer: Tokenizer, extra: tuple[str, ...], *, takes_space: bool = False
+) -> Tokenizer:
+  """The tokenizer with further special tokens at the end of its vocabulary.
+
+  Args:
+    takes_space: a special token in a text takes the space before it, which belongs to the words
+      that it stands for.
+  """
   missing = [token for token in extra if tokenizer.backend.token_to_id(token) is None]
-  tokenizer.backend.add_special_tokens(missing)
+  added = (tokenizers.AddedToken(t, lstrip=takes_space, special=True) for t in missing)
+  tokenizer.backend.add_special_tokens(list(added))
   mask = {"mask_token": "<mask>"} if "<mask>" in missing else {}
   return Tokenizer(tokenizer.backend, tokenizer.config | mask)
 

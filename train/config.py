@@ -101,6 +101,8 @@ class Config:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
   def __post_init__(self):
+    if self.target_len is not None and self.target_len < 1:
+      raise InputError(f"target_len={self.target_len} must be at least 1, or None.")
     for name in ("steps", "batch_size", "seq_len", "accumulation", "log_every", "eval_every",
                  "checkpoint_every", "keep_checkpoints", "max_bad_steps"):  # fmt: skip
       if getattr(self, name) < 1:

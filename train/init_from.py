@@ -18,15 +18,15 @@ from train.workdir import read_config
 BODY = ("embed", "encoder", "decoder")  # What is left of a network without its heads.
 
 
-def with_its_tokenizer(config: Config, workdir: Path) -> Config:
+def with_its_tokenizer(config: Config, workdir: Path | None) -> Config:
   """The config with the tokenizer of `init_from`, where `data.tokenizer` was left at its default.
 
-  A workdir whose run began so goes on with what it began with.
+  A workdir whose run began so goes on with what it began with; None: there is no workdir.
   """
   default = DataConfig.__dataclass_fields__["tokenizer"].default
   if config.init_from is None or config.data.tokenizer != default:
     return config
-  saved = read_config(workdir)
+  saved = None if workdir is None else read_config(workdir)
   if saved is not None and saved["init_from"] == config.init_from:
     chosen = saved["data"]["tokenizer"]
   else:
@@ -70,15 +70,16 @@ def check_init(path: str, saved: dict, config: Config, tokenizer: Tokenizer) -> 
   Args:
     saved: its model's config, plain values.
   """
-  ours = {k: v for k, v in architecture(config.model).items() if k not in HEAD_FIELDS}
-  theirs = {name: saved.get(name) for name in ours}
-  checkpoint.check_config({"model": theirs}, {"model": json.loads(json.dumps(ours))})
   folder = _tokenizer_folder(path)
   if folder.is_dir() and Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
     raise InputError(
       f"init_from={path!r} was trained with another tokenizer than data.tokenizer="
       f"{config.data.tokenizer!r}: its ids mean other text. Set data.tokenizer={str(folder)!r}."
     )
+  free = (*HEAD_FIELDS, "prefix_attention")
+  ours = {k: v for k, v in architecture(config.model).items() if k not in free}
+  theirs = {name: saved.get(name) for name in ours}
+  checkpoint.check_config({"model": theirs}, {"model": json.loads(json.dumps(ours))})
 
 
 def _head_differs(saved: dict, config: Config) -> list[str]:

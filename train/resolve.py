@@ -31,6 +31,8 @@ SHAPES = {
   "contrastive": dict.fromkeys(("encoder", "decoder", "encoder_decoder"), "embedding"),
 }
 
+PREFIXED = ("prefix_lm", "ul2")  # Whose decoders read a prompt in both directions.
+
 
 def check_fit(config: Config) -> None:
   """Raises an InputError if objective, shape, head and lengths do not fit together."""
@@ -45,6 +47,8 @@ def check_fit(config: Config) -> None:
       f"objective.name={name!r} trains the head {fitting[model.shape]!r}, not model.head="
       f"{model.head!r}: leave it out."
     )
+  if model.prefix_attention and name not in PREFIXED:
+    raise InputError(f"model.prefix_attention is trained by {' and '.join(PREFIXED)}, not {name}.")
   if model.pair_head and not config.objective.paired:
     raise InputError("model.pair_head is trained by objective.pairs: set it, or leave both out.")
   check_columns(config)
@@ -69,12 +73,6 @@ def _check_task(config: Config) -> None:
     raise InputError(
       f"accumulation={config.accumulation}: contrastive learns against all texts of a batch, and "
       "parts do not see each other. Use accumulation=1 and more devices, or a smaller batch_size."
-    )
-  decoded = model.shape != "encoder" and name == "classification"
-  if (decoded or (model.shape == "decoder" and name == "contrastive")) and model.pooling == "first":
-    raise InputError(
-      "model.pooling='first' stands for a text where it begins, and a decoder has not read it by "
-      "then: use 'last' or 'mean'."
     )
   if model.problem != "single_label" and name != "classification":
     raise InputError(f"model.problem={model.problem!r} has no effect on {name}: remove it.")
@@ -114,12 +112,20 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
       f"model.vocab_size={given} is smaller than the tokenizer's {size} tokens: leave it out, or "
       f"set it to {size} or more."
     )
+  start = decoder_start(model, tokenizer)
+  if start is not None and not 0 <= start < (given or size):
+    raise InputError(
+      f"model.decoder_start_id={start} is not one of the vocabulary's {given or size} ids: leave "
+      "it out, or name one of them."
+    )
   return dataclasses.replace(
-    model, vocab_size=size if given is None else given,
-    decoder_start_id=decoder_start(model, tokenizer),
+    model, vocab_size=size if given is None else given, decoder_start_id=start,
   )  # fmt: skip
 
 
 def _with_head(model: ModelConfig, config: Config) -> ModelConfig:
   head = SHAPES[config.objective.name][model.shape]
-  return dataclasses.replace(model, head=head, pair_head=config.objective.paired)
+  prefix = model.shape == "decoder" and config.objective.name in PREFIXED
+  return dataclasses.replace(
+    model, head=head, pair_head=config.objective.paired, prefix_attention=prefix
+  )

@@ -27,7 +27,7 @@ def passes(m: "Model", texts: Sequence[Encoded]) -> Iterator[Pass]:
     order, places = order[:-rows], order[-rows:]
     tokens, positions = padded([texts[i].ids for i in places], m.config.max_positions)
     arguments: dict[str, Any] = dict(tokens=tokens, positions=positions)
-    if m.config.token_types:
+    if m.config.token_types > 1:
       types: Any = np.zeros_like(tokens)
       for row, i in enumerate(places):
         types[row, : len(texts[i].types)] = texts[i].types

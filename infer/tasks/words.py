@@ -3,13 +3,17 @@
 import unicodedata
 from collections.abc import Sequence
 
+_IN_WORDS, _IN_NUMBERS = "-‐‑._/&@+", ",:"  # Symbols that do not end a word.
+
 
 def word_pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
   """(index of the first piece, start, end) of each word, in order.
 
-  A word is a run of letters, digits and marks, or any other single character; ideographs and kana
-  stand alone, as their pieces say. A piece belongs to the word of its first character, white space
-  aside; pieces of white space belong to none. Pieces that share a character belong together.
+  A word is a run of letters, digits and marks, or any other single character; hyphens, points and
+  the like between two of them belong to the run (`e-mail`, `U.N.`, `1,000`), as in tagged corpora.
+  Ideographs and kana stand alone, as their pieces say. A piece belongs to the word of its first
+  character, white space aside; pieces of white space belong to none. Pieces that share a character
+  belong together.
   """
   words: list[tuple[int, int, int]] = []
   for i, (start, end) in enumerate(offsets):
@@ -37,7 +41,22 @@ def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _continues(text: str, place: int) -> bool:
-  return place > 0 and _joins(text[place - 1]) and _joins(text[place])
+  """Whether the word before `place` goes on there."""
+  if place == 0 or _links(text, place) or _links(text, place - 1):
+    return place > 0
+  if text[place] == ".":  # Of an abbreviation.
+    return place > 1 and text[place - 2] == "." and _joins(text[place - 1])
+  return _joins(text[place - 1]) and _joins(text[place])
+
+
+def _links(text: str, place: int) -> bool:
+  """Whether a symbol stands inside a word."""
+  if not 0 < place < len(text) - 1:
+    return False
+  before, symbol, after = text[place - 1 : place + 2]
+  if symbol in _IN_NUMBERS:
+    return before.isdigit() and after.isdigit()
+  return symbol in _IN_WORDS and _joins(before) and _joins(after)
 
 
 def _joins(character: str) -> bool:

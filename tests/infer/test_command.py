@@ -1,7 +1,6 @@
 """`python -m infer`: what goes to stdout, to stderr, and with which status."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +9,9 @@ import pytest
 
 import infer
 import model
+from tests import commands
 from tests.infer import tiny
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = ("--max_new_tokens=20", "--temperature=0.9", "--top_k=50")
 SAME = dict(max_new_tokens=20, temperature=0.9, top_k=50)
 
@@ -24,11 +23,8 @@ def workdir(tmp_path_factory):
   return folder
 
 
-def command(*arguments: object, folder: Path) -> subprocess.CompletedProcess:
-  return subprocess.run(
-    [sys.executable, "-m", "infer", *map(str, arguments), f"--cache_dir={folder / 'cache'}"],
-    capture_output=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False,
-  )  # fmt: skip
+def command(*arguments: object, folder: Path) -> commands.Done:
+  return commands.run("infer", *map(str, arguments), f"--cache_dir={folder / 'cache'}")
 
 
 def test_json_holds_what_generate_returns_for_each_prompt_in_order(workdir, tmp_path):
@@ -39,8 +35,8 @@ def test_json_holds_what_generate_returns_for_each_prompt_in_order(workdir, tmp_
     "--json", "--logprobs=2", *[f"--seed={s}" for s in range(4)], "--stop=zz", *SETTINGS,
     folder=tmp_path,
   )  # fmt: skip
-  assert done.returncode == 0, done.stderr.decode()
-  got = [json.loads(line) for line in done.stdout.decode().splitlines()]
+  assert done.returncode == 0, done.stderr
+  got = [json.loads(line) for line in done.stdout.splitlines()]
   m = model.load(workdir)
   want = infer.generate(m, prompts, logprobs=2, seed=[0, 1, 2, 3], stop="zz", **SAME)
   for values, c in zip(got, want, strict=True):
@@ -54,15 +50,15 @@ def test_json_holds_what_generate_returns_for_each_prompt_in_order(workdir, tmp_
 
 def test_stdout_holds_the_completion_only_and_a_stream_is_the_same(workdir, tmp_path):
   want = infer.generate(model.load(workdir), list(tiny.PROMPTS[:2]), **SAME)
-  one = command(
-    f"--checkpoint={workdir}", f"--prompt={tiny.PROMPTS[0]}", *SETTINGS, folder=tmp_path
-  )
+  typed = [sys.executable, "-m", "infer", f"--checkpoint={workdir}", *SETTINGS,
+           f"--prompt={tiny.PROMPTS[0]}", f"--cache_dir={tmp_path / 'cache'}"]  # fmt: skip
+  one = subprocess.run(typed, capture_output=True, cwd=commands.ROOT, check=True)
   assert one.stdout.decode() == want[0].text + "\n"
   both = command(
     f"--checkpoint={workdir}", *[f"--prompt={p}" for p in tiny.PROMPTS[:2]], "--stream", *SETTINGS,
     folder=tmp_path,
   )  # fmt: skip
-  assert both.stdout.decode() == f"{want[0].text}\n---\n{want[1].text}\n"
+  assert both.stdout == f"{want[0].text}\n---\n{want[1].text}\n"
 
 
 @pytest.mark.parametrize(
@@ -77,6 +73,6 @@ def test_stdout_holds_the_completion_only_and_a_stream_is_the_same(workdir, tmp_
 )
 def test_wrong_use_is_one_error_line_and_status_2(workdir, tmp_path, arguments, said):
   done = command(*[a.format(workdir=workdir) for a in arguments], folder=tmp_path)
-  last = done.stderr.decode().strip().splitlines()[-1]
+  last = done.stderr.strip().splitlines()[-1]
   assert done.returncode == 2 and last.startswith("error:") and said in last
-  assert b"Traceback" not in done.stderr and done.stdout == b""
+  assert "Traceback" not in done.stderr and done.stdout == ""

@@ -6,12 +6,14 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import infer
 from infer.decode import decode, prefill
 from model.heads import abstract
 from model.layers import param_info
 from model.sharding import make_mesh, shardings
+from model.transformer import Inputs
 from model.vocabulary import build_tokenizer
 from tests.infer import tiny
 from tests.model.test_transformer import theirs_and_ours
@@ -37,6 +39,30 @@ def test_greedy_decoding_equals_the_argmax_of_full_passes(m):
   for place, row in zip(got.top_logprobs, own, strict=True):
     assert [t for t, _ in place] == np.argsort(-row)[:3].tolist()
     np.testing.assert_allclose([p for _, p in place], np.sort(row)[::-1][:3], atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "t5_bias"])
+def test_a_prefix_lm_reads_its_prompt_as_it_was_trained_to(positions):
+  m = tiny.model(prefix_attention=True, positions=positions)
+  prompts = [m.tokenizer.encode_prompt(p) for p in tiny.PROMPTS]
+  got = infer.generate(m, prompts, max_new_tokens=8, min_new_tokens=8)
+
+  @jax.jit
+  def full(tokens, pos, marked):
+    net = nnx.merge(m.graphdef, m.params)
+    return net.logits(net.hidden(Inputs(tokens, pos, bidirectional=marked))[0])
+
+  for prompt, one in zip(prompts, got, strict=True):
+    whole = np.zeros((1, 40), np.int32)
+    whole[0, : len(prompt) + 8] = [*prompt, *one.tokens]
+    index = np.arange(40)[None]
+    pos = np.where(index < len(prompt) + 8, index, -1)
+    logits = full(whole, pos, index < len(prompt))[0, len(prompt) - 1 : len(prompt) + 7]
+    logits = np.array(logits)
+    logits[:, m.tokenizer.eos_id] = -np.inf
+    assert logits.argmax(-1).tolist() == one.tokens
+    causal = np.asarray(full(whole, pos, index < 0))[0, len(prompt) - 1 : len(prompt) + 7]
+    assert len(prompt) < 4 or np.abs(causal - logits)[:, :200].max() > 1e-3
 
 
 @pytest.mark.parametrize("settings", [dict(), SAMPLED], ids=["greedy", "sampled"])

@@ -35,8 +35,8 @@ def told(saved, task, *arguments, folder):
   for json_too in (("--json",), ()):
     done = command(f"--checkpoint={saved / task}", f"--task={task}", *arguments, *json_too,
                    folder=folder)  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()
-    out.append(done.stdout.decode())
+    assert done.returncode == 0, done.stderr
+    out.append(done.stdout)
   return [json.loads(line) for line in out[0].splitlines()], out[1]
 
 
@@ -102,7 +102,7 @@ def test_vectors_similarity_and_a_file_of_them(saved, tmp_path):
   assert text == f"{alike:.4f}\n"
   done = command(f"--checkpoint={saved / 'embed'}", "--task=embed", "--prompt=Bob", "--prompt=no",
                  f"--output={tmp_path}/v.npy", folder=tmp_path)  # fmt: skip
-  assert (done.returncode, done.stdout) == (0, b""), done.stderr.decode()
+  assert (done.returncode, done.stdout) == (0, ""), done.stderr
   np.testing.assert_allclose(np.load(tmp_path / "v.npy"), m.embed(["Bob", "no"]), atol=1e-4)
 
 
@@ -128,6 +128,6 @@ def test_vectors_similarity_and_a_file_of_them(saved, tmp_path):
 )
 def test_wrong_use_is_one_error_line_and_status_2(saved, tmp_path, task, arguments, said):
   done = command(f"--checkpoint={saved / task}", f"--task={task}", *arguments, folder=tmp_path)
-  last = done.stderr.decode().strip().splitlines()[-1]
-  assert done.returncode == 2 and last.startswith("error:") and said in last, done.stderr.decode()
-  assert b"Traceback" not in done.stderr and done.stdout == b""
+  last = done.stderr.strip().splitlines()[-1]
+  assert done.returncode == 2 and last.startswith("error:") and said in last, done.stderr
+  assert "Traceback" not in done.stderr and done.stdout == ""

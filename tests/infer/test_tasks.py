@@ -196,6 +196,26 @@ def test_words_are_whole_whatever_their_pieces(kind):
   assert [w for w in words if not set(w) & set("日本")] == want
 
 
+def test_symbols_inside_a_word_belong_to_it():
+  text = "U.N. e-mail foo_bar 1,000 10:30 a:b x, end. (up)"
+  pieces = [(i, i + 1) for i in range(len(text))]
+  words = [text[start:end] for _, start, end in word_pieces(text, pieces)]
+  assert words == ["U.N.", "e-mail", "foo_bar", "1,000", "10:30", "a", ":", "b", "x", ",", "end",
+                   ".", "(", "up", ")"]  # fmt: skip
+
+
+def test_one_row_of_token_types_serves_pairs_too():
+  m = ours(("no", "yes"), head="sequence", num_labels=2, token_types=1)
+  assert {told.label for told in infer.classify(m, ["Bob"], ["Zoë"])[0]} == {"no", "yes"}
+
+
+def test_a_mask_in_a_text_stands_for_a_word_with_its_space():
+  for kind in ("bpe", "unigram"):
+    t = build_tokenizer(kind, 90 if kind == "unigram" else 300, CORPUS, ("<mask>",))
+    alone, within = t.encode("Bob<mask> and"), t.encode("Bob <mask> and")
+    assert alone == within and alone.count(t.mask_id) == 1
+
+
 def test_where_no_label_is_outside_each_word_is_a_span():
   m = ours(("NOUN", "VERB", "DET"), head="token", num_labels=3)
   spans = infer.tag(m, "Bob went to Köln.")[0]

@@ -24,11 +24,12 @@ SHAPES = {
   "masked_lm": (TYPED, (2, 6, 61)),
   "replaced_token": (TYPED | dict(head="replaced_token"), (2, 6)),
   "sequence": (TYPED | dict(head="sequence", num_labels=3), (2, 3)),
-  "regression": (dict(head="sequence", problem="regression", pooling="last"), (2, 1)),
+  "regression": (dict(head="sequence", problem="regression"), (2, 1)),
   "token": (TYPED | dict(head="token", num_labels=3), (2, 6, 3)),
   "span": (TYPED | dict(head="span"), (2, 6, 2)),
   "embedding": (dict(head="embedding", pooling="mean"), (2, 16)),
   "seq2seq": (BOTH, (2, 4, 61)),
+  "seq2seq_embedding": (BOTH | dict(head="embedding"), (2, 16)),
   "seq2seq_sequence": (BOTH | dict(head="sequence", num_labels=3, pooling="last"), (2, 3)),
 }
 TOKENS = np.array([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
@@ -81,6 +82,24 @@ def test_hidden_states_are_those_of_the_last_stack_that_reads_something():
   assert built("masked_lm").hidden(TOKENS).shape == (2, 6, 16)
 
 
+@pytest.mark.parametrize("name", ["language", "embedding", "seq2seq_embedding", "masked_lm"])
+def test_a_vector_stands_for_the_whole_text(name):
+  tokenizer = build_tokenizer("char", None, ["ab "])
+  m = dataclasses.replace(built(name), tokenizer=tokenizer)
+  texts = ["a b", "ab ab", "a"]
+  vectors = m.embed(texts)
+  differ = np.abs(vectors[:, None] - vectors[None]).max(-1)
+  assert (differ[~np.eye(3, dtype=bool)] > 1e-3).all(), "a decoder's first state is of a letter"
+  if m.config.head_kind == "embedding":
+    alone = [m(np.array([tokenizer.encode(text)]))[0] for text in texts]
+    np.testing.assert_allclose(vectors, alone, atol=1e-5)
+
+
+def test_a_decoder_cannot_tell_at_its_first_token_what_follows():
+  with pytest.raises(ValueError, match="'last' or 'mean'"):
+    dataclasses.replace(BASE, pooling="first")
+
+
 def test_token_types_are_zero_where_none_are_given_and_count_where_they_are():
   m = built("masked_lm")
   np.testing.assert_array_equal(m(TOKENS), m(TOKENS, token_types=np.zeros_like(TOKENS)))
@@ -104,6 +123,8 @@ def test_a_decoder_behind_an_encoder_sees_its_past_and_all_that_was_read():
     ("language", dict(decoder_tokens=DECODED), "decoder_tokens were given, and this model is no"),
     ("masked_lm", dict(decoder_positions=DECODED), "decoder_positions were given"),
     ("seq2seq", dict(), "needs decoder_tokens"),
+    ("seq2seq_sequence", dict(decoder_segments=DECODED), "without decoder_tokens"),
+    ("seq2seq_embedding", dict(decoder_tokens=DECODED), "the encoder alone embeds"),
     ("seq2seq", dict(decoder_tokens=DECODED + 60), "decoder_token 92 is outside"),
     ("seq2seq", dict(decoder_tokens=DECODED[0]), "decoder_tokens have shape (4,)"),
     ("seq2seq", dict(decoder_tokens=DECODED, segments=TOKENS * 0 + 1), "for neither"),

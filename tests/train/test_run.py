@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.commands import ROOT, Command
 from tests.quick import xla_flags
 
-ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "train" / "run_config.py"
 TIMING = ("tokens_per_second", "mfu")
 SHAPES = {
@@ -44,19 +44,22 @@ class Bench:
     lines = [" ".join(rng.choices(words, k=rng.randint(1, 20))) for _ in range(400)]
     self.text.write_text("\n".join(lines))
 
-  def command(self, workdir: Path, *overrides: str) -> list[str]:
+  def arguments(self, workdir: Path, *overrides: str) -> list[str]:
     return [
-      sys.executable, "-m", "train", f"--config={CONFIG}", f"--workdir={workdir}",
-      f"--config.data.source={self.text}", f"--config.cache_dir={self.folder / 'cache'}",
-      *overrides,
+      f"--config={CONFIG}", f"--workdir={workdir}", f"--config.data.source={self.text}",
+      f"--config.cache_dir={self.folder / 'cache'}", *overrides,
     ]  # fmt: skip
 
-  def start(self, workdir: Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
-    environment = {**os.environ, "XLA_FLAGS": xla_flags(devices), "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-      self.command(workdir, *overrides), cwd=ROOT, env=environment, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  def typed(self, workdir: Path, *overrides: str, **environment: str):
+    """The command as a user types it, in a process of its own."""
+    return subprocess.run(
+      [sys.executable, "-m", "train", *self.arguments(workdir, *overrides)], cwd=ROOT,
+      env={**os.environ, "XLA_FLAGS": xla_flags(1)} | environment, capture_output=True, text=True,
     )  # fmt: skip
+
+  def start(self, workdir: Path, *overrides: str, devices: int = 1) -> Command:
+    environment = {"XLA_FLAGS": xla_flags(devices)}
+    return Command("train", self.arguments(workdir, *overrides), environment)
 
   def run(self, workdir: Path, *overrides: str, devices: int = 1):
     process = self.start(workdir, *overrides, devices=devices)
@@ -201,8 +204,8 @@ def last_step(workdir: Path) -> int:
 
 def test_another_mesh_continues_and_another_model_is_refused(bench, reference):
   workdir = bench.folder / "moved"
-  status, _, err = bench.run(workdir, "--config.steps=10")
-  assert status == 0, err
+  done = bench.typed(workdir, "--config.steps=10")
+  assert done.returncode == 0, done.stderr
   status, _, err = bench.run(workdir, "--config.model.d_model=64", "--config.seed=1")
   assert status == 2
   last = err.splitlines()[-1]
@@ -275,10 +278,7 @@ def test_an_empty_corpus_an_unknown_platform_and_lost_precision_are_refused(benc
   empty.write_text("")
   status, _, err = bench.run(bench.folder / "wrong", f"--config.data.source={empty}")
   assert status == 2 and "empty.txt" in err.splitlines()[-1]
-  environment = {**os.environ, "JAX_PLATFORMS": "abacus"}
-  done = subprocess.run(
-    bench.command(bench.folder / "wrong"), cwd=ROOT, env=environment, capture_output=True, text=True
-  )
+  done = bench.typed(bench.folder / "wrong", JAX_PLATFORMS="abacus")
   assert done.returncode == 2 and "abacus" in done.stderr.splitlines()[-1], done.stderr
   status, _, err = bench.run(bench.folder / "wrong", "--config.model.param_dtype=float64")
   assert status == 2 and "JAX_ENABLE_X64" in err.splitlines()[-1]

@@ -229,6 +229,9 @@ def _answer(value: Any, start: Any, place: Place) -> tuple[str, int] | None:
       raise InputError(f"{place} has no 'text' and {ANSWER_START!r}: SQuAD's answers have both.")
     value, start = value["text"], value[ANSWER_START]
     if isinstance(value, list):
+      if not isinstance(start, list) or len(start) != len(value):
+        raise InputError(f"{place}: 'text' is {value!r} and {ANSWER_START!r} {start!r}: lists of "
+                         "the same length are needed.")  # fmt: skip
       value, start = (value[0], start[0]) if value else (None, None)
   if value is None or value == "":
     return None
@@ -236,7 +239,7 @@ def _answer(value: Any, start: Any, place: Place) -> tuple[str, int] | None:
     raise InputError(f"{place} holds {type(value).__name__}, not the text of an answer.")
   try:
     return value, int(start)
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):
     raise InputError(
       f"{place} is an answer, and {ANSWER_START}={start!r} does not say at which character of the "
       "context it begins."

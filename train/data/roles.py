@@ -89,5 +89,5 @@ def check_columns(config: Config) -> None:
   if data.labels is not None and (name not in _NAMED or numbers):
     what = "a regression" if numbers else name
     raise InputError(f"data.labels has no effect on {what}: remove it.")
-  if read and data.max_texts is not None and name not in _TEXTS:
+  if data.max_texts is not None and name not in _TEXTS and not config.objective.paired:
     raise InputError(f"data.max_texts={data.max_texts} has no effect on {name}: remove it.")

@@ -114,6 +114,8 @@ def _plain(value: Any, feature: Any, place: str) -> Any:
     return [_plain(v, getattr(feature, "feature", None), place) for v in value]
   value = value.item() if isinstance(value, np.generic | np.ndarray) else value
   if value is not None and hasattr(feature, "int2str"):
+    if value < 0:
+      raise InputError(f"{place} has no label ({value}): use a split whose examples have one.")
     return feature.int2str(value)
   return value
 

@@ -88,7 +88,8 @@ def pooled(
   model: ModelConfig, x: Float[Array, "B T D"], inputs: Inputs, texts: int
 ) -> Float[Array, "B S D"]:
   """One vector for each text of each row, as `model.pooling` has it."""
-  return pool(x, inputs.pos, inputs.seg, how=model.pooling, segments=texts)
+  how = model.pooling_of(model.text_stack)
+  return pool(x, inputs.pos, inputs.seg, how=how, segments=texts)
 
 
 def text_weights(batch: Mapping[str, Array]) -> Float[Array, ""]:

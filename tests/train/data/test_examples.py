@@ -233,10 +233,10 @@ WRONG = {
   "answer": (
     "span_qa", dict(answer=dict(text=["qq"], answer_start=[0])), {}, "'qq' does not stand",
   ),
+  "answer lists": ("span_qa", dict(answer=dict(text=["a"], answer_start=5)), {}, "the same length"),
   "answer start": ("span_qa", dict(answer="bee"), {}, "answer_start=None does not say"),
   "stride": ("span_qa", dict(text="a" * 90), {}, "leaves room for"),
   "unread": ("classification", {}, dict(target="other"), "data.target='other' has no effect"),
-  "pooling": ("contrastive", {}, dict(shape="decoder", pooling="first"), "'last' or 'mean'"),
   "accumulation": ("contrastive", {}, dict(accumulation=2, batch_size=2), "accumulation=2"),
   "smoothing": ("classification", {}, dict(problem="regression", label="number",
                 label_smoothing=0.1), "objective.label_smoothing=0.1 has no effect"),

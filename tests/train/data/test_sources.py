@@ -12,9 +12,11 @@ import pytest
 from pyarrow import parquet
 
 from model.errors import InputError
+from tests.train.objectives import tasks
 from train.config import DataConfig
 from train.data.arrays import Corpus, read_arrays, split_validation
 from train.data.cache import Cache
+from train.data.pipeline import load_data
 from train.data.sources import TokenSource, open_source, parse_mixture
 
 TEXTS = ["one\r\ntwo", 'a "quoted", thing', "日本語", "last"]
@@ -136,7 +138,8 @@ def prepared(tmp_path_factory) -> Path:
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en"), tfds.core.BuilderConfig(name="fr")]  # noqa: RUF012
 
     def _info(self):
-      features = {"text": tfds.features.Text(), "n": tfds.features.Scalar(np.int64)}
+      mood = tfds.features.ClassLabel(names=["sad", "glad"])
+      features = {"text": tfds.features.Text(), "n": tfds.features.Scalar(np.int64), "mood": mood}
       return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -144,7 +147,8 @@ def prepared(tmp_path_factory) -> Path:
 
     def _generate_examples(self, count):
       for i in range(count):
-        yield i, {"text": f"{self.builder_config.name} poème {i}", "n": i}
+        mood = -1 if count == 5 else i % 2  # -1: nobody has said.
+        yield i, {"text": f"{self.builder_config.name} poème {i}", "n": i, "mood": mood}
 
   root = tmp_path_factory.mktemp("tfds")
   for name in ("en", "fr"):
@@ -164,6 +168,21 @@ def test_tfds_is_read_without_tensorflow(prepared):
   assert "tensorflow" not in sys.modules
   of = lambda spec: open_source(spec, DataConfig(data_dir=str(prepared))).fingerprint
   assert of("tfds:poems/en:1.2.0") == of("tfds:poems/en[train]") != of("tfds:poems/en[validation]")
+
+
+def test_tfds_features_are_the_columns_of_a_task(prepared, tmp_path):
+  where = dict(data_dir=str(prepared), label="mood", batch_size=40, packing=False, steps=2)
+  task = lambda split: tasks.config(
+    tmp_path, "classification", source=f"tfds:poems/en[{split}]", **where
+  )  # fmt: skip
+  data = load_data(task("train"))
+  assert data.labels == ("glad", "sad")
+  batch = data.batch(0)
+  for tokens, label in zip(batch["tokens"], batch["text_labels"][:, 0], strict=True):
+    number = int(data.tokenizer.decode(tokens.tolist()).split()[-1])
+    assert data.labels[label] == ("sad", "glad")[number % 2]
+  with pytest.raises(InputError, match="has no label \\(-1\\)"):
+    load_data(task("validation"))
 
 
 def test_wrong_tfds_specs_are_named(prepared):
