@@ -93,11 +93,12 @@ def _open(spec: str, config: DataConfig, wanted: Wanted, optional: Collection[st
 
 
 def _rows(spec: str, found: _Found, wanted: Wanted) -> Iterator[Row]:
+  features = {c: found.features[c] for c in wanted.values() if c in found.features}
   for start in range(0, len(found.examples), _EXAMPLES):
     stop = min(start + _EXAMPLES, len(found.examples))
     for i, example in enumerate(found.examples.__getitems__(range(start, stop)), start):
       place = f"{spec!r}: example {i}"
-      values = (_plain(example.get(c), found.features.get(c), place) for c in wanted.values())
+      values = (_plain(example.get(c), features.get(c), place) for c in wanted.values())
       yield i, tuple(values)
 
 

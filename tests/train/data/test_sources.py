@@ -179,7 +179,7 @@ def test_tfds_features_are_the_columns_of_a_task(prepared, tmp_path):
   assert data.labels == ("glad", "sad")
   batch = data.batch(0)
   for tokens, label in zip(batch["tokens"], batch["text_labels"][:, 0], strict=True):
-    number = int(data.tokenizer.decode(tokens.tolist()).split()[-1])
+    number = int(data.tokenizer.decode(tokens.tolist()).rstrip("\0").split()[-1])
     assert data.labels[label] == ("sad", "glad")[number % 2]
   with pytest.raises(InputError, match="has no label \\(-1\\)"):
     load_data(task("validation"))
