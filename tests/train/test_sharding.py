@@ -18,7 +18,6 @@ MESHES = {
   "tensor": MeshConfig(data=2, tensor=4),
   "mix": MeshConfig(data=2, fsdp=2, tensor=2),
 }
-OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 MODEL = dataclasses.replace(tiny.ROTARY, dtype="float64", param_dtype="float64")
 
 
@@ -42,7 +41,11 @@ def alone():
   return get
 
 
-CASES = [("adamw", mesh) for mesh in MESHES] + [(name, "mix") for name in OPTIMIZERS[1:]]
+slow = pytest.mark.slow
+CASES = [
+  ("adamw", "fsdp"), ("adamw", "tensor"), ("adamw", "mix"), ("adafactor", "mix"), ("muon", "mix"),
+  *(pytest.param(*c, marks=slow) for c in (("adamw", "data"), ("lion", "mix"), ("sgd", "mix"))),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("optimizer", "mesh"), CASES)
@@ -82,7 +85,6 @@ def shape_run(folder, shape, devices, steps, **changes):
   return run(resolved(one, data), [data.batch(step) for step in range(steps)], devices)
 
 
-slow = pytest.mark.slow
 ENCODER_CASES = [("adamw", "mix"), *(pytest.param(*case, marks=slow) for case in (
   ("adamw", "fsdp"), ("adamw", "tensor"), ("adafactor", "mix"), ("muon", "mix"),
 ))]  # fmt: skip

@@ -79,8 +79,8 @@ def test_packed_equals_separate_in_loss_and_gradients(name):
 @pytest.mark.parametrize(
   "change",
   [
-    dict(scan_layers=False), dict(remat="full"), dict(remat="dots"), dict(remat="attention"),
-    dict(remat="offload"),
+    dict(scan_layers=False), dict(remat="full"), dict(remat="offload"),
+    *(pytest.param(dict(remat=n), marks=pytest.mark.slow) for n in ("dots", "attention")),
   ],
   ids=str,
 )  # fmt: skip
@@ -94,7 +94,15 @@ def test_loop_and_remat_equal_the_plain_scan_with_dropout(change):
   close(grads, want)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "muon", "sgd"])
+@pytest.mark.parametrize(
+  "optimizer",
+  [
+    "adamw",
+    "adafactor",
+    "muon",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("lion", "sgd")),
+  ],
+)
 def test_scan_equals_loop_with_every_optimizer(optimizer):
   batches = [tiny.random_batch(seed) for seed in range(2)]
   settings = OptimizerConfig(name=optimizer, warmup_steps=0, learning_rate=1e-3)
