@@ -5,7 +5,6 @@ import functools
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ EVERY = 10  # Steps between two points of a curve.
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-  """What a run gave: its score, seconds of training, and its losses by step."""
+  """What a run gave: its score, and its losses by step."""
 
   score: float
-  seconds: float
   parameters: int
   losses: list[tuple[int, float]]
 
@@ -40,13 +38,11 @@ def overridden(config: Config, values: dict[str, Any]) -> Config:
   return checked(config)
 
 
-def train_ours(file: str, values: dict[str, Any], workdir: Path) -> float:
-  """Runs the command as a user does: seconds."""
+def train_ours(file: str, values: dict[str, Any], workdir: Path) -> None:
+  """Runs the command as a user does."""
   command = [sys.executable, "-m", "train", f"--config={file}", f"--workdir={workdir}"]
-  start = time.perf_counter()
   overrides = [f"--config.{name}={value}" for name, value in values.items()]
   subprocess.run([*command, *overrides], check=True)
-  return time.perf_counter() - start
 
 
 def losses_of(workdir: Path) -> list[tuple[int, float]]:
@@ -57,8 +53,8 @@ def losses_of(workdir: Path) -> list[tuple[int, float]]:
 
 def train_peer(
   config: Config, data: Data, net, loss_of: Callable[[Any], tuple[Any, float]]
-) -> tuple[float, list[tuple[int, float]]]:
-  """Trains a torch module as `config` says: (seconds, losses).
+) -> list[tuple[int, float]]:
+  """Trains a torch module as `config` says: its losses by step.
 
   Args:
     loss_of: a batch of torch tensors -> (what is learned from, what is reported).
@@ -71,7 +67,7 @@ def train_peer(
     dict(params=[p for p in net.parameters() if p.ndim < 2], weight_decay=0.0),
   ]
   adamw = torch.optim.AdamW(groups, betas=(moments["b1"], moments["b2"]), eps=moments["eps"])
-  schedule, start = make_schedule(o, config.steps), time.perf_counter()
+  schedule = make_schedule(o, config.steps)
   for step, batch in zip(range(config.steps), _tensors(data.batches()), strict=False):
     loss, reported = loss_of(batch)
     adamw.zero_grad(set_to_none=True)
@@ -84,7 +80,7 @@ def train_peer(
     if (step + 1) % EVERY == 0:
       losses.append((step + 1, reported))
       print(f"pytorch {step + 1}/{config.steps}  loss {reported:.4f}", file=sys.stderr)
-  return time.perf_counter() - start, losses
+  return losses
 
 
 def _tensors(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, Any]]:
@@ -112,8 +108,8 @@ def report(
   for side, each in runs.items():
     scores = [run.score for run in each]
     rows[side] = dict(
-      scores=scores, mean=float(np.mean(scores)), parameters=each[0].parameters,
-      training_seconds=[round(run.seconds) for run in each], last_loss=each[0].losses[-1][1],
+      scores=scores, mean=round(float(np.mean(scores)), 2), parameters=each[0].parameters,
+      last_loss=each[0].losses[-1][1],
     )  # fmt: skip
     print(f"{side:<28}{measure} {np.mean(scores):.2f}  {rows[side]}")
   if not write:

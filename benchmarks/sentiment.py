@@ -65,10 +65,10 @@ def accuracy(found: list[str], labels: list[str]) -> float:
 
 def learn_ours(values: dict, workdir: Path, texts: list[str], labels: list[str]) -> Learned:
   """The run of the command."""
-  seconds = train_ours("configs/sst2.py", values, workdir)
+  train_ours("configs/sst2.py", values, workdir)
   m = model.load(workdir)
   found = [told[0].label for told in infer.classify(m, texts)]
-  return Learned(accuracy(found, labels), seconds, m.config.num_params(), losses_of(workdir))
+  return Learned(accuracy(found, labels), m.config.num_params(), losses_of(workdir))
 
 
 def learn_theirs(values: dict, workdir: Path, texts: list[str], labels: list[str]) -> Learned:
@@ -89,7 +89,7 @@ def learn_theirs(values: dict, workdir: Path, texts: list[str], labels: list[str
     loss = (each * weights).sum() / weights.sum()
     return loss, loss.item()
 
-  seconds, losses = train_peer(config, data, net, loss_of)
+  losses = train_peer(config, data, net, loss_of)
   net.eval()
   found = []
   for text in texts:
@@ -97,7 +97,7 @@ def learn_theirs(values: dict, workdir: Path, texts: list[str], labels: list[str
     with torch.no_grad():
       logits = net(tokens, torch.arange(tokens.shape[1])[None], torch.ones_like(tokens), 1)
     found.append((data.labels or ())[logits.argmax()])
-  return Learned(accuracy(found, labels), seconds, sum(p.numel() for p in net.parameters()), losses)
+  return Learned(accuracy(found, labels), sum(p.numel() for p in net.parameters()), losses)
 
 
 def make_peer(cfg: ModelConfig):

@@ -73,10 +73,10 @@ def main(_: list[str]) -> None:
 
 def learn_ours(values: dict, workdir: Path, texts: list[str], bleu) -> tuple[list[str], Learned]:
   """(translations, the run)."""
-  seconds = train_ours("configs/multi30k.py", values, workdir)
+  train_ours("configs/multi30k.py", values, workdir)
   m = model.load(workdir)
   found = [c.text for c in infer.generate(m, texts, max_new_tokens=_TOKENS)]
-  return found, Learned(bleu(found), seconds, m.config.num_params(), losses_of(workdir))
+  return found, Learned(bleu(found), m.config.num_params(), losses_of(workdir))
 
 
 def learn_theirs(values: dict, workdir: Path, texts: list[str], bleu) -> tuple[list[str], Learned]:
@@ -104,10 +104,10 @@ def learn_theirs(values: dict, workdir: Path, texts: list[str], bleu) -> tuple[l
       reported = mean(0.0).item()
     return mean(smoothing), reported
 
-  seconds, losses = train_peer(config, data, net, loss_of)
+  losses = train_peer(config, data, net, loss_of)
   found = translate_with_peer(net.eval(), config.model, data.tokenizer, texts)
   parameters = sum(p.numel() for p in net.parameters())
-  return found, Learned(bleu(found), seconds, parameters, losses)
+  return found, Learned(bleu(found), parameters, losses)
 
 
 def make_peer(cfg: ModelConfig):
