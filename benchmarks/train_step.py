@@ -92,12 +92,12 @@ def ours(config: Config, batch: Batch, steps: int) -> Callable[[], None]:
   mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     program = build_program(config, mesh)
-    state = [program.init()]
+    state, step = [program.init()], program.train_step
     rows = put_batch(program, batch)
 
   def run() -> None:
     for _ in range(steps):
-      state[0], metrics = program.train_step(state[0], rows)
+      state[0], metrics = step(state[0], rows)
     jax.block_until_ready(metrics)
 
   return run

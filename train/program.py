@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,8 @@ from train.step import Batch, LossFn, TrainState, init_state, make_eval_step, ma
 class Program:
   """What a run is made of. The compiled steps take the shapes they were compiled for, no others.
 
-  The evaluation step is compiled when it is first asked for: a run without validation needs none.
+  Each is compiled, for the mesh in use, when it is first asked for: what is wrong with a run's
+  checkpoint is known before, and a run without validation needs no evaluation step.
   """
 
   graphdef: nnx.GraphDef
@@ -36,9 +36,13 @@ class Program:
   state: TrainState  # Abstract, with shardings.
   batch: dict[str, jax.ShapeDtypeStruct]  # Abstract and global, with shardings.
   init: Callable[[], TrainState]
-  train_step: jax.stages.Compiled
-  compile_seconds: float  # Of the training step.
+  _train: jax.stages.Wrapped = dataclasses.field(repr=False)
   _evaluate: jax.stages.Wrapped = dataclasses.field(repr=False)
+
+  @functools.cached_property
+  def train_step(self) -> jax.stages.Compiled:
+    """(state, batch) -> (state, metrics); the state is donated."""
+    return self._train.lower(self.state, self.batch).compile()
 
   @functools.cached_property
   def eval_step(self) -> jax.stages.Compiled:
@@ -47,7 +51,7 @@ class Program:
 
 
 def build_program(config: Config, mesh: Mesh) -> Program:
-  """Abstract shapes, then shardings, then the jitted initialization and the compiled step.
+  """Abstract shapes, then shardings, then the initialization and the steps.
 
   Raises:
     InputError: if the mesh does not divide the batch or an axis of the model.
@@ -76,14 +80,10 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     seed=config.seed, accumulation=config.accumulation, ema_decay=config.ema_decay,
     random=dropout or objective.samples,
   )  # fmt: skip
-  start = time.perf_counter()
-  train_step = jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh)))
-  compiled = train_step.lower(state, batch).compile()
-  seconds = time.perf_counter() - start
-  evaluate = jax.jit(make_eval_step(loss_fn), out_shardings=replicated(mesh))
   return Program(
-    graphdef, info, state, batch, jax.jit(init, out_shardings=where), compiled,
-    seconds, evaluate,
+    graphdef, info, state, batch, jax.jit(init, out_shardings=where),
+    jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh))),
+    jax.jit(make_eval_step(loss_fn), out_shardings=replicated(mesh)),
   )  # fmt: skip
 
 

@@ -90,6 +90,9 @@ def run_lines(config: Config, program: Program, data: Data, mesh: Mesh, start: i
   lengths = [n for n in (config.seq_len, config.target_len) if n is not None]
   tokens = config.batch_size * sum(lengths)
   parts = f" in {config.accumulation} parts" if config.accumulation > 1 else ""
+  began = time.perf_counter()
+  memory = memory_text(program.train_step, kind)
+  seconds = time.perf_counter() - began
   rows = {
     "mesh": f"{axes} ({_count_text(mesh.size, 'device')}, "
     + f"{_count_text(jax.process_count(), 'process')})",
@@ -98,8 +101,8 @@ def run_lines(config: Config, program: Program, data: Data, mesh: Mesh, start: i
     "data": _data_text(config, data),
     "validation": f"{data.validation_tokens:,} tokens in {data.num_validation_batches:,} batches",
     "vocabulary": f"{data.tokenizer.vocab_size:,} tokens",
-    "memory": memory_text(program.train_step, kind),
-    "compiled": f"in {program.compile_seconds:.1f} s",
+    "memory": memory,
+    "compiled": f"in {seconds:.1f} s",
     "steps": f"{start:,} of {config.steps:,} done"
     + (", continuing" if 0 < start < config.steps else ""),
   }

@@ -95,7 +95,10 @@ def reference(name: str, leaf: tuple, schedule) -> optax.GradientTransformation:
   return optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=decay)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+MOST = [pytest.param(n, marks=pytest.mark.slow) if n in ("lion", "sgd") else n for n in OPTIMIZERS]
+
+
+@pytest.mark.parametrize("name", MOST)
 def test_stacked_multi_axis_leaves_equal_optax_on_each_matrix(name):
   with jax.enable_x64(True):
     cfg = config(name, clip_norm=None)
@@ -116,7 +119,7 @@ def test_stacked_multi_axis_leaves_equal_optax_on_each_matrix(name):
       np.testing.assert_allclose(ours[key], value, rtol=0, atol=1e-11, err_msg=str(key))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", MOST)
 def test_state_of_a_stack_is_the_stack_of_its_layers_states(name):
   """Two layers apart, clipped together, against the same two layers stacked."""
   stacked = {k: LEAVES[k] for k in ("q_proj", "router", "expert_bias")}

@@ -37,7 +37,6 @@ def program(cfg: ModelConfig):
   state = types.SimpleNamespace(params=params, frozen={})
   return types.SimpleNamespace(
     info=param_info(net), state=state, batch={"tokens": rows}, train_step=square,
-    compile_seconds=1.0,
   )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def close(got, want, tolerance: float = 2e-5):
   )
 
 
-@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("pairs", [*PAIRS[:2], pytest.param(PAIRS[2], marks=pytest.mark.slow)])
 def test_packed_equals_separate_in_loss_and_gradients(pairs):
   cfg = config(pairs)
   objective = make_objective(cfg, BYTES)
@@ -171,7 +171,7 @@ def test_a_text_of_another_document_is_none_of_its_own():
         assert len(texts[i]) == 1
 
 
-@pytest.mark.parametrize("pairs", ["none", "sentence_order"])
+@pytest.mark.parametrize("pairs", [pytest.param("none", marks=pytest.mark.slow), "sentence_order"])
 def test_accumulation_equals_one_big_batch(pairs):
   results = []
   for parts in (1, 4):

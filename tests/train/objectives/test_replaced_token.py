@@ -46,7 +46,7 @@ def greedy(monkeypatch):
   monkeypatch.setattr(replaced_token, "sampled", lambda logits, key: jnp.argmax(logits, -1))
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("share", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_packed_equals_separate_in_loss_and_gradients(greedy, share):
   cfg = electra(share)
   objective = make_objective(cfg, BYTES)
@@ -112,11 +112,9 @@ def test_the_generator_learns_from_its_own_loss_only():
   objective = make_objective(cfg, BYTES)
   batch, net = packed(objective), objective.build(cfg.model, nnx.Rngs(0))
   graphdef, state = nnx.split(net, nnx.Param)
-  term = lambda name: jax.grad(
-    lambda p: objective.loss(nnx.merge(graphdef, p), jax.tree.map(jnp.asarray, batch), None).terms[
-      name
-    ]
-  )(nnx.to_pure_dict(state))
+  params = nnx.to_pure_dict(state)
+  loss = lambda p, name: objective.loss(nnx.merge(graphdef, p), batch, None).terms[name]
+  term = lambda name: jax.jit(jax.grad(loss), static_argnums=1)(params, name)
   size = lambda tree: sum(float(jnp.abs(a).sum()) for a in jax.tree.leaves(tree))
   own, detection = term("loss"), term("replaced")
   assert size(detection["generator"]) == 0 < size(own["generator"])

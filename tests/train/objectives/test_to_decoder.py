@@ -121,7 +121,11 @@ def _fitting(examples: list) -> list:
   return [order[i] for i in (4, 0, 1, 2, 3)]
 
 
-@pytest.mark.parametrize("name, shape", KINDS)
+QUICKEST = (KINDS[0], KINDS[5])  # The others are slow where each kind compiles programs of its own.
+SLOW = [pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS if kind not in QUICKEST]
+
+
+@pytest.mark.parametrize("name, shape", [*QUICKEST, *SLOW])
 def test_packed_equals_separate_loss_and_gradient(name, shape):
   objective, net, packed, separate = _prepared(name, shape)
   graphdef, params = nnx.split(net, nnx.Param)
@@ -179,7 +183,7 @@ def test_a_pair_sees_nothing_of_the_others_in_its_row(changed):
   assert (before != after)[written == 2][:, :vocabulary].any(-1).mean() > 0.9
 
 
-@pytest.mark.parametrize("name, shape", KINDS[::2])
+@pytest.mark.parametrize("name, shape", [KINDS[4], *SLOW[1:3]])
 def test_a_run_trains_to_its_end_and_shows_what_it_says(texts, name, shape, tmp_path, capsys):
   one = _config(texts, name, shape, steps=2, batch_size=8, eval_batches=1, optimizer=QUICK)
   assert train(one, tmp_path / "run") == 0
