@@ -15,7 +15,6 @@ from model.sharding import make_mesh
 from model.trained import Model
 from model.vocabulary import build_tokenizer
 from tests.train.objectives import tasks
-from tests.train.test_step import born
 from train.config import DataConfig
 from train.data.pipeline import load_data
 from train.init_from import with_its_tokenizer
@@ -48,7 +47,7 @@ def start(config, folder):
     data = load_data(config)
     config = resolved(config, data)
     program = build_program(config, mesh)
-    fresh = jax.device_get(born(config, program).params)
+    fresh = jax.device_get(program.init().params)
     checkpoints = Checkpoints(folder / "new", keep=1)
     state, _ = restore_or_init(config, program, checkpoints, data)
     checkpoints.close()

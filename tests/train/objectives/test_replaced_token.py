@@ -110,8 +110,8 @@ def test_samples_follow_the_generator_and_the_key():
 def test_the_generator_learns_from_its_own_loss_only():
   cfg = electra()
   objective = make_objective(cfg, BYTES)
-  batch, net = packed(objective), objective.build(cfg.model, nnx.Rngs(0))
-  graphdef, state = nnx.split(net, nnx.Param)
+  batch = jax.tree.map(jnp.asarray, packed(objective))
+  graphdef, state = nnx.split(objective.build(cfg.model, nnx.Rngs(0)), nnx.Param)
   params = nnx.to_pure_dict(state)
   loss = lambda p, name: objective.loss(nnx.merge(graphdef, p), batch, None).terms[name]
   term = lambda name: jax.jit(jax.grad(loss), static_argnums=1)(params, name)
