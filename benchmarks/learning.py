@@ -14,7 +14,8 @@ import numpy as np
 from benchmarks.measure import RESULTS, commit, machine
 from model.config import ModelConfig
 from train.config import Config, checked
-from train.data.pipeline import Data
+from train.data.pipeline import Data, load_data
+from train.resolve import resolved
 from train.schedules import make_schedule
 
 CURVES = Path(__file__).parents[1] / "docs" / "curves"
@@ -30,19 +31,37 @@ class Learned:
   losses: list[tuple[int, float]]
 
 
-def overridden(config: Config, values: dict[str, Any]) -> Config:
-  """`config` with fields set by dotted names, as --config.NAME=VALUE sets them."""
+def overrides(*, steps: int, warmup: int, seed: int, **data: str | None) -> dict[str, Any]:
+  """Settings of both sides by dotted names: one validation and one checkpoint, at the end."""
+  return {
+    "steps": steps, "seed": seed, "eval_every": steps, "checkpoint_every": steps,
+    "log_every": EVERY, "optimizer.warmup_steps": warmup,
+    **{f"data.{name}": value for name, value in data.items()},
+  }  # fmt: skip
+
+
+def prepare_peer(config: Config, values: dict[str, Any], workdir: Path) -> tuple[Config, Data]:
+  """(config, data) of a peer that learns what the run of `workdir` did; torch is seeded.
+
+  Args:
+    values: set by dotted names, as --config.NAME=VALUE sets them.
+  """
+  import torch
+
   for path, value in values.items():
     *sections, name = path.split(".")
     setattr(functools.reduce(getattr, sections, config), name, value)
-  return checked(config)
+  config = checked(config)
+  data = load_data(config, workdir=workdir)
+  torch.manual_seed(config.seed)
+  return resolved(config, data), data
 
 
 def train_ours(file: str, values: dict[str, Any], workdir: Path) -> None:
   """Runs the command as a user does."""
   command = [sys.executable, "-m", "train", f"--config={file}", f"--workdir={workdir}"]
-  overrides = [f"--config.{name}={value}" for name, value in values.items()]
-  subprocess.run([*command, *overrides], check=True)
+  settings = [f"--config.{name}={value}" for name, value in values.items()]
+  subprocess.run([*command, *settings], check=True)
 
 
 def losses_of(workdir: Path) -> list[tuple[int, float]]:

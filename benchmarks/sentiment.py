@@ -16,10 +16,10 @@ from absl import app, flags
 import infer
 import model
 from benchmarks.learning import (
-  EVERY,
   Learned,
   losses_of,
-  overridden,
+  overrides,
+  prepare_peer,
   report,
   sinusoids,
   train_ours,
@@ -27,8 +27,6 @@ from benchmarks.learning import (
 )
 from configs import sst2
 from model.config import ModelConfig
-from train.data.pipeline import load_data
-from train.resolve import resolved
 
 _TEXT = flags.DEFINE_string("text", None, "Sentences and labels, a tab between.", required=True)
 _VALIDATION_TEXT = flags.DEFINE_string("validation_text", None, "As text.", required=True)
@@ -43,11 +41,10 @@ def main(_: list[str]) -> None:
   texts, labels = [text for text, _ in lines], [label for _, label in lines]
   runs = {"triune": [], "nn.TransformerEncoder": []}
   for seed in range(_SEEDS.value):
-    values = {
-      "steps": _STEPS.value, "seed": seed, "eval_every": _STEPS.value, "log_every": EVERY,
-      "checkpoint_every": _STEPS.value, "optimizer.warmup_steps": _WARMUP.value,
-      "data.source": _TEXT.value, "data.validation_source": _VALIDATION_TEXT.value,
-    }  # fmt: skip
+    values = overrides(
+      steps=_STEPS.value, warmup=_WARMUP.value, seed=seed, source=_TEXT.value,
+      validation_source=_VALIDATION_TEXT.value,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
       workdir = Path(folder) / "run"
       runs["triune"].append(learn_ours(values, workdir, texts, labels))
@@ -76,10 +73,7 @@ def learn_theirs(values: dict, workdir: Path, texts: list[str], labels: list[str
   import torch
   from torch.nn import functional as F
 
-  config = overridden(sst2.get_config(), values)
-  data = load_data(config, workdir=workdir)
-  config = resolved(config, data)
-  torch.manual_seed(config.seed)
+  config, data = prepare_peer(sst2.get_config(), values, workdir)
   net, places = make_peer(config.model), data.sides["text_"].length
 
   def loss_of(batch):

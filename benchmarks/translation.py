@@ -18,10 +18,10 @@ from absl import app, flags
 import infer
 import model
 from benchmarks.learning import (
-  EVERY,
   Learned,
   losses_of,
-  overridden,
+  overrides,
+  prepare_peer,
   report,
   sinusoids,
   train_ours,
@@ -29,8 +29,6 @@ from benchmarks.learning import (
 )
 from configs import multi30k
 from model.config import ModelConfig
-from train.data.pipeline import load_data
-from train.resolve import resolved
 
 _TEXT = flags.DEFINE_string("text", None, "Sentences to translate, one a line.", required=True)
 _TARGET = flags.DEFINE_string("target", None, "Their translations.", required=True)
@@ -47,13 +45,11 @@ _ROWS = 64  # Sentences that the peer translates at a time.
 def main(_: list[str]) -> None:
   from sacrebleu.metrics.bleu import BLEU  # pyright: ignore[reportMissingImports]
 
-  values = {
-    "steps": _STEPS.value, "seed": _SEED.value, "eval_every": _STEPS.value,
-    "checkpoint_every": _STEPS.value, "log_every": EVERY, "optimizer.warmup_steps": _WARMUP.value,
-    "data.source": _TEXT.value, "data.target": _TARGET.value,
-    "data.validation_source": _VALIDATION_TEXT.value,
-    "data.validation_target": _VALIDATION_TARGET.value,
-  }  # fmt: skip
+  values = overrides(
+    steps=_STEPS.value, warmup=_WARMUP.value, seed=_SEED.value, source=_TEXT.value,
+    target=_TARGET.value, validation_source=_VALIDATION_TEXT.value,
+    validation_target=_VALIDATION_TARGET.value,
+  )  # fmt: skip
   metric = BLEU()
   texts, references = lines_of(_VALIDATION_TEXT.value), lines_of(_VALIDATION_TARGET.value)
   bleu = lambda found: round(metric.corpus_score(found, [references]).score, 2)
@@ -84,10 +80,7 @@ def learn_theirs(values: dict, workdir: Path, texts: list[str], bleu) -> tuple[l
   import torch
   from torch.nn import functional as F
 
-  config = overridden(multi30k.get_config(), values)
-  data = load_data(config, workdir=workdir)
-  config = resolved(config, data)
-  torch.manual_seed(config.seed)
+  config, data = prepare_peer(multi30k.get_config(), values, workdir)
   net, smoothing = make_peer(config.model), config.objective.label_smoothing
 
   def loss_of(batch):

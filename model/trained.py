@@ -107,8 +107,7 @@ class Model:
     are `decoder_tokens`. Arguments and errors as in calling the model.
     """
     if self.config.shape == "encoder_decoder" and decoder_tokens is None:
-      if decoder_segments is not None or decoder_positions is not None:
-        raise InputError("decoder_segments or decoder_positions were given without decoder_tokens.")
+      _check_decoder(decoder_tokens, decoder_segments, decoder_positions)
       source = self._side(tokens, segments, positions, token_types)
       return _encoded(self.graphdef, self.params, source)
     inputs, source, _ = self._checked(
@@ -159,8 +158,7 @@ class Model:
       return source, None, texts
     if self.config.head_kind == "embedding" and decoder_tokens is not None:
       raise InputError("decoder_tokens were given, and the encoder alone embeds texts.")
-    if decoder_tokens is None and (decoder_segments is not None or decoder_positions is not None):
-      raise InputError("decoder_segments or decoder_positions were given without decoder_tokens.")
+    _check_decoder(decoder_tokens, decoder_segments, decoder_positions)
     if self.config.head_kind == "embedding":
       return source, None, texts
     if decoder_tokens is not None:
@@ -221,6 +219,11 @@ class Model:
       raise InputError(
         f"position {last} is beyond the model's max_positions={limit}: shorten the input."
       )
+
+
+def _check_decoder(tokens: Any, segments: Any, positions: Any) -> None:
+  if tokens is None and (segments is not None or positions is not None):
+    raise InputError("decoder_segments or decoder_positions were given without decoder_tokens.")
 
 
 def decoder_start(model: ModelConfig, tokenizer: Tokenizer | None) -> int | None:
