@@ -31,6 +31,13 @@ def machine() -> str:
   return f"{names[0]}, {len(names)} cores" if names else platform.processor()
 
 
+def has_gpu() -> bool:
+  """Whether PyTorch sees an NVIDIA GPU; JAX, once asked, would take the memory of the workers."""
+  import torch
+
+  return torch.cuda.is_available()
+
+
 def commit() -> str:
   """The commit that is measured."""
   out = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
@@ -42,7 +49,7 @@ class Worker:
 
   def __init__(self, module: str, way: str, *, huge_pages: bool):
     """Starts `python -m MODULE --way=WAY` with the flags of this process, which calls `serve`."""
-    environment = dict(os.environ)
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4", **os.environ}  # PyTorch needs some.
     self._process = subprocess.Popen(
       [sys.executable, "-m", module, *sys.argv[1:], f"--way={way}"], text=True,
       env=with_huge_pages(environment) if huge_pages else environment,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measure import has_gpu
 from train.config import Config
 from train.objectives.objective import Batch
 
@@ -15,7 +16,7 @@ def make(
   """What takes `steps` optimizer steps on `batch`, with the settings of `config`."""
   import torch
 
-  device = "cuda" if torch.cuda.is_available() else "cpu"
+  device = "cuda" if has_gpu() else "cpu"
   model = {"gpt2": _gpt2, "bert": _bert, "t5": _t5}[case]()
   torch.nn.Module.to(model, device)
   o, moments = config.optimizer, config.optimizer.moments()

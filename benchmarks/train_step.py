@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import torch_steps
-from benchmarks.measure import Worker, interleaved, rates, report, serve
+from benchmarks.measure import Worker, has_gpu, interleaved, rates, report, serve
 from configs import bert_base, gpt_small, t5_base
 from model.sharding import make_mesh
 from train.config import Config
@@ -28,22 +28,24 @@ from train.program import build_program, put_batch
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A shape, with the sizes of its batch."""
+  """A shape, with the sequences and tokens of its batch on a CPU and on a GPU."""
 
   name: str
   config: Callable[[], Config]
-  batch: int
-  length: int
+  cpu: tuple[int, int]
+  gpu: tuple[int, int]
 
 
 CASES = {
-  "gpt2": Case("GPT-2 small", gpt_small.get_config, 4, 128),
-  "bert": Case("BERT base, masked LM", bert_base.get_config, 2, 512),
-  "t5": Case("T5 base", t5_base.get_config, 2, 512),
+  "gpt2": Case("GPT-2 small", gpt_small.get_config, cpu=(4, 128), gpu=(8, 1024)),
+  "bert": Case("BERT base, masked LM", bert_base.get_config, cpu=(2, 512), gpu=(16, 512)),
+  "t5": Case("T5 base", t5_base.get_config, cpu=(2, 512), gpu=(16, 512)),
 }
 _CASES = flags.DEFINE_list("cases", [*CASES], "Shapes to measure, a comma between them.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds in which all take turns.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 2, "Steps in a round.", lower_bound=1)
+_STEPS = flags.DEFINE_integer(
+  "steps", None, "Steps in a round: 2 on a CPU, 20 on a GPU.", lower_bound=1
+)
 _BATCH = flags.DEFINE_integer("batch", None, "Sequences in a batch.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", None, "Tokens in a sequence.", lower_bound=2)
 _WAY = flags.DEFINE_string("way", None, "CASE/WAY to do the work of: what the benchmark starts.")
@@ -60,13 +62,18 @@ def main(_: list[str]) -> None:
 
 def settings(case: Case) -> Config:
   """The config of a case: its published shape, AdamW, no dropout, no remat."""
-  config = case.config()
+  config, (batch, length) = case.config(), case.gpu if has_gpu() else case.cpu
   model = dataclasses.replace(config.model, remat="none", dropout=0.0, attention_dropout=0.0)
   optimizer = dataclasses.replace(config.optimizer, name="adamw", warmup_steps=10)
   return dataclasses.replace(
-    config, model=model, optimizer=optimizer, batch_size=_BATCH.value or case.batch,
-    seq_len=_LENGTH.value or case.length, steps=10_000,
+    config, model=model, optimizer=optimizer, batch_size=_BATCH.value or batch,
+    seq_len=_LENGTH.value or length, steps=10_000,
   )  # fmt: skip
+
+
+def steps_in_a_round() -> int:
+  """By the flag, or what takes long enough to be timed."""
+  return _STEPS.value or (20 if has_gpu() else 2)
 
 
 def random_batch(config: Config) -> Batch:
@@ -105,29 +112,27 @@ def ours(config: Config, batch: Batch, steps: int) -> Callable[[], None]:
 
 def one_way(config: Config, case: str, way: str) -> Callable[[], None]:
   """What a worker does."""
-  batch = random_batch(config)
+  batch, steps = random_batch(config), steps_in_a_round()
   if way == "triune":
-    return ours(config, batch, _STEPS.value)
-  return torch_steps.make(case, config, batch, _STEPS.value, compiled=way == "compiled")
+    return ours(config, batch, steps)
+  return torch_steps.make(case, config, batch, steps, compiled=way == "compiled")
 
 
 def compared(case: str) -> dict:
   """A row of the report. JAX is left alone, as it would take a GPU's memory from the workers."""
-  import torch
-
   start = lambda way, **how: Worker("benchmarks.train_step", f"{case}/{way}", **how)
   ways = {
     "triune": start("triune", huge_pages=True),
     "pytorch eager": start("eager", huge_pages=False),
   }
-  if torch.cuda.is_available():
+  if has_gpu():
     ways["pytorch compiled"] = start("compiled", huge_pages=False)
   else:
     ways["pytorch eager, huge pages"] = start("eager", huge_pages=True)
   config = settings(CASES[case])
   lengths = [n for n in (config.seq_len, config.target_len) if n is not None]
   tokens = config.batch_size * sum(lengths)
-  measured = rates(interleaved(ways, _ROUNDS.value, 1), _STEPS.value * tokens)
+  measured = rates(interleaved(ways, _ROUNDS.value, 1), steps_in_a_round() * tokens)
   median = lambda name: measured[name]["median"]
   return dict(
     what=f"{CASES[case].name}, {config.batch_size} x {'/'.join(map(str, lengths))} tokens, AdamW",

@@ -25,7 +25,7 @@ def get_config() -> Config:
       num_heads=12, max_positions=1024, positions="learned", position_offset=2, embed_norm=True,
       norm="layer", norm_placement="post", final_norm=False, gated=False, activation="gelu",
       mlp_bias=True, attention_bias=True, attention_out_bias=True, init_residual_scale=False,
-      dropout=0.1, attention_dropout=0.1,
+      dropout=0.1, attention_dropout=0.1, mlp_dropout=0.1,
     ),
     objective=ObjectiveConfig(name="denoising"),
     data=DataConfig(source="python_stdlib", tokenizer="bpe:50265"),

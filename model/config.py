@@ -144,7 +144,8 @@ class ModelConfig:
   init_embed_std: float | None = None  # Of tables of tokens, positions, types; None: init_std.
   init_residual_scale: bool = True  # Output projections by 1/√(2·layers) (GPT-2).
   dropout: float = 0.0
-  attention_dropout: float = 0.0
+  attention_dropout: float = 0.0  # Of attention's probabilities.
+  mlp_dropout: float = 0.0  # Of what an MLP's activation gives (T5, BART).
 
   # Execution: these change how the same function is computed.
   dtype: str = "auto"  # auto: bfloat16 on TPU and GPU, float32 on CPU.
@@ -279,7 +280,7 @@ class ModelConfig:
 
 
 EXECUTION_FIELDS = ("dtype", "scan_layers", "remat", "attention_kernel", "expert_kernel",
-                    "dropout", "attention_dropout", "balance_loss", "router_z_loss",
+                    "dropout", "attention_dropout", "mlp_dropout", "balance_loss", "router_z_loss",
                     "init_std", "init_embed_std", "init_residual_scale", "param_dtype")  # fmt: skip
 HEAD_FIELDS = ("head", "head_dense", "head_activation", "head_norm", "head_bias", "pair_head",
                "num_labels", "problem", "pooling", "normalize", "logit_scale", "logit_softcap",

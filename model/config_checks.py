@@ -64,7 +64,7 @@ def _check_sizes(cfg: ModelConfig) -> None:
       continue
     if not isinstance(value, int) or value < 1:
       raise InputError(f"model.{name}={value!r} must be a whole number of at least 1.")
-  for name in ("dropout", "attention_dropout"):
+  for name in ("dropout", "attention_dropout", "mlp_dropout"):
     if not 0 <= getattr(cfg, name) < 1:
       raise InputError(f"model.{name}={getattr(cfg, name)} is a probability: use 0 <= p < 1.")
   positive = ("attention_softcap", "logit_softcap", "attention_scale", "norm_eps", "init_std",
@@ -143,6 +143,8 @@ def _check_layers(cfg: ModelConfig) -> None:
         f"model.{name}={getattr(cfg, name)} has no effect: no word of model.layer_pattern has "
         f"{word!r}."
       )
+  if cfg.num_experts and cfg.mlp_dropout:
+    raise InputError(f"model.mlp_dropout={cfg.mlp_dropout} has no effect on experts: use dropout.")
   if cfg.num_experts and cfg.experts_per_token > cfg.num_experts:
     raise InputError(
       f"model.experts_per_token={cfg.experts_per_token} exceeds num_experts={cfg.num_experts}."

@@ -206,16 +206,19 @@ class MLP(nnx.Module):
     D, F = cfg.d_model, cfg.d_ff if width is None else width
     into = ((D, F), ("embed", "mlp"))
     back = ((F, D), ("mlp", "embed"))
-    self.activation = cfg.activation
+    self.activation, self.dropout = cfg.activation, cfg.mlp_dropout
     if cfg.gated:
       self.gate_proj = Linear(cfg, *into, rngs=rngs, bias=cfg.mlp_bias)
     self.up_proj = Linear(cfg, *into, rngs=rngs, bias=cfg.mlp_bias)
     self.down_proj = Linear(cfg, *back, rngs=rngs, bias=cfg.mlp_bias, init=residual_init(cfg))
 
-  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  def __call__(
+    self, x: Float[Array, "B T D"], key: jax.Array | None = None
+  ) -> Float[Array, "B T D"]:
     act, up = activation(self.activation), self.up_proj(x)
     hidden = act(self.gate_proj(x)) * up if hasattr(self, "gate_proj") else act(up)
-    return self.down_proj(constrain(hidden, ("batch", "seq", "mlp")))
+    hidden = dropout(constrain(hidden, ("batch", "seq", "mlp")), self.dropout, key)
+    return self.down_proj(hidden)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -70,7 +70,7 @@ class Block(nnx.Module):
     self, x: Float[Array, "B T D"], where: Where, *,
     cache: LayerCache | None = None, key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], LayerCache | None, Aux]:  # fmt: skip
-    keys = (None,) * 5 if key is None else jax.random.split(key, 5)
+    keys = (None,) * 6 if key is None else jax.random.split(key, 6)
     x = constrain(x, ("batch", "seq", None))
     normed = self._norm("attn_norm", x)
     own, cross = (None, None) if cache is None else (cache.own, cache.cross)
@@ -82,20 +82,22 @@ class Block(nnx.Module):
         normed = self._norm("cross_attn_norm", x)
         y, _ = self.cross_attn(normed, where, cache=cross, key=keys[3])
         x = self._add(x, y, "cross_attn_post_norm", keys[4])
-      y, aux = self._mlp(self._norm("mlp_norm", x), where)
+      y, aux = self._mlp(self._norm("mlp_norm", x), where, keys[5])
       return self._add(x, y, "mlp_post_norm", keys[2]), cache, aux
     both = normed if self.cfg.residual == "parallel" else self._norm("mlp_norm", x)
-    z, aux = self._mlp(both, where)
+    z, aux = self._mlp(both, where, keys[5])
     x = self._add(x, y, "attn_post_norm", keys[1])
     return self._add(x, z, "mlp_post_norm", keys[2]), cache, aux
 
   def _norm(self, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return getattr(self, name)(x) if hasattr(self, name) else x
 
-  def _mlp(self, x: Float[Array, "B T D"], where: Where) -> tuple[Float[Array, "B T D"], Aux]:
+  def _mlp(
+    self, x: Float[Array, "B T D"], where: Where, key: jax.Array | None
+  ) -> tuple[Float[Array, "B T D"], Aux]:
     if isinstance(self.mlp, Experts):
       return self.mlp(x, where.pos >= 0)
-    return self.mlp(x), {}
+    return self.mlp(x, key), {}
 
   def _add(self, x: Array, y: Array, norm: str, key: jax.Array | None) -> Float[Array, "B T D"]:
     if self.cfg.norm_placement == "post":

@@ -74,7 +74,8 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   state = jax.tree.map(_placed, shapes, where)
   batch = _abstract_batch(config, objective, mesh)
   loss_fn = make_loss(graphdef, objective)
-  dropout = config.model.dropout > 0 or config.model.attention_dropout > 0
+  model = config.model
+  dropout = max(model.dropout, model.attention_dropout, model.mlp_dropout) > 0
   step = make_train_step(
     loss_fn, objective.weights, tx, make_schedule(config.optimizer, config.steps),
     seed=config.seed, accumulation=config.accumulation, ema_decay=config.ema_decay,

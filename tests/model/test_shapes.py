@@ -377,7 +377,7 @@ LOOP, REMAT = dict(scan_layers=False), dict(remat="full")
   )],
 )  # fmt: skip
 def test_loop_and_remat_equal_the_plain_scan_of_both_stacks(name, change):
-  cfg = dataclasses.replace(SMALL[name], dropout=0.1, attention_dropout=0.1)
+  cfg = dataclasses.replace(SMALL[name], dropout=0.1, attention_dropout=0.1, mlp_dropout=0.1)
   params = init_params(cfg, jax.random.key(0))
   tokens = jnp.arange(24).reshape(2, 12) + 5
   pos = jnp.broadcast_to(jnp.arange(12), (2, 12))

@@ -12,7 +12,7 @@ from flax import nnx
 from model.cache import new_cache
 from model.config import ModelConfig
 from model.heads import abstract, init_params
-from model.layers import FEW_ROWS, scores
+from model.layers import FEW_ROWS, MLP, scores
 from model.loading import Model
 from model.transformer import Inputs
 from tests.train import tiny
@@ -237,6 +237,17 @@ def test_scores_equal_a_product_and_have_its_gradient(rows):
   np.testing.assert_allclose(by_x, 2 * y @ table, rtol=1e-4, atol=1e-4)
   want = 2 * y.reshape(-1, 24).T @ x.reshape(-1, 16)
   np.testing.assert_allclose(by_table, want, rtol=1e-4, atol=1e-4)
+
+
+def test_an_mlp_drops_what_its_activation_gives():
+  cfg = dataclasses.replace(BASE, d_ff=32, gated=False, activation="relu", mlp_dropout=0.3)
+  mlp = MLP(cfg, rngs=nnx.Rngs(0))
+  mlp.up_proj.w[...] = mlp.down_proj.w[...] = jnp.eye(32)
+  x = 1 + jnp.arange(2 * 500 * 32.0).reshape(2, 500, 32)
+  y = mlp(x, jax.random.key(0))
+  np.testing.assert_allclose(jnp.where(y == 0, x, 0.7 * y), x, rtol=1e-6)
+  assert abs(float(jnp.mean(y == 0)) - 0.3) < 0.01
+  np.testing.assert_array_equal(mlp(x), x)
 
 
 def test_the_padding_of_the_vocabulary_is_never_predicted_or_counted():

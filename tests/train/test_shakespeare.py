@@ -26,10 +26,16 @@ pytestmark = pytest.mark.skipif(
 
 
 def setting(module, cache: Path):
-  """A config of nanoGPT's without dropout, so that both sides compute the same."""
+  """A config of nanoGPT's without dropout and in float64, so that both sides compute the same.
+
+  Training is chaotic: what float32 rounds, one part in ten millions, grows to percents within 150
+  to 300 steps of these settings, on either side.
+  """
   config = module.get_config()
   data = dataclasses.replace(config.data, source=str(TEXT))
-  model = dataclasses.replace(config.model, dropout=0.0, attention_dropout=0.0)
+  model = dataclasses.replace(
+    config.model, dropout=0.0, attention_dropout=0.0, dtype="float64", param_dtype="float64"
+  )
   return dataclasses.replace(config, data=data, model=model, cache_dir=str(cache))
 
 
@@ -39,7 +45,8 @@ def torch_losses(config, params, batches):
   from torch import nn
   from torch.nn import functional as F
 
-  m, tensor = config.model, lambda a: torch.tensor(np.array(a))
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  m, tensor = config.model, lambda a: torch.tensor(np.array(a), device=device)
   D, N = m.d_model, m.num_heads
 
   class Layer(nn.Module):
@@ -85,19 +92,29 @@ def torch_losses(config, params, batches):
   schedule = make_schedule(o, config.steps)
   for step, batch in enumerate(batches):
     tokens, targets, pos, seg = (
-      torch.tensor(batch[n]).long() for n in ("tokens", "targets", "positions", "segments")
+      tensor(batch[n]).long() for n in ("tokens", "targets", "positions", "segments")
     )
-    weights = torch.tensor(batch["weights"]).flatten()
+    weights = tensor(batch["weights"]).flatten()
     logits = net(tokens, pos, seg)
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     loss = (nats * weights).sum() / weights.sum()
     adamw.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(net.parameters(), o.clip_norm)
+    clip(net.parameters(), o.clip_norm)
     for group in adamw.param_groups:
       group["lr"] = float(schedule(step))
     adamw.step()
     yield loss.item()
+
+
+def clip(parameters, limit):
+  """clip_grad_norm_ without its 1e-6 beside the norm, which float64 would tell apart."""
+  import torch
+
+  gradients = [p.grad for p in parameters]
+  norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+  for g in gradients:
+    g.mul_((limit / norm).clamp(max=1))
 
 
 def tree_at(tree, path):
@@ -109,7 +126,7 @@ def tree_at(tree, path):
 def compare(config, steps):
   """Yields (ours, PyTorch's) loss of each step."""
   mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-  with jax.set_mesh(mesh):
+  with jax.enable_x64(True), jax.set_mesh(mesh):
     data = load_data(config)
     config = resolved(config, data)
     program = build_program(config, mesh)
@@ -120,21 +137,23 @@ def compare(config, steps):
       yield float(metrics["loss"]), loss
 
 
-def test_forty_steps_of_the_cpu_setting_equal_pytorch(tmp_path):
+def test_twenty_steps_of_the_cpu_setting_equal_pytorch(tmp_path):
   pytest.importorskip("torch")
-  pairs = np.array(list(compare(setting(shakespeare_cpu, tmp_path), 40)))
-  np.testing.assert_allclose(pairs[:, 0], pairs[:, 1], rtol=1e-3)
-  assert pairs[-1, 0] < pairs[0, 0] - 1
+  pairs = np.array(list(compare(setting(shakespeare_cpu, tmp_path), 20)))
+  np.testing.assert_allclose(pairs[:, 0], pairs[:, 1], rtol=1e-12)
+  assert pairs[-1, 0] < pairs[0, 0] - 0.5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [shakespeare_cpu, shakespeare], ids=["cpu", "gpu"])
-def test_three_hundred_steps_equal_pytorch(tmp_path, module):
-  """The GPU setting takes hours on two cores: 300 steps of 16,384 characters on each side."""
+@pytest.mark.parametrize(
+  "module, tolerance", [(shakespeare_cpu, 1e-6), (shakespeare, 0.005)], ids=["cpu", "gpu"]
+)
+def test_three_hundred_steps_equal_pytorch(tmp_path, module, tolerance):
+  """The GPU setting takes five hours on two cores: it is meant for JAX_PLATFORMS=cuda."""
   pytest.importorskip("torch")
   for step, (ours, theirs) in enumerate(compare(setting(module, tmp_path), 300)):
     print(json.dumps(dict(step=step, ours=ours, pytorch=theirs)), flush=True)
-    assert math.isclose(ours, theirs, rel_tol=0.005), step
+    assert math.isclose(ours, theirs, rel_tol=tolerance), step
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_packed_equals_separate_in_loss_and_gradients(name):
   ids=str,
 )  # fmt: skip
 def test_loop_and_remat_equal_the_plain_scan_with_dropout(change):
-  model = dataclasses.replace(tiny.ROTARY, dropout=0.1, attention_dropout=0.1)
+  model = dataclasses.replace(tiny.ROTARY, dropout=0.1, attention_dropout=0.1, mlp_dropout=0.1)
   batch, params, key = tiny.random_batch(2), params_of(model), jax.random.key(3)
   nats, _, grads = gradient(dataclasses.replace(model, **change), batch, params, key)
   want_nats, _, want = gradient(model, batch, params, key)
