@@ -11,7 +11,7 @@ train: $(VENV)/installed
 	$(VENV)/bin/python -m train --config=configs/gpt_tiny.py --workdir=$(WORKDIR)
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

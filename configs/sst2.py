@@ -23,8 +23,9 @@ def get_config() -> Config:
     checkpoint_every=200,
     model=ModelConfig(
       shape="encoder", num_layers=2, d_model=128, d_ff=512, num_heads=4, max_positions=128,
-      norm="layer", activation="gelu", gated=False, pooling="mean",
-      dropout=0.3, attention_dropout=0.3, mlp_dropout=0.3,
+      positions="sinusoidal", scale_embeddings=True, init_embed_std=128**-0.5, norm="layer",
+      activation="gelu", gated=False, pooling="mean", dropout=0.3, attention_dropout=0.3,
+      mlp_dropout=0.3,
     ),
     objective=ObjectiveConfig(name="classification"),
     data=DataConfig(

@@ -14,6 +14,9 @@ from model.config import ModelConfig
 from model.sharding import constrain
 
 FEW_ROWS = 32  # Up to so many rows, a product costs the reading of its matrix.
+# Of token types: the gradient of a gather would add all tokens to few rows, one after the other. As
+# in BERT's own code, they are chosen by a product.
+_FEW_VECTORS = 16
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -177,7 +180,10 @@ class Embed(nnx.Module):
 
   def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     table = constrain(self.table[...].astype(self.dtype), (self.row_axis, None))
-    return constrain(table[ids], ("batch", "seq", None))
+    if len(table) > _FEW_VECTORS:
+      return constrain(table[ids], ("batch", "seq", None))
+    chosen = jax.nn.one_hot(ids, len(table), dtype=table.dtype)
+    return constrain(jnp.matmul(chosen, table, precision="highest"), ("batch", "seq", None))
 
   def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Scores in at least float32."""

@@ -6,29 +6,18 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int32
-from tokenizers import decoders, models, pre_tokenizers
 
 from model.errors import InputError
+from model.tokenizer_files import read_tokenizer
 
 _ROLES = ("pad", "bos", "eos", "mask", "unk", "cls", "sep")
-# Names by which a bare tokenizer.json shows what a special token is for.
-_USUAL_NAMES = {
-  "pad": ("<pad>", "[PAD]", "<|pad|>"),
-  "bos": ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>"),
-  "eos": ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>"),
-  "mask": ("<mask>", "[MASK]"),
-  "unk": ("<unk>", "[UNK]"),
-  "cls": ("[CLS]",),
-  "sep": ("[SEP]",),
-}
-_GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _LONG = 1 << 18  # Characters from which a document is encoded in parts, to bound memory.
 _GROUP = 1 << 21  # Characters that are encoded at a time.
 _WINDOW = 256  # Characters on each side of a cut that must encode alike cut and whole.
@@ -147,11 +136,8 @@ class Tokenizer:
       raise InputError(f"{len(texts)} texts and {len(pairs)} second texts: give one for each.")
     inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
     backend = self._literal if literal else self.backend
-    try:
-      encodings = backend.encode_batch(inputs)
-    except Exception as error:  # The library raises nothing more precise.
-      raise _unencodable(backend, [*texts, *(pairs or ())], error) from None
-    return [Encoded(e.ids, e.type_ids, e.offsets, e.sequence_ids) for e in encodings]
+    found = _encodings(backend, inputs, backend.encode_batch)
+    return [Encoded(e.ids, e.type_ids, e.offsets, e.sequence_ids) for e in found]
 
   def encode_prompt(self, text: str) -> list[int]:
     """Ids of a text to continue: the template's special tokens before it and none after it."""
@@ -185,10 +171,8 @@ class Tokenizer:
     Raises:
       InputError: as `encode`.
     """
-    try:
-      found = self._literal.encode_batch(list(texts), add_special_tokens=False)
-    except Exception as error:  # The library raises nothing more precise.
-      raise _unencodable(self._literal, texts, error) from None
+    encode = functools.partial(self._literal.encode_batch, add_special_tokens=False)
+    found = _encodings(self._literal, list(texts), encode)
     spans = lambda e: np.array(e.offsets, np.int32).reshape(-1, 2)
     return [(np.array(e.ids, np.int32), spans(e)) for e in found]
 
@@ -231,28 +215,7 @@ class Tokenizer:
     Raises:
       InputError: if nothing is there, or it is damaged.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-      raise InputError(
-        f"tokenizer {str(path)!r} does not exist: give a folder, a tokenizer.json or a .model file."
-      )
-    if path.is_file():
-      return _from_model_file(path, {}) if path.suffix == ".model" else _from_json(path, {})
-    config = _read_json(path / "special_tokens_map.json") | _read_json(
-      path / "tokenizer_config.json"
-    )
-    if (path / "tokenizer.json").is_file():
-      return _from_json(path / "tokenizer.json", config)
-    for vocabulary, merges in _GPT2_FILES:
-      if (path / vocabulary).is_file() and (path / merges).is_file():
-        return _from_gpt2(path / vocabulary, path / merges, config)
-    found = sorted(path.glob("*.model"))
-    if len(found) == 1:
-      return _from_model_file(found[0], config)
-    raise InputError(
-      f"folder {str(path)!r} holds no tokenizer: expected tokenizer.json, one SentencePiece .model "
-      "file, or vocab.json and merges.txt."
-    )
+    return cls(*read_tokenizer(Path(path).expanduser()))
 
   @functools.cached_property
   def affixes(self) -> tuple[list[int], list[int]]:
@@ -291,11 +254,8 @@ class Tokenizer:
     return literal
 
   def _encode(self, backend, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-    try:
-      encodings = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-    except Exception as error:  # The library raises nothing more precise.
-      raise _unencodable(backend, texts, error) from None
-    return [e.ids for e in encodings]
+    fast = functools.partial(backend.encode_batch_fast, add_special_tokens=add_special_tokens)
+    return [e.ids for e in _encodings(backend, list(texts), fast)]
 
   def _parts(self, text: str) -> list[str]:
     """`text` cut at line ends, where the whole is known to encode as its parts do."""
@@ -315,6 +275,19 @@ class Tokenizer:
     return whole == before + after
 
 
+def _encodings(backend, inputs: list, encode: Callable[[list], list]) -> list:
+  """What `encode` makes of texts or pairs of texts.
+
+  Raises:
+    InputError: with the text that it cannot encode.
+  """
+  try:
+    return encode(inputs)
+  except Exception as error:  # The library raises nothing more precise.
+    texts = [text for one in inputs for text in (one if isinstance(one, tuple) else [one])]
+    raise _unencodable(backend, texts, error) from None
+
+
 def _unencodable(backend, texts: Sequence[str], error: Exception) -> InputError:
   known = backend.get_vocab()
   for text in texts:
@@ -329,67 +302,3 @@ def _unencodable(backend, texts: Sequence[str], error: Exception) -> InputError:
           "it, or use 'bytes' or 'bpe:N'."
         )
   return InputError(f"the tokenizer cannot encode a text: {error}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-  if not path.is_file():
-    return {}
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise InputError(f"{path} is not JSON: {error}") from None
-  if not isinstance(values, dict):
-    raise InputError(f"{path} must hold a JSON object.")
-  return values
-
-
-def _from_json(path: Path, config: dict[str, Any]) -> Tokenizer:
-  try:
-    backend = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # The library raises nothing more precise.
-    raise InputError(f"{path} is not a tokenizer of Hugging Face tokenizers: {error}") from None
-  return Tokenizer(backend, _usual_roles(backend) | config)
-
-
-def _usual_roles(backend: tokenizers.Tokenizer) -> dict[str, Any]:
-  special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
-  found = {r: [n for n in names if n in special] for r, names in _USUAL_NAMES.items()}
-  return {f"{role}_token": names[0] for role, names in found.items() if names}
-
-
-def _from_model_file(path: Path, config: dict[str, Any]) -> Tokenizer:
-  from model.sentencepiece import convert  # Rarely needed.
-
-  backend, roles = convert(
-    path.read_bytes(),
-    name=str(path),
-    add_bos=config.get("add_bos_token", True),
-    add_eos=config.get("add_eos_token", True),
-  )
-  # Sentinels of T5's published models are not in the file: the class adds them, the last one first.
-  sentinels = 100 if str(config.get("tokenizer_class")).startswith("T5Tokenizer") else 0
-  number = config.get("extra_ids", sentinels)
-  backend.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(number))])
-  return Tokenizer(backend, roles | config)
-
-
-def _from_gpt2(vocabulary: Path, merges: Path, config: dict[str, Any]) -> Tokenizer:
-  lines = merges.read_text(encoding="utf-8").splitlines()
-  lines = [line for line in lines if line and not line.startswith("#version")]
-  if any(line.count(" ") != 1 for line in lines):
-    raise InputError(f"{merges} is damaged: each line must hold two tokens.")
-  pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
-  try:
-    backend = tokenizers.Tokenizer(models.BPE(_read_json(vocabulary), pairs))
-  except Exception as error:  # The library raises nothing more precise.
-    raise InputError(f"{vocabulary} and {merges} do not fit together: {error}") from None
-  backend.pre_tokenizer = pre_tokenizers.ByteLevel(
-    add_prefix_space=bool(config.get("add_prefix_space", False))
-  )
-  backend.decoder = decoders.ByteLevel()
-  end = "<|endoftext|>"
-  roles = {}
-  if backend.token_to_id(end) is not None:
-    backend.add_special_tokens([end])
-    roles = {"bos_token": end, "eos_token": end}
-  return Tokenizer(backend, roles | config)

@@ -1,6 +1,6 @@
 """Eight simulated devices in every test process, and programs that are compiled quickly.
 
-With JAX_PLATFORMS=cuda tests run on an NVIDIA GPU, as JAX compiles for it by default.
+With JAX_PLATFORMS=cuda tests of one device run on an NVIDIA GPU, in float32 without TF32.
 """
 
 import os
@@ -10,4 +10,14 @@ from tests.quick import xla_flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
+else:
+  os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("WANDB_MODE", "offline")
+
+_LONGEST = ("test_run.py", "test_sharding.py", "test_step.py", "test_shapes.py", "test_generate.py")
+
+
+def pytest_collection_modifyitems(items):
+  """Files that take longest first, so that no worker is left alone with one at the end."""
+  rank = {name: i for i, name in enumerate(_LONGEST)}
+  items.sort(key=lambda item: rank.get(item.path.name, len(rank)))

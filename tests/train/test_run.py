@@ -139,7 +139,9 @@ def test_killed_runs_continue_bit_for_bit(bench, reference):
   kill_and_continue(bench, bench.folder / "killed", workdir, seconds, kills=2, seed=0)
 
 
-@pytest.mark.parametrize("shape", ["encoder", "encoder_decoder"])
+@pytest.mark.parametrize(
+  "shape", [pytest.param("encoder", marks=pytest.mark.slow), "encoder_decoder"]
+)
 def test_a_killed_run_with_an_encoder_continues_bit_for_bit(bench, shape):
   undisturbed, began = bench.folder / shape, time.monotonic()
   status, _, err = bench.run(undisturbed, *SHAPES[shape])
