@@ -5,7 +5,7 @@
 reads the sources of Python's standard library and trains its own vocabulary: a check that the whole
 machine works. On a TPU VM, with a prepared Wikipedia and a folder that holds BERT's vocabulary,
 
-    python -m train --config=configs/bert_large.py --workdir=gs://BUCKET/bert_large \
+    python -m train --config=configs/bert_large.py --workdir=/mnt/BUCKET/bert_large \
         --config.data.source=tfds:wikipedia/20230601.en:1.0.0 --config.data.tokenizer=FOLDER \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 

@@ -5,7 +5,7 @@
 reads the sources of Python's standard library and trains its own tokenizer: a check that the whole
 machine works. On a TPU VM, with a prepared C4 and a folder that holds GPT-2's vocabulary,
 
-    python -m train --config=configs/gpt_small.py --workdir=gs://BUCKET/gpt_small \
+    python -m train --config=configs/gpt_small.py --workdir=/mnt/BUCKET/gpt_small \
         --config.data.source=tfds:c4/en:3.1.0 --config.data.tokenizer=gpt2_bpe \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 

@@ -1,6 +1,6 @@
 """Llama 3 70B: 70,553,706,496 parameters (Grattafiori et al., arXiv:2407.21783, table 3).
 
-    python -m train --config=configs/llama3_70b.py --workdir=gs://BUCKET/llama3_70b \
+    python -m train --config=configs/llama3_70b.py --workdir=/mnt/BUCKET/llama3_70b \
         --config.data.source=tfds:c4/en:3.1.0 --config.data.tokenizer=TOKENIZER_FOLDER
 
 where the folder holds a tokenizer of at most 128,256 entries. 4M tokens a step; parameters and

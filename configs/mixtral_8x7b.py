@@ -1,6 +1,6 @@
 """Mixtral 8x7B: 46,702,792,704 parameters, 12.9B of them at work on a token (arXiv:2401.04088).
 
-    python -m train --config=configs/mixtral_8x7b.py --workdir=gs://BUCKET/mixtral_8x7b \
+    python -m train --config=configs/mixtral_8x7b.py --workdir=/mnt/BUCKET/mixtral_8x7b \
         --config.data.source=tfds:c4/en:3.1.0 --config.data.tokenizer=TOKENIZER_FOLDER
 
 where the folder holds a tokenizer of at most 32,000 entries. Parameters and moments take 560 GB in

@@ -5,7 +5,7 @@
 reads the sources of Python's standard library and trains its own vocabulary: a check that the whole
 machine works. On a TPU VM, with a prepared C4 and a folder that holds T5's vocabulary,
 
-    python -m train --config=configs/t5_base.py --workdir=gs://BUCKET/t5_base \
+    python -m train --config=configs/t5_base.py --workdir=/mnt/BUCKET/t5_base \
         --config.data.source=tfds:c4/en:3.1.0 --config.data.tokenizer=FOLDER \
         --config.data.data_dir=gs://BUCKET/tensorflow_datasets
 

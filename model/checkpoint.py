@@ -43,7 +43,7 @@ class Checkpoints:
   def __init__(self, workdir: epath.PathLike, *, keep: int):
     if keep < 1:
       raise InputError(f"keep_checkpoints={keep} must be at least 1.")
-    self._folder = epath.Path(workdir) / "checkpoints"
+    self._folder = files.absolute(workdir) / "checkpoints"
     self._keep = keep
     self._writer = files.new_writer()
     self._thread: threading.Thread | None = None

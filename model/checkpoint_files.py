@@ -31,6 +31,12 @@ _OVERHEAD_BYTES = 2**16  # Orbax's own files; they grow a little with the number
 _OVERHEAD_BYTES_PER_LEAF = 2**10
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """A path as Orbax takes it, from a user's."""
+  path = epath.Path(path).expanduser()
+  return path if path.is_absolute() else path.absolute()
+
+
 def numbered(folder: epath.Path) -> dict[int, epath.Path]:
   """Folders named like steps, complete or not, newest first."""
   if not folder.is_dir():

@@ -115,10 +115,10 @@ def restore_newest(
 
 def _candidates(path: epath.PathLike) -> tuple[epath.Path, dict[int, epath.Path]]:
   """The workdir and the steps that PATH may mean, in the order to try."""
-  folder = epath.Path(path).expanduser()
+  folder = files.absolute(path)
   best = not folder.exists() and str(path).endswith(BEST)
   if best:
-    folder = epath.Path(str(path).removesuffix(BEST)).expanduser()
+    folder = files.absolute(str(path).removesuffix(BEST))
   if not folder.exists():
     raise InputError(f"checkpoint {path} does not exist.")
   if folder.name.isdecimal() and folder.parent.name == "checkpoints":

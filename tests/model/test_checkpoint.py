@@ -88,6 +88,17 @@ def test_restored_state_is_the_saved_one_bit_for_bit_with_integer_keys(tmp_path)
   )
 
 
+def test_paths_may_be_relative(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  checkpoints = Checkpoints("run", keep=1)
+  checkpoints.save(1, {"params": {"a": jnp.arange(3)}}, {}, blocking=True)
+  checkpoints.close()
+  found = restore_params("run", {"params": {"a": jax.ShapeDtypeStruct((3,), jnp.int32)}})
+  np.testing.assert_array_equal(found.state["params"]["a"], np.arange(3))
+  with pytest.raises(InputError, match="missing does not exist"):
+    describe("missing")
+
+
 def test_a_state_that_is_donated_right_after_save_is_saved_as_it_was(tmp_path):
   step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
   state = {"params": {"w": jnp.arange(2.0**20)}}

@@ -206,7 +206,7 @@ def last_step(workdir: Path) -> int:
 
 def test_another_mesh_continues_and_another_model_is_refused(bench, reference):
   workdir = bench.folder / "moved"
-  done = bench.typed(workdir, "--config.steps=10")
+  done = bench.typed(Path(os.path.relpath(workdir, ROOT)), "--config.steps=10")
   assert done.returncode == 0, done.stderr
   status, _, err = bench.run(workdir, "--config.model.d_model=64", "--config.seed=1")
   assert status == 2
