@@ -25,8 +25,8 @@ def main(argv: list[str]) -> int:
     raise InputError("--workdir is missing: name the folder of the run, for example runs/tiny.")
   if "://" in _WORKDIR.value:
     raise InputError(
-      f"--workdir={_WORKDIR.value} is no folder of this machine: mount the bucket (gcsfuse) and name "
-      "a folder in it."
+      f"--workdir={_WORKDIR.value} is no folder of this machine: mount the bucket (gcsfuse) and "
+      "name a folder in it."
     )
   config = _CONFIG.value
   from train.loop import train  # After the flags: what is wrong with them is said sooner.
