@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from model import checkpoint, hf, sharding
+from model import checkpoint, sharding
 from model.config import PARAM_DTYPES, ModelConfig
 from model.errors import InputError
 from model.heads import abstract
@@ -16,7 +16,7 @@ from model.trained import Model
 
 __all__ = ["Model", "load", "save"]
 
-FORMATS = ("orbax", "hf")
+FORMATS = ("orbax",)
 TRAINED_BESIDE = ("generator",)  # Parameters that a checkpoint may hold and no model has.
 
 
@@ -24,8 +24,7 @@ def load(
   path: str | Path, *, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None,
   ema: bool = False,
 ) -> Model:  # fmt: skip
-  """The model at a checkpoint PATH: a workdir (newest good step), a step in it, `WORKDIR@best`, a
-  Hugging Face folder.
+  """The model at a checkpoint PATH: a workdir (newest good step), a step in it, `WORKDIR@best`.
 
   Args:
     dtype: of parameters and computation.
@@ -39,11 +38,6 @@ def load(
     raise InputError(f"dtype={dtype!r} is not known: use one of {', '.join(PARAM_DTYPES)}.")
   if dtype == "float64" and not jax.config.read("jax_enable_x64"):
     raise InputError("dtype='float64' needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment.")
-  folder = Path(path).expanduser()
-  if hf.is_folder(folder):
-    if ema:
-      raise InputError(f"ema=True: {folder} is a Hugging Face folder and holds no average.")
-    return hf.load(folder, dtype=dtype, mesh=mesh)
   found = checkpoint.describe(str(path))
   workdir = checkpoint.resolve(str(path))[0]
   here = dict(dtype=dtype, param_dtype=dtype, remat="none", attention_kernel="auto")
@@ -73,12 +67,10 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax") -> None:
 
   Args:
     folder: a new or empty folder.
-    format: `orbax`, a workdir with config.json, tokenizer/ and checkpoints/0; `hf`, a folder that
-      Transformers reads.
+    format: `orbax`, a workdir with config.json, tokenizer/ and checkpoints/0.
 
   Raises:
-    InputError: for an unknown format, a folder that holds something, or a model of no family of
-      Hugging Face's.
+    InputError: for an unknown format, or a folder that holds something.
   """
   if format not in FORMATS:
     raise InputError(f"format={format!r} is not known: use one of {', '.join(FORMATS)}.")
@@ -86,9 +78,6 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax") -> None:
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f"{folder} holds something already: name a new or empty folder.")
   folder.mkdir(parents=True, exist_ok=True)
-  if format == "hf":
-    hf.save(m, folder)
-    return
   labels = None if m.labels is None else list(m.labels)
   meta = {"config": {"model": m.config.to_dict(), "data": {"labels": labels}}}
   (folder / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
