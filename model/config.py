@@ -23,7 +23,7 @@ REMAT = ("none", "full", "dots", "attention", "offload")
 ATTENTION_KERNELS = ("auto", "xla", "cudnn", "splash")
 EXPERT_KERNELS = ("ragged", "dense")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-PARAM_DTYPES = ("float32", "bfloat16", "float64")
+PARAM_DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYER_WORDS = ("global", "local", "experts", "nope", "unnormed")
 
 

@@ -32,6 +32,7 @@ class Model:
   params: dict
   tokenizer: Tokenizer | None = None
   labels: tuple[str, ...] | None = None  # Names of the classes, for heads that have them.
+  family: str | None = None  # As what kind of models Hugging Face has it, where it came from there.
 
   @functools.cached_property
   def graphdef(self) -> nnx.GraphDef:

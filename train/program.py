@@ -118,7 +118,12 @@ def check_batch(config: Config, mesh: Mesh) -> None:
 
 
 def check_precision(config: Config) -> None:
-  """Raises an InputError if float64 is asked for while JAX computes in 32 bits."""
+  """Raises an InputError for parameters in float16, and for float64 in a JAX of 32 bits."""
+  if config.model.param_dtype == "float16":
+    raise InputError(
+      "model.param_dtype='float16' cannot be trained: small gradients are lost. Use 'bfloat16', or "
+      "'float32' with model.dtype='bfloat16'."
+    )
   for name in ("dtype", "param_dtype"):
     if getattr(config.model, name) == "float64" and not jax.config.read("jax_enable_x64"):
       raise InputError(

@@ -1,0 +1,202 @@
+"""Hugging Face folders in and out: config.json, safetensors, tokenizer; a table for each family."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.config import ModelConfig
+from model.errors import InputError, nearest
+from model.hf import decoders, encoder_decoders, encoders
+from model.hf.engine import Layout, flat, nested
+from model.hf.family import Family
+from model.hf.safetensors_files import INDEX, SINGLE, open_folder, write_folder
+from model.hf.torch_files import open_torch_file
+from model.tokenizer import Tokenizer
+from model.trained import Model
+
+FAMILIES: dict[str, Family] = {
+  family.model_type: family
+  for family in (*decoders.FAMILIES, *encoders.FAMILIES, *encoder_decoders.FAMILIES)
+}
+_TORCH = "pytorch_model.bin"
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "encoder.json")
+
+
+def is_folder(path: str | Path) -> bool:
+  """Whether `path` is a folder as Transformers writes it."""
+  folder = Path(path).expanduser()
+  return "model_type" in _config(folder) if (folder / "config.json").is_file() else False
+
+
+class Folder:
+  """A Hugging Face folder: what its model is, and its parameters one after the other.
+
+  Attributes:
+    config: of the model; its `param_dtype` is that of the file.
+    layout: which tensors make which parameters.
+    family: `model_type` of its config.json.
+    labels: names of the classes, where its head has them.
+    tokenizer: where it lies; None: the folder has none.
+  """
+
+  def __init__(self, path: str | Path):
+    """
+    Raises:
+      InputError: for a family, a class, a field or a tensor that is not known, and for tensors
+        that are missing, damaged or of another shape, all of them.
+    """
+    folder = Path(path).expanduser()
+    values = _config(folder)
+    family = _family(values.get("model_type"))
+    name, cfg = family.read(values)
+    self.family = family.model_type
+    self.layout = Layout(cfg, family.table(name), name)
+    self._tensors = _named(family, _open(folder), name)
+    _check(family, name, cfg, self.layout, self._tensors)
+    table = self.layout.of_leaf["embed", "table"][0][0].theirs
+    self.config = dataclasses.replace(cfg, param_dtype=self._tensors[table].dtype.name)
+    self.labels = _label_names(cfg, values)
+    has = any((folder / one).is_file() for one in _TOKENIZERS)
+    self.tokenizer = folder if has or len(list(folder.glob("*.model"))) == 1 else None
+
+  def params(self, wanted: dict) -> dict:
+    """Parameters, each read when the one before is where it belongs.
+
+    Args:
+      wanted: shapes, dtypes and shardings of all or of some of them, nested.
+    """
+    place = lambda leaf, like: jax.device_put(
+      self.layout.leaf(leaf, self._tensors, like.dtype), like.sharding
+    )
+    return nested({leaf: place(leaf, like) for leaf, like in flat(wanted).items()})
+
+
+def save(m: Model, folder: Path, *, family: str | None = None) -> None:
+  """Writes config.json, safetensors and the tokenizer as Transformers reads them.
+
+  Args:
+    family: `model_type` of config.json; None: the first that the model is one of.
+
+  Raises:
+    InputError: if it is not one of the family, or of any, with the fields that differ.
+  """
+  found, values, layout = _written(m.config, family)
+  dtype = {leaf: array.dtype for leaf, array in flat(m.params).items()}
+  shapes = {
+    piece.theirs: (np.dtype(dtype[piece.places[0].path]), piece.shape)
+    for piece in layout.ordered()
+  }  # fmt: skip
+  kind = np.dtype(next(iter(dtype.values())))
+  zeros = {name: (kind, shape(m.config)) for name, shape in found.zeros.items()}
+  leaves = flat(m.params)
+
+  def stream() -> Iterator[tuple[str, np.ndarray]]:
+    yield from layout.tensors(lambda leaf: np.asarray(leaves[leaf]))
+    yield from ((name, np.zeros(shape, dtype)) for name, (dtype, shape) in zeros.items())
+
+  write_folder(folder, shapes | zeros, stream())
+  values |= {"dtype": kind.name, **_token_ids(m.tokenizer, found.pad)}
+  if m.labels is not None:
+    values |= {"id2label": {str(i): one for i, one in enumerate(m.labels)},
+               "label2id": {one: i for i, one in enumerate(m.labels)}}  # fmt: skip
+  (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+  if m.tokenizer is not None:
+    m.tokenizer.save(folder)
+
+
+def _written(cfg: ModelConfig, family: str | None) -> tuple[Family, dict[str, Any], Layout]:
+  reasons = []
+  for one in FAMILIES.values() if family is None else [_family(family)]:
+    try:
+      name, values = one.write(cfg)
+      return one, values, Layout(cfg, one.table(name), name)
+    except InputError as error:
+      reasons.append(str(error))
+  shortest = min(reasons, key=len)
+  known = "" if family else f"none of {', '.join(FAMILIES)} is this model. The nearest: "
+  raise InputError(f"{known}{shortest}")
+
+
+def _family(model_type: Any) -> Family:
+  if model_type not in FAMILIES:
+    raise InputError(
+      f"config.json: model_type={model_type!r} is not known, expected one of "
+      f"{', '.join(FAMILIES)}.{nearest(str(model_type), FAMILIES)}"
+    )
+  return FAMILIES[model_type]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+  try:
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  except (ValueError, OSError) as error:
+    raise InputError(f"{folder / 'config.json'} cannot be read: {error}.") from None
+  if not isinstance(values, dict):
+    raise InputError(f"{folder / 'config.json'} must hold a JSON object.")
+  return values
+
+
+def _open(folder: Path) -> dict[str, np.ndarray]:
+  if (folder / _TORCH).is_file() and not any((folder / n).is_file() for n in (INDEX, SINGLE)):
+    return open_torch_file(folder / _TORCH)
+  return open_folder(folder)
+
+
+def _named(family: Family, tensors: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+  """Tensors under the names of the table: older names changed, the body's prefix put or taken."""
+  out = {}
+  for key, array in tensors.items():
+    for old, new in family.renamed:
+      key = re.sub(old, new, key)
+    out[key] = array
+  prefix, rows = family.prefix, family.table(name)
+  if not prefix or family.classes[name].base:
+    return out
+  bodies = {
+    row.theirs.removeprefix(prefix).split(".")[0] for row in rows if row.theirs.startswith(prefix)
+  }
+  if any(key.startswith(prefix) for key in out):
+    return out
+  return {prefix + k if k.split(".")[0] in bodies else k: array for k, array in out.items()}
+
+
+def _check(
+  family: Family, name: str, cfg: ModelConfig, layout: Layout, tensors: Mapping[str, np.ndarray]
+) -> None:
+  whole = [key for key, array in tensors.items() if not jnp.issubdtype(array.dtype, jnp.floating)]
+  whole = [key for key in whole if not family.computes_nothing(name, key)]
+  if whole:
+    kind = tensors[whole[0]].dtype.name
+    raise InputError(f"{whole[0]} has dtype {kind}, expected a floating one: {len(whole)} such.")
+  shapes = {key: array.shape for key, array in tensors.items()}
+  repeated = set(family.repeated) if cfg.tie_embeddings else set(family.repeated[:-1])
+  unread = lambda key: key in repeated or key in family.zeros or family.computes_nothing(name, key)
+  layout.check(shapes, unread)
+  table = next(p.theirs for p in layout.pieces if p.places[0].path == ("embed", "table"))
+  for key in repeated & set(tensors):
+    if not np.array_equal(tensors[key], tensors[table]):
+      raise InputError(f"{key} differs from {table}, and config.json says that they are tied.")
+  for key in set(family.zeros) & set(tensors):
+    if np.any(tensors[key]):
+      raise InputError(f"{key} is not zero: {name} has no such bias here.")
+
+
+def _label_names(cfg: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...] | None:
+  names = values.get("id2label")
+  if cfg.num_labels is None or not isinstance(names, dict):
+    return None
+  return tuple(names[key] for key in sorted(names, key=int))
+
+
+def _token_ids(tokenizer: Tokenizer | None, pad: int | None) -> dict[str, int | None]:
+  if tokenizer is None:  # What Transformers assumes might lie outside of the vocabulary.
+    return {"pad_token_id": pad}
+  ids = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+  return {f"{role}_token_id": i for role, i in ids.items() if i is not None}

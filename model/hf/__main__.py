@@ -1,0 +1,35 @@
+"""python -m model.hf --source=PATH --target=DIR --format=orbax|hf: converts checkpoints."""
+
+import sys
+
+from absl import flags
+
+from model import errors
+from model.errors import InputError
+
+_SOURCE = flags.DEFINE_string("source", None, "A workdir, a step in it, or a Hugging Face folder.")
+_TARGET = flags.DEFINE_string("target", None, "A new or empty folder.")
+_FORMAT = flags.DEFINE_enum("format", "hf", ["orbax", "hf"], "What to write.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", None, ["float32", "bfloat16", "float16"], "Of what is written; not given: as it is."
+)
+_FAMILY = flags.DEFINE_string(
+  "family", None, "model_type to write; not given: what it came from, or the first that fits."
+)
+
+
+def main(argv: list[str]) -> int:
+  if len(argv) > 1:
+    raise InputError(f"{argv[1]!r} is no flag: settings are written --name=value.")
+  if not _SOURCE.value or not _TARGET.value:
+    raise InputError("--source and --target are needed: what to read and where to write.")
+  from model import loading  # After the flags: what is wrong with them is said sooner.
+
+  source = loading.load(_SOURCE.value, dtype=_DTYPE.value)
+  loading.save(source, _TARGET.value, format=_FORMAT.value, family=_FAMILY.value)
+  print(f"{_TARGET.value}: {source.config.num_params():,} parameters", file=sys.stderr)
+  return 0
+
+
+if __name__ == "__main__":
+  errors.run(main)

@@ -1,0 +1,284 @@
+"""What a family of models is: tables of its config.json and of its tensors, read both ways."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from model.config import ModelConfig, architecture
+from model.errors import InputError, nearest
+from model.hf.engine import Row
+
+REQUIRED: Any = object()
+
+
+class Fields(Protocol):
+  """Fields of config.json that belong together, and what they say of a ModelConfig."""
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Theirs."""
+    ...
+
+  def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Ours from a config.json."""
+    ...
+
+  def write(self, cfg: ModelConfig) -> dict[str, Any]:
+    """Theirs."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """A field that has one of ours for it.
+
+  Attributes:
+    default: what Transformers assumes where config.json has none, or null; a function of its
+      values where it hangs on them; REQUIRED: nothing.
+    values: what theirs is called here; None: the same.
+    minus: what ours is less than theirs, of numbers.
+  """
+
+  theirs: str
+  ours: str
+  default: Any = REQUIRED
+  values: Mapping[Any, Any] | None = None
+  minus: int = 0
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return (self.theirs,)
+
+  def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    value: Any = values.get(self.theirs)
+    if value is None:
+      value = self.default(values) if callable(self.default) else self.default
+    if value is REQUIRED:
+      raise InputError(f"config.json has no {self.theirs}.")
+    if self.values is None:
+      return {self.ours: value - self.minus if self.minus else value}
+    if value not in self.values:
+      known = ", ".join(map(str, self.values))
+      raise InputError(
+        f"config.json: {self.theirs}={value!r} is not known, expected one of {known}."
+      )
+    return {self.ours: self.values[value]}
+
+  def write(self, cfg: ModelConfig) -> dict[str, Any]:
+    value = getattr(cfg, self.ours)
+    if self.minus and value is None:
+      raise InputError(f"model.{self.ours} is not set: it has no {self.theirs}.")
+    if self.values is None:
+      return {self.theirs: value + self.minus if self.minus else value}
+    theirs = next((t for t, o in self.values.items() if o == value), None)
+    if theirs is None:
+      raise InputError(f"model.{self.ours}={value!r} has no {self.theirs}.")
+    return {self.theirs: theirs}
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+  """Several fields of theirs for one of ours that only training reads: the first one says it."""
+
+  names: tuple[str, ...]
+  ours: str
+  default: Any
+
+  def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {self.ours: values.get(self.names[0], self.default)}
+
+  def write(self, cfg: ModelConfig) -> dict[str, Any]:
+    return dict.fromkeys(self.names, getattr(cfg, self.ours))
+
+
+@dataclasses.dataclass(frozen=True)
+class Always:
+  """A field that this implementation of a family knows one value of."""
+
+  theirs: str
+  value: Any
+  missing: Any = None  # What Transformers assumes where config.json has none; None: `value`.
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return (self.theirs,)
+
+  def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    value = values.get(self.theirs)
+    value = (self.value if self.missing is None else self.missing) if value is None else value
+    if value != self.value:
+      raise InputError(
+        f"config.json: {self.theirs}={value!r} is not supported, only {self.value!r}."
+      )
+    return {}
+
+  def write(self, cfg: ModelConfig) -> dict[str, Any]:
+    return {self.theirs: self.value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Class:
+  """A class of Transformers' for a family: its head.
+
+  Attributes:
+    settings: of ModelConfig, of this class.
+    rows: of the head.
+    base: whether its tensors are named without the family's prefix.
+    surplus: pattern of tensors that published checkpoints of it hold and it does not use.
+  """
+
+  settings: Mapping[str, Any]
+  rows: tuple[Row, ...] = ()
+  base: bool = False
+  surplus: str = r"(?!)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A kind of models.
+
+  Attributes:
+    model_type: of config.json.
+    settings: of ModelConfig, of all its models.
+    fields: of config.json.
+    rows: tensors of the body.
+    classes: by their names; the first one where config.json names none.
+    prefix: of the body's tensors in models with a head.
+    unread: fields of config.json that change nothing that is computed.
+    surplus: pattern of tensors with which nothing is computed.
+    repeated: tensors that repeat the table of tokens; the last one only where it is tied.
+    zeros: tensors of zeros, by the pattern of their shape in axes of ModelConfig.
+    renamed: older names of parts of tensors, and what they are called now.
+    pad: id of padding to write where there is no tokenizer that says it.
+  """
+
+  model_type: str
+  settings: Mapping[str, Any]
+  fields: tuple[Fields, ...]
+  rows: tuple[Row, ...]
+  classes: Mapping[str, Class]
+  prefix: str
+  unread: tuple[str, ...] = ()
+  surplus: str = r"(?!)"
+  repeated: tuple[str, ...] = ()
+  zeros: Mapping[str, Callable[[ModelConfig], tuple[int, ...]]] = dataclasses.field(
+    default_factory=dict
+  )
+  renamed: tuple[tuple[str, str], ...] = ()
+  pad: int | None = None
+
+  def read(self, values: Mapping[str, Any]) -> tuple[str, ModelConfig]:
+    """(name of the class, config) that a config.json describes.
+
+    Raises:
+      InputError: for a class or a field that is not known here, or that lacks.
+    """
+    known = {name for fields in self.fields for name in fields.names}
+    known |= {*COMMON, *self.unread, *(name for fields in EVERYWHERE for name in fields.names)}
+    for name in values:
+      if name not in known:
+        raise InputError(
+          f"config.json of a {self.model_type}: field {name!r} is not known here and may change "
+          f"what is computed.{nearest(name, known)}"
+        )
+    named = values.get("architectures") or [next(iter(self.classes))]
+    if named[0] not in self.classes:
+      raise InputError(
+        f"config.json: class {named[0]!r} of {self.model_type} is not known, expected one of "
+        f"{', '.join(self.classes)}."
+      )
+    ours = {"vocab_multiple": 128, **self.settings}
+    told: dict[str, Any] = {}
+    for fields in (*self.fields, *EVERYWHERE):
+      for name, value in fields.read(values).items():
+        if told.setdefault(name, value) != value:
+          raise InputError(
+            f"config.json: {fields.names[0]} makes model.{name} {value!r}, and another field makes "
+            f"it {told[name]!r}: that they differ is not supported."
+          )
+    ours |= told
+    settings = self.classes[named[0]].settings
+    if "head" in settings and values.get("id2label") is not None and "num_labels" not in settings:
+      ours |= _labelled(settings["head"], values)
+    return named[0], ModelConfig(**{**ours, **settings})
+
+  def write(self, cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """(name of the class, config.json) of a config, which `read` makes the same again.
+
+    Raises:
+      InputError: if the config is not one of this family, with the fields that differ.
+    """
+    differing: dict[str, list[str]] = {}
+    for name in self.classes:
+      values: dict[str, Any] = {"architectures": [name], "model_type": self.model_type}
+      for fields in self.fields:
+        values |= fields.write(cfg)
+      if cfg.num_labels is not None:
+        values |= _labels(cfg)
+      ours, theirs = _resolved(cfg), _resolved(self.read(values)[1])
+      differing[name] = [k for k in ours if ours[k] != theirs[k]]
+      if not differing[name]:
+        return name, values
+    name = min(differing, key=lambda name: len(differing[name]))
+    told = ", ".join(f"model.{k}={getattr(cfg, k)!r}" for k in differing[name])
+    raise InputError(f"this model is no {self.model_type}: {name} has no {told}.")
+
+  def table(self, name: str) -> tuple[Row, ...]:
+    """Rows of a class, under the names that its tensors have in a checkpoint."""
+    one = self.classes[name]
+    strip = lambda row: dataclasses.replace(row, theirs=row.theirs.removeprefix(self.prefix))
+    return (*(map(strip, self.rows) if one.base else self.rows), *one.rows)
+
+  def computes_nothing(self, name: str, tensor: str) -> bool:
+    """Whether a class does not compute with a tensor of that name."""
+    patterns = self.surplus, self.classes[name].surplus
+    return any(re.fullmatch(pattern, tensor) for pattern in patterns)
+
+
+EVERYWHERE = (Always("is_decoder", False), Always("add_cross_attention", False))
+# Fields that change nothing that is computed by a forward pass: what generation, training or a
+# library does with the model. Token ids are the tokenizer's.
+COMMON = (
+  "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
+  "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id",
+  "mask_token_id", "unk_token_id", "initializer_range", "id2label", "label2id", "num_labels",
+  "problem_type", "output_attentions", "output_hidden_states", "return_dict", "torchscript",
+  "gradient_checkpointing", "task_specific_params", "finetuning_task", "tokenizer_class", "prefix",
+  "language", "name", "_attn_implementation_autoset", "_commit_hash", "_flash_attn_2_enabled",
+  "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "length_penalty",
+  "no_repeat_ngram_size", "forced_bos_token_id", "forced_eos_token_id", "is_encoder_decoder",
+  "cross_attention_hidden_size", "pruned_heads",
+  "chunk_size_feed_forward", "use_bfloat16", "auto_map",
+)  # fmt: skip
+
+
+def _resolved(cfg: ModelConfig) -> dict[str, Any]:
+  """What decides the function and its parameters, with no default left open."""
+  layers = {name: cfg.layers(name) for name in cfg.stacks}
+  stack = cfg.text_stack
+  whole = {
+    "head": cfg.head_kind, "head_dim": cfg.head_width, "num_kv_heads": cfg.kv_heads,
+    "vocab_size": cfg.real_vocab, "num_decoder_layers": len(cfg.layers(cfg.stacks[-1])),
+    "pooling": cfg.pooling_of(stack), "layer_pattern": layers, "num_labels": cfg.num_labels,
+  }  # fmt: skip
+  left_out = ("layer_prefix", "vocab_multiple", "decoder_start_id")
+  return {k: v for k, v in (architecture(cfg) | whole).items() if k not in left_out}
+
+
+def _labelled(head: str, values: Mapping[str, Any]) -> dict[str, Any]:
+  """Number of labels and problem of a classifier."""
+  if head not in ("sequence", "token"):
+    return {}
+  problems = {"regression": "regression", "multi_label_classification": "multi_label"}
+  problem = problems.get(values.get("problem_type") or "", "single_label")
+  labels = {"num_labels": len(values["id2label"])}
+  return {**labels, "problem": problem} if head == "sequence" else labels
+
+
+def _labels(cfg: ModelConfig) -> dict[str, Any]:
+  problems = {"single_label": "single_label_classification", "regression": "regression",
+              "multi_label": "multi_label_classification"}  # fmt: skip
+  names = {str(i): f"LABEL_{i}" for i in range(cfg.num_labels or 0)}
+  return {"id2label": names, "label2id": {v: int(k) for k, v in names.items()},
+          "problem_type": problems[cfg.problem]}  # fmt: skip

@@ -1,0 +1,210 @@
+"""Random models of Transformers, written by it, read here, and written back: the same function, the
+same bits.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import model
+from model import hf
+from model.hf.engine import flat
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LENGTHS = (230, 97)  # Tokens of two documents; the first passes all windows and bucket edges.
+LLAMA = dict(
+  vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+  num_key_value_heads=2, max_position_embeddings=256,
+)  # fmt: skip
+BERT = dict(
+  vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+  max_position_embeddings=256,
+)  # fmt: skip
+T5 = dict(vocab_size=97, d_model=32, d_kv=12, d_ff=48, num_layers=2, num_decoder_layers=3,
+          num_heads=4)  # fmt: skip
+BART = dict(
+  vocab_size=97, d_model=32, encoder_layers=2, decoder_layers=3, encoder_attention_heads=4,
+  decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=256,
+)  # fmt: skip
+DISTILBERT = dict(vocab_size=97, dim=32, n_layers=2, n_heads=4, hidden_dim=48,
+                  max_position_embeddings=256)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)  # fmt: skip
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+GPT2 = dict(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=256)
+CASES = {
+  "llama": ("LlamaForCausalLM", LLAMA),
+  "llama tied, MHA, biases, scaled": (
+    "LlamaForCausalLM",
+    {**LLAMA, "tie_word_embeddings": True, "num_key_value_heads": 4, "attention_bias": True,
+     "mlp_bias": True, "head_dim": 16, "rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
+  ),
+  "llama, YaRN": ("LlamaForCausalLM", {**LLAMA, "rope_parameters": {"rope_theta": 1e4, **YARN}}),
+  "llama, labels": (
+    "LlamaForSequenceClassification", {**LLAMA, "num_labels": 3, "pad_token_id": 0},
+  ),
+  "llama, body": ("LlamaModel", LLAMA),
+  "mistral": ("MistralForCausalLM", {**LLAMA, "sliding_window": 16}),
+  "mistral, no window": ("MistralForCausalLM", {**LLAMA, "sliding_window": None}),
+  "qwen2": ("Qwen2ForCausalLM", LLAMA),
+  "qwen2, windows": (
+    "Qwen2ForCausalLM",
+    {**LLAMA, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+  ),
+  "qwen3": ("Qwen3ForCausalLM", {**LLAMA, "head_dim": 16, "tie_word_embeddings": True}),
+  "gpt2": ("GPT2LMHeadModel", GPT2),
+  "gpt2, labels": ("GPT2ForTokenClassification", {**GPT2, "num_labels": 3}),
+  "bert": ("BertForMaskedLM", BERT),
+  "bert, pairs": ("BertForPreTraining", BERT),
+  "bert, labels": ("BertForSequenceClassification", {**BERT, "num_labels": 3}),
+  "bert, spans": ("BertForQuestionAnswering", BERT),
+  "bert, tokens": ("BertForTokenClassification", {**BERT, "num_labels": 5}),
+  "bert, body": ("BertModel", BERT),
+  "phi3": ("Phi3ForCausalLM", {**LLAMA, "pad_token_id": 0}),
+  "phi3, a part turns": (
+    "Phi3ForCausalLM",
+    {**LLAMA, "hidden_size": 64, "pad_token_id": 0, "sliding_window": 20,
+     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+  ),
+  "mixtral": ("MixtralForCausalLM", {**LLAMA, "num_local_experts": 4}),
+  "gemma": ("GemmaForCausalLM", {**LLAMA, "head_dim": 16}),
+  "gemma2": (
+    "Gemma2ForCausalLM",
+    {**LLAMA, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 24,
+     "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+  ),
+  "gemma3": (
+    "Gemma3ForCausalLM",
+    {**LLAMA, "num_hidden_layers": 8, "head_dim": 16, "sliding_window": 16,
+     "query_pre_attn_scalar": 16},
+  ),
+  "roberta": ("RobertaForMaskedLM", {**BERT, "max_position_embeddings": 258}),
+  "roberta, labels": (
+    "RobertaForSequenceClassification",
+    {**BERT, "max_position_embeddings": 258, "type_vocab_size": 1, "num_labels": 3},
+  ),
+  "distilbert": ("DistilBertForMaskedLM", DISTILBERT),
+  "distilbert, labels": (
+    "DistilBertForSequenceClassification", {**DISTILBERT, "num_labels": 3},
+  ),
+  "modernbert": (
+    "ModernBertForMaskedLM",
+    {**BERT, "num_hidden_layers": 8, "local_attention": 16, "pad_token_id": 0},
+  ),
+  "t5": ("T5ForConditionalGeneration", T5),
+  "t5 v1.1": (
+    "T5ForConditionalGeneration",
+    {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+  ),
+  "bart": ("BartForConditionalGeneration", BART),
+  "marian": (
+    "MarianMTModel",
+    {**BART, "scale_embedding": True, "activation_function": "swish", "pad_token_id": 0,
+     "decoder_start_token_id": 0, "eos_token_id": 1, "forced_eos_token_id": 1},
+  ),
+  "bart, labels": ("BartForSequenceClassification", {**BART, "num_labels": 3, "eos_token_id": 4}),
+  "bart, scaled": ("BartForConditionalGeneration", {**BART, "scale_embedding": True}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def pair(request, tmp_path_factory):
+  """(their model, the folder that it wrote, ours)."""
+  name, settings = CASES[request.param]
+  kind = getattr(transformers, name)
+  torch.manual_seed(0)
+  theirs = kind(kind.config_class(**settings, attn_implementation="eager")).eval()
+  with torch.no_grad():
+    for p in theirs.parameters():  # Norms too: a scale of one would hide a mistake.
+      if p.requires_grad:
+        torch.nn.init.normal_(p, std=0.2)
+  folder = tmp_path_factory.mktemp("theirs")
+  theirs.save_pretrained(folder)
+  return theirs, folder, model.load(folder)
+
+
+def documents() -> list[tuple[np.ndarray, np.ndarray]]:
+  """What encoders and what decoders read; none of the ids is padding, and 4 ends a text."""
+  rng = np.random.default_rng(0)
+  text = lambda n: np.append(rng.integers(5, 97, n - 1), 4)
+  return [(text(n), text(n // 3)) for n in LENGTHS]
+
+
+def their_scores(theirs, two: bool, doc) -> "torch.Tensor":
+  tokens, answer = (torch.tensor(ids)[None] for ids in doc)
+  out = theirs(input_ids=tokens, **(dict(decoder_input_ids=answer) if two else {}))
+  if "start_logits" in out:
+    return torch.stack([out.start_logits, out.end_logits], -1)[0]
+  if "prediction_logits" in out:
+    return out.prediction_logits[0]
+  if "logits" in out:
+    return out.logits[0]
+  return out.pooler_output[0] if "pooler_output" in out else out.last_hidden_state[0, -1]
+
+
+def more(m, doc) -> dict:
+  writes = m.config.shape == "encoder_decoder" and m.config.head == "language"
+  return dict(decoder_tokens=doc[1][None]) if writes else {}
+
+
+def test_scores_equal_theirs_alone_and_packed(pair):
+  theirs, _, m = pair
+  docs, two = documents(), "decoder_tokens" in more(m, documents()[0])
+  want = [their_scores(theirs, two, doc).detach().numpy() for doc in docs]
+  for doc, scores in zip(docs, want, strict=True):
+    got = np.asarray(m(doc[0][None], **more(m, doc)))[0]
+    np.testing.assert_allclose(got, scores, atol=1e-4, rtol=1e-4)
+  joined = [np.concatenate([doc[side] for doc in docs])[None] for side in (0, 1)]
+  seg = [np.concatenate([np.full(len(doc[s]), i + 1) for i, doc in enumerate(docs)])[None]
+         for s in (0, 1)]  # fmt: skip
+  packed = dict(decoder_tokens=joined[1], decoder_segments=seg[1]) if two else {}
+  got = np.asarray(m(joined[0], segments=seg[0], **packed))[0]
+  texts = m.config.head_kind in ("sequence", "embedding")
+  np.testing.assert_allclose(
+    got, np.stack(want) if texts else np.concatenate(want), atol=1e-4, rtol=1e-4
+  )
+
+
+def test_written_back_it_is_theirs_bit_for_bit(pair, tmp_path):
+  theirs, _, m = pair
+  model.save(m, tmp_path / "back", format="hf")
+  again = type(theirs).from_pretrained(tmp_path / "back", attn_implementation="eager")
+  again.config.eos_token_id = theirs.config.eos_token_id  # Known to a tokenizer, and here is none.
+  want = theirs.state_dict()
+  got = again.state_dict()
+  assert got.keys() == want.keys()
+  for name, tensor in want.items():
+    assert torch.equal(got[name], tensor), name
+  doc = documents()[0]
+  two = "decoder_tokens" in more(m, doc)
+  got, want = (their_scores(one, two, doc) for one in (again.eval(), theirs))
+  torch.testing.assert_close(got, want)
+
+
+def test_one_step_of_theirs_is_one_of_ours(pair):
+  """Gradients, in their layout."""
+  theirs, _, m = pair
+  doc = documents()[0]
+  theirs.zero_grad()
+  two = "decoder_tokens" in more(m, doc)
+  their_scores(theirs, two, doc).logsumexp(-1).sum().backward()
+  summed = lambda params: jax.nn.logsumexp(
+    m.apply(params, jnp.asarray(doc[0][None]), **more(m, doc)), axis=-1
+  ).sum()
+  grads = jax.device_get(jax.jit(jax.grad(summed))(m.params))
+  layout = hf._written(m.config, m.family)[2]
+  leaves, checked = flat(grads), 0
+  mine = dict(layout.tensors(lambda leaf: leaves[leaf]))
+  for name, p in theirs.named_parameters():
+    if p.grad is None or name not in mine:
+      continue
+    got, want = mine[name], p.grad.numpy()
+    if want.shape[0] == m.config.real_vocab:  # Torch leaves rows of padding tokens without any.
+      got, want = got[5:], want[5:]
+    # The gradient of a key bias is zero: a softmax does not see what all scores have in common.
+    assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want) + 1e-5, name
+    checked += 1
+  assert checked > 10
