@@ -1,4 +1,4 @@
-"""Huge pages: asked for once, and what the user says about them stays."""
+"""Memory from glibc: asked for once, and what the user says about it stays."""
 
 import json
 import os
@@ -36,13 +36,44 @@ def started(**environment: str) -> tuple[int, list]:
 
 @needs_glibc
 def test_the_program_starts_again_as_it_was_with_huge_pages():
-  pid, printed = started()
+  pid, printed = started(JAX_PLATFORMS="cuda")
   assert printed == [pid, "glibc.malloc.hugetlb=1", ["-c", "a b", "--flag"], True]
 
 
 @needs_glibc
+def test_a_cpu_that_computes_keeps_its_memory():
+  """Blocks of any size come from one heap: allocated and freed again and again, no page faults."""
+  program = """
+import ctypes, json, resource
+from model.host_memory import use_huge_pages
+use_huge_pages()
+c, size = ctypes.CDLL(None), 1 << 28
+c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+c.free.argtypes = [ctypes.c_void_p]
+def use():
+  block = c.malloc(size)
+  ctypes.memset(block, 1, size)
+  c.free(block)
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+  use()
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+"""
+  faults = {
+    platform: int(subprocess.run(
+      [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True,
+      env={k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+      | {"JAX_PLATFORMS": platform},
+    ).stdout)
+    for platform in ("cpu", "cuda")
+  }  # fmt: skip
+  assert faults["cpu"] < 50 < 3 * 100 < faults["cuda"]
+
+
+@needs_glibc
 def test_other_tunables_stay():
-  _, printed = started(GLIBC_TUNABLES="glibc.malloc.perturb=1")
+  _, printed = started(GLIBC_TUNABLES="glibc.malloc.perturb=1", JAX_PLATFORMS="cuda")
   assert printed[1] == "glibc.malloc.perturb=1:glibc.malloc.hugetlb=1"
 
 
