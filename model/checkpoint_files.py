@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
-from model.checkpoint_record import Damaged, Leaf, Record, check_tree, named_leaves, nested
+from model.checkpoint_record import Damaged, Leaf, Record, check_tree, named_leaves
 from model.checkpoint_record import read_record as _read_json
 from model.errors import InputError
 from model.fingerprint import fingerprints
@@ -77,7 +78,7 @@ def start_write(writer: ocp.AsyncCheckpointer, folder: epath.Path, record: Recor
   arrays = {tuple(map(str, path)): x for path, x in named_leaves(state).values() if x.size}
   items: dict[str, Any] = {"record": ocp.args.JsonSave(record.to_json())}
   if arrays:  # Orbax saves no empty arrays and no empty trees; the record describes them.
-    items["state"] = ocp.args.PyTreeSave(nested(arrays))
+    items["state"] = ocp.args.PyTreeSave(unflatten_dict(arrays))
   writer.save(folder, args=ocp.args.Composite(**items))
 
 
@@ -200,7 +201,9 @@ def _read_arrays(folder: epath.Path, leaves: list[Leaf], places: list) -> list[j
   got: Any = {}
   if present:
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    args = ocp.args.PyTreeRestore(nested(like), restore_args=nested(how), partial_restore=True)
+    args = ocp.args.PyTreeRestore(
+      unflatten_dict(like), restore_args=unflatten_dict(how), partial_restore=True
+    )
     got = reader.restore(folder / "state", args=args)
   named = {name: x for name, (_, x) in named_leaves(got).items()}
   arrays = []

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from etils import epath
+from flax.traverse_util import unflatten_dict
 
 from model import checkpoint_files as files
-from model.checkpoint_record import Damaged, Record, nested
+from model.checkpoint_record import Damaged, Record
 from model.errors import InputError
 
 BEST = "@best"
@@ -56,7 +57,7 @@ def describe(path: epath.PathLike) -> Restored:
     leaf.path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
     for leaf in record.leaves.values()
   }
-  return Restored(nested(leaves), record.meta, step)
+  return Restored(unflatten_dict(leaves), record.meta, step)
 
 
 def restore_params(

@@ -118,17 +118,6 @@ def named_leaves(tree: Any) -> dict[str, tuple[Path, Any]]:
   return named
 
 
-def nested(values: dict[tuple, Any]) -> dict:
-  """`{path: value}` as nested dicts."""
-  root: dict = {}
-  for path, value in values.items():
-    node = root
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = value
-  return root
-
-
 def check_tree(
   where: str, saved: dict[str, Leaf], wanted: dict[str, tuple[Path, Any]], *, cast: bool
 ) -> None:

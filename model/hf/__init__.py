@@ -1,20 +1,22 @@
 """Hugging Face folders in and out: config.json, safetensors, tokenizer; a table for each family."""
 
 import dataclasses
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from model.config import ModelConfig
 from model.errors import InputError, nearest
 from model.hf import decoders, encoder_decoders, encoders
-from model.hf.engine import Layout, flat, nested
+from model.hf.engine import Layout
 from model.hf.family import Family
 from model.hf.safetensors_files import INDEX, SINGLE, open_folder, write_folder
 from model.hf.torch_files import open_torch_file
@@ -60,8 +62,8 @@ class Folder:
     self.layout = Layout(cfg, family.table(name), name)
     self._tensors = _named(family, _open(folder), name)
     _check(family, name, cfg, self.layout, self._tensors)
-    table = self.layout.of_leaf["embed", "table"][0][0].theirs
-    self.config = dataclasses.replace(cfg, param_dtype=self._tensors[table].dtype.name)
+    stored = self._tensors[_table(self.layout)].dtype.name
+    self.config = dataclasses.replace(cfg, param_dtype=stored)
     self.labels = _label_names(cfg, values)
     has = any((folder / one).is_file() for one in _TOKENIZERS)
     self.tokenizer = folder if has or len(list(folder.glob("*.model"))) == 1 else None
@@ -75,7 +77,8 @@ class Folder:
     place = lambda leaf, like: jax.device_put(
       self.layout.leaf(leaf, self._tensors, like.dtype), like.sharding
     )
-    return nested({leaf: place(leaf, like) for leaf, like in flat(wanted).items()})
+    likes: Any = flatten_dict(wanted)
+    return unflatten_dict({leaf: place(leaf, like) for leaf, like in likes.items()})
 
 
 def save(m: Model, folder: Path, *, family: str | None = None) -> None:
@@ -88,20 +91,16 @@ def save(m: Model, folder: Path, *, family: str | None = None) -> None:
     InputError: if it is not one of the family, or of any, with the fields that differ.
   """
   found, values, layout = _written(m.config, family)
-  dtype = {leaf: array.dtype for leaf, array in flat(m.params).items()}
+  leaves: Any = flatten_dict(m.params)
   shapes = {
-    piece.theirs: (np.dtype(dtype[piece.places[0].path]), piece.shape)
+    piece.theirs: (np.dtype(leaves[piece.places[0].path].dtype), piece.shape)
     for piece in layout.ordered()
   }  # fmt: skip
-  kind = np.dtype(next(iter(dtype.values())))
-  zeros = {name: (kind, shape(m.config)) for name, shape in found.zeros.items()}
-  leaves = flat(m.params)
-
-  def stream() -> Iterator[tuple[str, np.ndarray]]:
-    yield from layout.tensors(lambda leaf: np.asarray(leaves[leaf]))
-    yield from ((name, np.zeros(shape, dtype)) for name, (dtype, shape) in zeros.items())
-
-  write_folder(folder, shapes | zeros, stream())
+  kind = np.dtype(next(iter(leaves.values())).dtype)
+  zeros = {name: np.zeros(shape(m.config), kind) for name, shape in found.zeros.items()}
+  shapes |= {name: (kind, array.shape) for name, array in zeros.items()}
+  tensors = layout.tensors(lambda leaf: np.asarray(leaves[leaf]))
+  write_folder(folder, shapes, itertools.chain(tensors, zeros.items()))
   values |= {"dtype": kind.name, **_token_ids(m.tokenizer, found.pad)}
   if m.labels is not None:
     values |= {"id2label": {str(i): one for i, one in enumerate(m.labels)},
@@ -156,14 +155,11 @@ def _named(family: Family, tensors: Mapping[str, np.ndarray], name: str) -> dict
     for old, new in family.renamed:
       key = re.sub(old, new, key)
     out[key] = array
-  prefix, rows = family.prefix, family.table(name)
-  if not prefix or family.classes[name].base:
+  prefix = family.prefix
+  if family.classes[name].base or any(key.startswith(prefix) for key in out):
     return out
-  bodies = {
-    row.theirs.removeprefix(prefix).split(".")[0] for row in rows if row.theirs.startswith(prefix)
-  }
-  if any(key.startswith(prefix) for key in out):
-    return out
+  names = (row.theirs for row in family.table(name) if row.theirs.startswith(prefix))
+  bodies = {one.removeprefix(prefix).split(".")[0] for one in names}
   return {prefix + k if k.split(".")[0] in bodies else k: array for k, array in out.items()}
 
 
@@ -179,13 +175,18 @@ def _check(
   repeated = set(family.repeated) if cfg.tie_embeddings else set(family.repeated[:-1])
   unread = lambda key: key in repeated or key in family.zeros or family.computes_nothing(name, key)
   layout.check(shapes, unread)
-  table = next(p.theirs for p in layout.pieces if p.places[0].path == ("embed", "table"))
+  table = _table(layout)
   for key in repeated & set(tensors):
     if not np.array_equal(tensors[key], tensors[table]):
       raise InputError(f"{key} differs from {table}, and config.json says that they are tied.")
   for key in set(family.zeros) & set(tensors):
     if np.any(tensors[key]):
       raise InputError(f"{key} is not zero: {name} has no such bias here.")
+
+
+def _table(layout: Layout) -> str:
+  """The tensor of theirs that holds the embeddings of tokens."""
+  return layout.of_leaf["embed", "table"][0][0].theirs
 
 
 def _label_names(cfg: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -8,6 +8,14 @@ from model.hf.fields import ACTIVATIONS, LayerTypes, QueryScalar, Rotary, TwoRot
 
 HEADS, HEAD_BIAS, OUT = "(n h) d -> d n h", "(n h) -> n h", "d (n h) -> n h d"
 UP, DOWN = "f d -> d f", "d f -> f d"
+WORDS = Row("lm_head.weight", "head.proj.w", "v d -> d v")
+TIED = Field("tie_word_embeddings", "tie_embeddings", True)
+
+
+def labels(theirs: str) -> tuple[Row, ...]:
+  """What tells labels."""
+  return linear(theirs, "head.proj", "l d -> d l", "l -> l")
+
 
 # Tensor of theirs, parameter of ours, theirs -> ours. A row whose parameter a model lacks is none.
 LLAMA_ROWS = (
@@ -70,12 +78,12 @@ BUFFERS = r".*rotary_emb\.inv_freq"
 
 def classes(name: str) -> dict[str, Class]:
   """The classes of a decoder that is made as Llama's are."""
-  words = Row("lm_head.weight", "head.proj.w", "v d -> d v")
-  labels = linear("score", "head.proj", "l d -> d l", "l -> l")
   return {
-    f"{name}ForCausalLM": Class(dict(head="language"), (words,)),
-    f"{name}ForSequenceClassification": Class(dict(head="sequence", head_bias=False), labels),
-    f"{name}ForTokenClassification": Class(dict(head="token"), labels),
+    f"{name}ForCausalLM": Class(dict(head="language"), (WORDS,)),
+    f"{name}ForSequenceClassification": Class(
+      dict(head="sequence", head_bias=False), labels("score")
+    ),
+    f"{name}ForTokenClassification": Class(dict(head="token"), labels("score")),
     f"{name}Model": Class(dict(head="embedding"), base=True),
   }
 
@@ -95,7 +103,6 @@ def _kv_heads(default: int | None) -> Field:
 
 
 GEMMA = dict(norm_offset=True, scale_embeddings=True)
-TIED = Field("tie_word_embeddings", "tie_embeddings", True)
 CAPS = (Field("attn_logit_softcapping", "attention_softcap", None),
         Field("final_logit_softcapping", "logit_softcap", None))  # fmt: skip
 GEMMA_ACTIVATION = Field("hidden_activation", "activation", "gelu_pytorch_tanh", ACTIVATIONS)
@@ -148,7 +155,7 @@ FAMILIES = (
       Field("n_positions", "max_positions", 1024),
       Field("activation_function", "activation", "gelu_new", ACTIVATIONS),
       Field("layer_norm_epsilon", "norm_eps", 1e-5),
-      Field("tie_word_embeddings", "tie_embeddings", True), Always("scale_attn_weights", True),
+      TIED, Always("scale_attn_weights", True),
       Always("scale_attn_by_inverse_layer_idx", False),
       Same(("resid_pdrop", "embd_pdrop"), "dropout", 0.1),
       Field("attn_pdrop", "attention_dropout", 0.1),
@@ -168,15 +175,11 @@ FAMILIES = (
       *norm("transformer.ln_f", "decoder.final_norm"),
     ),
     {
-      "GPT2LMHeadModel": Class(
-        dict(head="language"), (Row("lm_head.weight", "head.proj.w", "v d -> d v"),)
-      ),
+      "GPT2LMHeadModel": Class(dict(head="language"), (WORDS,)),
       "GPT2ForSequenceClassification": Class(
-        dict(head="sequence", head_bias=False), linear("score", "head.proj", "l d -> d l", "l -> l")
+        dict(head="sequence", head_bias=False), labels("score")
       ),
-      "GPT2ForTokenClassification": Class(
-        dict(head="token"), linear("classifier", "head.proj", "l d -> d l", "l -> l")
-      ),
+      "GPT2ForTokenClassification": Class(dict(head="token"), labels("classifier")),
       "GPT2Model": Class(dict(head="embedding"), base=True),
     },
     "transformer.",

@@ -6,8 +6,8 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.errors import InputError
-from model.hf.decoders import DOWN, HEAD_BIAS, HEADS, OUT, UP
-from model.hf.encoders import SENTENCE, dense, labels
+from model.hf.decoders import DOWN, HEAD_BIAS, HEADS, OUT, TIED, UP, WORDS, labels
+from model.hf.encoders import SENTENCE, dense
 from model.hf.engine import Row, linear, norm, under
 from model.hf.family import Always, Class, Family, Field, Fields, Same
 from model.hf.fields import ACTIVATIONS
@@ -116,7 +116,7 @@ def _bart_fields(*more: Fields) -> tuple[Fields, ...]:
     Field("scale_embedding", "scale_embeddings", False), Field("dropout", "dropout", 0.1),
     Field("attention_dropout", "attention_dropout", 0.0),
     Field("activation_dropout", "mlp_dropout", 0.0),
-    Field("tie_word_embeddings", "tie_embeddings", True), Always("add_final_layer_norm", False),
+    TIED, Always("add_final_layer_norm", False),
     Always("normalize_before", False), Always("add_bias_logits", False), *more,
   )  # fmt: skip
 
@@ -133,7 +133,6 @@ BART_UNREAD = ("encoder_layerdrop", "decoder_layerdrop", "init_std", "classifier
 BART_REPEATED = (
   "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight",
 )  # fmt: skip
-_WORDS = Row("lm_head.weight", "head.proj.w", "v d -> d v")
 FAMILIES = (
   Family(
     "t5",
@@ -153,7 +152,7 @@ FAMILIES = (
     ),
     (Row("shared.weight", "embed.table", "v d -> v d"), *_t5_stack("encoder"),
      *_t5_stack("decoder")),
-    {"T5ForConditionalGeneration": Class(dict(head="language"), (_WORDS,))},
+    {"T5ForConditionalGeneration": Class(dict(head="language"), (WORDS,))},
     "", pad=0,
     unread=("initializer_factor", "n_positions", "is_gated_act", "dense_act_fn",
             "output_past", "classifier_dropout"),
@@ -168,7 +167,7 @@ FAMILIES = (
     ),
     BART_ROWS,
     {
-      "BartForConditionalGeneration": Class(dict(head="language"), (_WORDS,)),
+      "BartForConditionalGeneration": Class(dict(head="language"), (WORDS,)),
       "BartForSequenceClassification": Class(
         SENTENCE, (*dense("classification_head.dense"), *labels("classification_head.out_proj"))
       ),
@@ -187,7 +186,7 @@ FAMILIES = (
     BART_ROWS,
     {"MarianMTModel": Class(
       dict(head="language", logit_bias=True),
-      (_WORDS, Row("final_logits_bias", "head.bias", "1 v -> v")),
+      (WORDS, Row("final_logits_bias", "head.bias", "1 v -> v")),
     )},
     "model.", unread=(*BART_UNREAD, "bad_words_ids", "extra_pos_embeddings"),
     repeated=BART_REPEATED, surplus=r"model\.(en|de)coder\.embed_positions\.weight",

@@ -1,6 +1,6 @@
 """Encoders: BERT, RoBERTa, DistilBERT, ModernBERT."""
 
-from model.hf.decoders import DOWN, HEAD_BIAS, HEADS, OUT, UP
+from model.hf.decoders import DOWN, HEAD_BIAS, HEADS, OUT, TIED, UP, labels
 from model.hf.engine import Row, linear, norm, under
 from model.hf.family import Always, Class, Family, Field, Same
 from model.hf.fields import ACTIVATIONS, LayerTypes, TwoRotaries
@@ -12,18 +12,12 @@ BERT = dict(
 MASKED = dict(head="masked_lm", head_dense=True, head_norm=True, logit_bias=True)
 SENTENCE = dict(head="sequence", head_dense=True, head_activation="tanh")
 POOLED = dict(head="embedding", head_dense=True, head_activation="tanh")
-TIED = Field("tie_word_embeddings", "tie_embeddings", True)
 ABSOLUTE = Always("position_embedding_type", "absolute")
 
 
 def dense(theirs: str) -> tuple[Row, ...]:
   """The layer before a head."""
   return linear(theirs, "head.dense", "e d -> d e", "e -> e")
-
-
-def labels(theirs: str) -> tuple[Row, ...]:
-  """What tells labels."""
-  return linear(theirs, "head.proj", "l d -> d l", "l -> l")
 
 
 def _bert_rows(name: str) -> tuple[Row, ...]:

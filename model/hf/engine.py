@@ -11,6 +11,7 @@ import einops
 import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from model.config import ModelConfig
 from model.errors import InputError
@@ -135,10 +136,10 @@ class Layout:
     """
     net = abstract(cfg)
     self._cfg, self.name = cfg, name
-    self.leaves: dict[Path, jax.ShapeDtypeStruct] = flat(
-      nnx.to_pure_dict(nnx.state(net, nnx.Param))
-    )
-    self._axes = {path: info.axes for path, info in flat(param_info(net)).items()}
+    leaves: Any = flatten_dict(nnx.to_pure_dict(nnx.state(net, nnx.Param)))
+    infos: Any = flatten_dict(param_info(net))
+    self.leaves: dict[Path, jax.ShapeDtypeStruct] = leaves
+    self._axes = {path: info.axes for path, info in infos.items()}
     self.pieces = [piece for row in rows for piece in self._expand(row)]
     self.of_leaf = collections.defaultdict(list)  # path -> (piece, which of its places)
     for piece in self.pieces:
@@ -234,23 +235,6 @@ class Layout:
     for piece in self.pieces:
       groups[tuple(place.path for place in piece.places)].append(piece)
     return [piece for group in groups.values() for piece in group]
-
-
-def flat(tree: Any) -> dict[Path, Any]:
-  """Leaves of a nested dict by path."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: not isinstance(x, dict))
-  return {tuple(key.key for key in path): leaf for path, leaf in leaves}
-
-
-def nested(leaves: Mapping[Path, Any]) -> dict:
-  """A nested dict of leaves by path."""
-  out: dict = {}
-  for path, leaf in leaves.items():
-    at = out
-    for part in path[:-1]:
-      at = at.setdefault(part, {})
-    at[path[-1]] = leaf
-  return out
 
 
 def _path(name: str, at: tuple[int, ...]) -> Path:

@@ -94,11 +94,10 @@ class Same:
 
 @dataclasses.dataclass(frozen=True)
 class Always:
-  """A field that this implementation of a family knows one value of."""
+  """A field of which one value is known here, which is also what is assumed without it."""
 
   theirs: str
   value: Any
-  missing: Any = None  # What Transformers assumes where config.json has none; None: `value`.
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -106,8 +105,7 @@ class Always:
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
     value = values.get(self.theirs)
-    value = (self.value if self.missing is None else self.missing) if value is None else value
-    if value != self.value:
+    if value is not None and value != self.value:
       raise InputError(
         f"config.json: {self.theirs}={value!r} is not supported, only {self.value!r}."
       )
@@ -148,7 +146,7 @@ class Family:
     unread: fields of config.json that change nothing that is computed.
     surplus: pattern of tensors with which nothing is computed.
     repeated: tensors that repeat the table of tokens; the last one only where it is tied.
-    zeros: tensors of zeros, by the pattern of their shape in axes of ModelConfig.
+    zeros: tensors of zeros, and their shapes.
     renamed: older names of parts of tensors, and what they are called now.
     pad: id of padding to write where there is no tokenizer that says it.
   """
@@ -199,7 +197,7 @@ class Family:
           )
     ours |= told
     settings = self.classes[named[0]].settings
-    if "head" in settings and values.get("id2label") is not None and "num_labels" not in settings:
+    if values.get("id2label") is not None:
       ours |= _labelled(settings["head"], values)
     return named[0], ModelConfig(**{**ours, **settings})
 
@@ -209,14 +207,15 @@ class Family:
     Raises:
       InputError: if the config is not one of this family, with the fields that differ.
     """
-    differing: dict[str, list[str]] = {}
+    body: dict[str, Any] = {"model_type": self.model_type}
+    for fields in self.fields:
+      body |= fields.write(cfg)
+    if cfg.num_labels is not None:
+      body |= _labels(cfg)
+    ours, differing = _resolved(cfg), {}
     for name in self.classes:
-      values: dict[str, Any] = {"architectures": [name], "model_type": self.model_type}
-      for fields in self.fields:
-        values |= fields.write(cfg)
-      if cfg.num_labels is not None:
-        values |= _labels(cfg)
-      ours, theirs = _resolved(cfg), _resolved(self.read(values)[1])
+      values = {"architectures": [name], **body}
+      theirs = _resolved(self.read(values)[1])
       differing[name] = [k for k in ours if ours[k] != theirs[k]]
       if not differing[name]:
         return name, values
@@ -256,29 +255,30 @@ COMMON = (
 def _resolved(cfg: ModelConfig) -> dict[str, Any]:
   """What decides the function and its parameters, with no default left open."""
   layers = {name: cfg.layers(name) for name in cfg.stacks}
-  stack = cfg.text_stack
   whole = {
     "head": cfg.head_kind, "head_dim": cfg.head_width, "num_kv_heads": cfg.kv_heads,
     "vocab_size": cfg.real_vocab, "num_decoder_layers": len(cfg.layers(cfg.stacks[-1])),
-    "pooling": cfg.pooling_of(stack), "layer_pattern": layers, "num_labels": cfg.num_labels,
+    "pooling": cfg.pooling_of(cfg.text_stack), "layer_pattern": layers,
   }  # fmt: skip
   left_out = ("layer_prefix", "vocab_multiple", "decoder_start_id")
   return {k: v for k, v in (architecture(cfg) | whole).items() if k not in left_out}
+
+
+_PROBLEMS = {"single_label_classification": "single_label", "regression": "regression",
+             "multi_label_classification": "multi_label"}  # fmt: skip
 
 
 def _labelled(head: str, values: Mapping[str, Any]) -> dict[str, Any]:
   """Number of labels and problem of a classifier."""
   if head not in ("sequence", "token"):
     return {}
-  problems = {"regression": "regression", "multi_label_classification": "multi_label"}
-  problem = problems.get(values.get("problem_type") or "", "single_label")
+  problem = _PROBLEMS.get(values.get("problem_type") or "", "single_label")
   labels = {"num_labels": len(values["id2label"])}
   return {**labels, "problem": problem} if head == "sequence" else labels
 
 
 def _labels(cfg: ModelConfig) -> dict[str, Any]:
-  problems = {"single_label": "single_label_classification", "regression": "regression",
-              "multi_label": "multi_label_classification"}  # fmt: skip
+  theirs = {ours: name for name, ours in _PROBLEMS.items()}
   names = {str(i): f"LABEL_{i}" for i in range(cfg.num_labels or 0)}
   return {"id2label": names, "label2id": {v: int(k) for k, v in names.items()},
-          "problem_type": problems[cfg.problem]}  # fmt: skip
+          "problem_type": theirs[cfg.problem]}  # fmt: skip

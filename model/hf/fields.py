@@ -159,12 +159,11 @@ class Windows:
     return layer_pattern(values.get("layer_types") or usual, window)
 
   def write(self, cfg: ModelConfig) -> dict[str, Any]:
-    kinds = [kind.window is not None for kind in cfg.layers("decoder")]
     if self.always:
       return {"sliding_window": cfg.window}
     return {
-      "use_sliding_window": any(kinds), "sliding_window": cfg.window,
-      "layer_types": ["sliding_attention" if local else "full_attention" for local in kinds],
+      "use_sliding_window": cfg.window is not None, "sliding_window": cfg.window,
+      "layer_types": _layer_types(cfg),
     }  # fmt: skip
 
 
@@ -199,9 +198,12 @@ class LayerTypes:
     return ours
 
   def write(self, cfg: ModelConfig) -> dict[str, Any]:
-    kinds = [kind.window is not None for kind in cfg.layers(cfg.stacks[0])]
-    types = ["sliding_attention" if local else "full_attention" for local in kinds]
-    return {self.window[0]: cfg.window or self.window[1], "layer_types": types}
+    return {self.window[0]: cfg.window or self.window[1], "layer_types": _layer_types(cfg)}
+
+
+def _layer_types(cfg: ModelConfig) -> list[str]:
+  windows = [kind.window for kind in cfg.layers(cfg.stacks[0])]
+  return ["full_attention" if window is None else "sliding_attention" for window in windows]
 
 
 @dataclasses.dataclass(frozen=True)

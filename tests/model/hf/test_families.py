@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import model
 from model import hf
-from model.hf.engine import flat
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -196,7 +196,7 @@ def test_one_step_of_theirs_is_one_of_ours(pair):
   ).sum()
   grads = jax.device_get(jax.jit(jax.grad(summed))(m.params))
   layout = hf._written(m.config, m.family)[2]
-  leaves, checked = flat(grads), 0
+  leaves, checked = flatten_dict(grads), 0
   mine = dict(layout.tensors(lambda leaf: leaves[leaf]))
   for name, p in theirs.named_parameters():
     if p.grad is None or name not in mine:
