@@ -1,4 +1,4 @@
-"""Decoders: Llama and its relatives, GPT-2."""
+"""Decoders: Llama and its relatives."""
 
 import re
 
@@ -63,16 +63,6 @@ FUSED_ROWS = (  # Phi-3.
     Row("mlp.gate_up_proj.weight", "mlp.{gate,up}_proj.w", UP, joined=True),
   ),
 )  # fmt: skip
-EXPERT_ROWS = (  # Mixtral.
-  *(row for row in LLAMA_ROWS if ".mlp." not in row.theirs),
-  *under(
-    "model.layers.{i}.block_sparse_moe", "decoder.layers.mlp",
-    Row("gate.weight", "router.w", "e d -> d e"),
-    Row("experts.{e}.w1.weight", "gate_proj.w", UP),
-    Row("experts.{e}.w3.weight", "up_proj.w", UP),
-    Row("experts.{e}.w2.weight", "down_proj.w", DOWN),
-  ),
-)  # fmt: skip
 BUFFERS = r".*rotary_emb\.inv_freq"
 
 
@@ -88,7 +78,7 @@ def classes(name: str) -> dict[str, Class]:
   }
 
 
-def _llama(model_type: str, name: str, *fields: Fields, rows=LLAMA_ROWS, unread=(), **settings):
+def llama(model_type: str, name: str, *fields: Fields, rows=LLAMA_ROWS, unread=(), **settings):
   """A relative of Llama's: its fields replace Llama's of the same names."""
   own = {*unread, *(name for one in fields for name in one.names)}
   others = tuple(one for one in LLAMA_FIELDS if not own & set(one.names))
@@ -98,7 +88,7 @@ def _llama(model_type: str, name: str, *fields: Fields, rows=LLAMA_ROWS, unread=
   )  # fmt: skip
 
 
-def _kv_heads(default: int | None) -> Field:
+def kv_heads(default: int | None) -> Field:
   return Field("num_key_value_heads", "num_kv_heads", default)
 
 
@@ -113,79 +103,29 @@ BOTH_WAYS = Always("use_bidirectional_attention", False)
 BIASES = (Field("attention_bias", "attention_bias", False),
           Field("attention_bias", "attention_out_bias", False))  # fmt: skip
 FAMILIES = (
-  _llama("llama", "Llama", _kv_heads(None),
-         Field("head_dim", "head_dim", None), *BIASES, Field("mlp_bias", "mlp_bias", False),
-         Always("pretraining_tp", 1)),
-  _llama("mistral", "Mistral", _kv_heads(8),
-         Field("head_dim", "head_dim", None), Windows(always=True)),
-  _llama("qwen2", "Qwen2", _kv_heads(32), Windows(always=False), attention_bias=True),
-  _llama("qwen3", "Qwen3", _kv_heads(32), Field("head_dim", "head_dim", 128), *BIASES,
-         Windows(always=False), qk_norm="head"),
-  _llama("phi3", "Phi3", _kv_heads(None), Rotary(partial=True), Windows(always=True, default=None),
-         Field("rms_norm_eps", "norm_eps", 1e-5),
-         Same(("resid_pdrop", "embd_pdrop"), "dropout", 0.0), rows=FUSED_ROWS,
-         unread=("original_max_position_embeddings", "attention_bias")),
-  _llama("mixtral", "Mixtral", _kv_heads(8), Field("head_dim", "head_dim", None),
-         Windows(always=True, default=None, suffix="+experts"),
-         Field("rms_norm_eps", "norm_eps", 1e-5), Field("num_local_experts", "num_experts", 8),
-         Field("num_experts_per_tok", "experts_per_token", 2),
-         Field("router_aux_loss_coef", "balance_loss", 0.001), rows=EXPERT_ROWS,
-         unread=("output_router_logits", "router_jitter_noise")),
-  _llama("gemma", "Gemma", _kv_heads(16), WIDE, TIED, *BIASES, BOTH_WAYS,
-         Field("hidden_act", "activation", "gelu_pytorch_tanh", ACTIVATIONS),
-         unread=("hidden_activation",), **GEMMA),
-  _llama("gemma2", "Gemma2", _kv_heads(4), WIDE, TIED, *BIASES, BOTH_WAYS, *CAPS, QueryScalar(),
-         GEMMA_ACTIVATION, LayerTypes(("sliding_window", 4096), ("sliding_window_pattern", 2), 1),
-         rows=SANDWICH_ROWS, unread=("hidden_act", "cache_implementation"),
-         norm_placement="sandwich", **GEMMA),
-  _llama("gemma3_text", "Gemma3", _kv_heads(4), WIDE, TIED, *BIASES, BOTH_WAYS, *CAPS,
-         QueryScalar(), GEMMA_ACTIVATION,
-         LayerTypes(("sliding_window", 4096), ("sliding_window_pattern", 6), 5),
-         TwoRotaries(("rope_theta", 1e6), ("rope_local_base_freq", 1e4)), rows=SANDWICH_ROWS,
-         unread=("hidden_act", "cache_implementation"), norm_placement="sandwich", qk_norm="head",
-         **GEMMA),
-  Family(
-    "gpt2",
-    dict(shape="decoder", positions="learned", norm="layer", gated=False, mlp_bias=True,
-         attention_bias=True, attention_out_bias=True),
-    (
-      Field("vocab_size", "vocab_size", 50_257), Field("n_embd", "d_model", 768),
-      Field("n_layer", "num_layers", 12), Field("n_head", "num_heads", 12),
-      Field("n_inner", "d_ff", lambda v: 4 * v.get("n_embd", 768)),
-      Field("n_positions", "max_positions", 1024),
-      Field("activation_function", "activation", "gelu_new", ACTIVATIONS),
-      Field("layer_norm_epsilon", "norm_eps", 1e-5),
-      TIED, Always("scale_attn_weights", True),
-      Always("scale_attn_by_inverse_layer_idx", False),
-      Same(("resid_pdrop", "embd_pdrop"), "dropout", 0.1),
-      Field("attn_pdrop", "attention_dropout", 0.1),
-    ),
-    (
-      Row("transformer.wte.weight", "embed.table", "v d -> v d"),
-      Row("transformer.wpe.weight", "decoder.position_embed.table", "p d -> p d"),
-      *under(
-        "transformer.h.{i}", "decoder.layers",
-        *norm("ln_1", "attn_norm"),
-        *linear("attn.c_attn", "attn.{q,k,v}_proj", "d (c n h) -> c d n h", "(c n h) -> c n h"),
-        *linear("attn.c_proj", "attn.o_proj", "(n h) d -> n h d", "d -> d"),
-        *norm("ln_2", "mlp_norm"),
-        *linear("mlp.c_fc", "mlp.up_proj", "d f -> d f", "f -> f"),
-        *linear("mlp.c_proj", "mlp.down_proj", "f d -> f d", "d -> d"),
-      ),
-      *norm("transformer.ln_f", "decoder.final_norm"),
-    ),
-    {
-      "GPT2LMHeadModel": Class(dict(head="language"), (WORDS,)),
-      "GPT2ForSequenceClassification": Class(
-        dict(head="sequence", head_bias=False), labels("score")
-      ),
-      "GPT2ForTokenClassification": Class(dict(head="token"), labels("classifier")),
-      "GPT2Model": Class(dict(head="embedding"), base=True),
-    },
-    "transformer.",
-    unread=("n_ctx", "summary_type", "summary_use_proj", "summary_activation",
-            "summary_proj_to_labels", "summary_first_dropout", "reorder_and_upcast_attn",
-            "classifier_dropout", "hidden_dropout"),
-    surplus=r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", repeated=("lm_head.weight",),
-  ),
+  llama("llama", "Llama", kv_heads(None),
+        Field("head_dim", "head_dim", None), *BIASES, Field("mlp_bias", "mlp_bias", False),
+        Always("pretraining_tp", 1)),
+  llama("mistral", "Mistral", kv_heads(8),
+        Field("head_dim", "head_dim", None), Windows(always=True)),
+  llama("qwen2", "Qwen2", kv_heads(32), Windows(always=False), attention_bias=True),
+  llama("qwen3", "Qwen3", kv_heads(32), Field("head_dim", "head_dim", 128), *BIASES,
+        Windows(always=False), qk_norm="head"),
+  llama("phi3", "Phi3", kv_heads(None), Rotary(partial=True), Windows(always=True, default=None),
+        Field("rms_norm_eps", "norm_eps", 1e-5),
+        Same(("resid_pdrop", "embd_pdrop"), "dropout", 0.0), rows=FUSED_ROWS,
+        unread=("original_max_position_embeddings", "attention_bias")),
+  llama("gemma", "Gemma", kv_heads(16), WIDE, TIED, *BIASES, BOTH_WAYS,
+        Field("hidden_act", "activation", "gelu_pytorch_tanh", ACTIVATIONS),
+        unread=("hidden_activation",), **GEMMA),
+  llama("gemma2", "Gemma2", kv_heads(4), WIDE, TIED, *BIASES, BOTH_WAYS, *CAPS, QueryScalar(),
+        GEMMA_ACTIVATION, LayerTypes(("sliding_window", 4096), ("sliding_window_pattern", 2), 1),
+        rows=SANDWICH_ROWS, unread=("hidden_act", "cache_implementation"),
+        norm_placement="sandwich", **GEMMA),
+  llama("gemma3_text", "Gemma3", kv_heads(4), WIDE, TIED, *BIASES, BOTH_WAYS, *CAPS,
+        QueryScalar(), GEMMA_ACTIVATION,
+        LayerTypes(("sliding_window", 4096), ("sliding_window_pattern", 6), 5),
+        TwoRotaries(("rope_theta", 1e6), ("rope_local_base_freq", 1e4)), rows=SANDWICH_ROWS,
+        unread=("hidden_act", "cache_implementation"), norm_placement="sandwich", qk_norm="head",
+        **GEMMA),
 )  # fmt: skip

@@ -1,0 +1,22 @@
+"""What a certificate tries: classes of Transformers, and fields of their configs.
+
+A name is a family's `model_type`, then what is special; the first of a family is tried by the tests
+of every day, the others on request.
+"""
+
+from train.certify.cases import (
+  decoders,
+  encoder_decoders,
+  encoders,
+  expert_decoders,
+  gpt_decoders,
+)
+
+Case = tuple[str, dict]
+CASES: dict[str, Case] = {
+  **decoders.CASES,
+  **gpt_decoders.CASES,
+  **expert_decoders.CASES,
+  **encoders.CASES,
+  **encoder_decoders.CASES,
+}
