@@ -111,6 +111,15 @@ def save(m: Model, folder: Path, *, family: str | None = None) -> None:
     m.tokenizer.save(folder)
 
 
+def layout(m: Model) -> Layout:
+  """Which tensors a model's parameters are, as the family that it came from or the first that fits.
+
+  Raises:
+    InputError: if it is of none.
+  """
+  return _written(m.config, m.family)[2]
+
+
 def _written(cfg: ModelConfig, family: str | None) -> tuple[Family, dict[str, Any], Layout]:
   reasons = []
   for one in FAMILIES.values() if family is None else [_family(family)]:
