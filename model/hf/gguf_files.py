@@ -1,11 +1,12 @@
 """GGUF files: metadata, and tensors that are decoded one at a time.
 
-The `gguf` package decodes quantized blocks. Its reader believes the counts and offsets of a file, so
-files are read here, where each of them is bounded by the size of the file.
+The `gguf` package decodes quantized blocks. Its reader believes the counts and offsets of a file,
+so files are read here, where each of them is bounded by the size of the file.
 Format: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 import dataclasses
+import itertools
 import math
 import struct
 from collections.abc import Callable
@@ -64,7 +65,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """What a file holds: `metadata` by key, with arrays of numbers on the memory map, and `tensors`."""
+  """What a file holds: metadata by key, with arrays of numbers on the memory map, and tensors."""
 
   path: Path
   metadata: dict[str, Any]
@@ -81,7 +82,7 @@ def open_file(path: Path) -> File:
     raise InputError(f"{path} does not exist, or is no file.")
   if path.stat().st_size < 24:
     raise InputError(f"{path} is no GGUF file: it has {path.stat().st_size} bytes.")
-  reader = _Reader(path, np.memmap(path, np.uint8, mode="r"))
+  reader = _Reader(path, np.memmap(path, np.uint8, mode="r").view(np.ndarray))
   if reader.take(4, "the magic") != b"GGUF":
     raise InputError(f"{path} is no GGUF file: it does not begin with GGUF.")
   version = reader.number("<u4", "the version")
@@ -110,7 +111,8 @@ class _Reader:
   """Reads what lies one after the other; nothing reaches beyond the end of the file."""
 
   def __init__(self, path: Path, data: np.ndarray):
-    self._path, self._data, self._bytes, self._at = path, data, memoryview(data), 0
+    self._path, self._data, self._at = path, data, 0
+    self._bytes: Any = memoryview(data)  # pyright: ignore
 
   @property
   def left(self) -> int:
@@ -180,7 +182,7 @@ class _Reader:
       found[name] = self._tensor(shape, kind, self._data[begin : begin + size])
       spans.append((begin, begin + size, name))
     spans.sort()
-    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
       if begin < end:
         raise self.damaged(f"{first} and {second} share bytes")
     return found

@@ -258,7 +258,7 @@ def _scale_frequencies(file: File, values: dict[str, Any]) -> None:
   if _FREQUENCIES not in file.tensors:
     return
   found = np.asarray(file.tensors[_FREQUENCIES], np.float64).reshape(-1)
-  n, width = len(found), values["head_dim"] if "head_dim" in values else 0
+  n, width = len(found), values.get("head_dim", 0)
   factor = round(float(found.max()), 4)
   if n and np.all(found == 1.0):
     return
@@ -276,7 +276,7 @@ def _scale_frequencies(file: File, values: dict[str, Any]) -> None:
           "high_freq_factor": high, "original_max_position_embeddings": original,
         }  # fmt: skip
         return
-  raise InputError(f"{file.path}: {_FREQUENCIES} is not of Llama 3's scaling, which alone is known.")
+  raise InputError(f"{file.path}: {_FREQUENCIES} is not Llama 3's scaling, which alone is known.")
 
 
 def _tensors(file: File, one: Architecture, values: dict[str, Any]) -> dict[str, Any]:

@@ -202,10 +202,13 @@ def _sentencepiece(read: _Vocabulary) -> tuple[tokenizers.Tokenizer, dict[str, A
     if "unk" not in read.roles:
       raise InputError(f"{read.path} has no token for what is unknown.")
     types[read.roles["unk"]] = _UNKNOWN
-  # A lone run of spaces is spelled with spaces here, and with their sign there.
-  spelled = [t.replace(" ", "▁") if t.strip(" ") == "" else t for t in read.tokens]
+  scores, runs = _scores(read), [not t.strip(" ") for t in read.tokens]
+  # A run of spaces is spelled with spaces here, and with their sign there. Joined first, it needs
+  # not be looked for in texts.
+  types = np.where((types == _USER) & runs, _NORMAL, types)
+  spelled = [t.replace(" ", "▁") if run else t for t, run in zip(read.tokens, runs, strict=True)]
   proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore
-  for token, score, kind in zip(spelled, _scores(read), types.tolist(), strict=True):
+  for token, score, kind in zip(spelled, scores, types.tolist(), strict=True):
     if not token or not 1 <= kind <= _BYTE:
       raise InputError(f"{read.path} is damaged: the token {token!r} has the type {kind}.")
     proto.pieces.add(piece=token, score=score, type=kind)

@@ -1,5 +1,6 @@
-"""GGUF files: the same parameters as the folder that they were made of, and what is damaged refused."""
+"""GGUF files: the parameters of the folder that they were made of; what is damaged is refused."""
 
+import contextlib
 import struct
 from pathlib import Path
 
@@ -106,7 +107,9 @@ def blocks(kind: str, rows: int, columns: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", SCALES)
 def test_blocks_are_decoded_as_both_libraries_do(kind, tmp_path):
   data = blocks(kind, 48, 512)
-  path = write_file(tmp_path / "x.gguf", {"general.architecture": "llama"}, {"x": data}, {"x": kind})
+  path = write_file(
+    tmp_path / "x.gguf", {"general.architecture": "llama"}, {"x": data}, {"x": kind}
+  )
   tensor = open_file(path).tensors["x"]
   got = np.asarray(tensor)
   assert tensor.shape == got.shape == (48, 512) and got.dtype == tensor.dtype == np.float32
@@ -118,7 +121,7 @@ def test_blocks_are_decoded_as_both_libraries_do(kind, tmp_path):
     np.testing.assert_allclose(got.reshape(-1), theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q5_1"])
 def test_a_quantized_model_is_its_decoded_matrices(kind, tmp_path):
   theirs = build("qwen2")
   m = model.load(write(tmp_path / "x.gguf", theirs, kind=kind), dtype=None)
@@ -217,7 +220,7 @@ DAMAGES = {
   "alignment": (lambda p: rewritten(p, general__alignment=33), "no power of two"),
   "huge array": (
     lambda p: (rewritten(p, general__tags=["a"]),
-               patched(p, behind(p, b"general.tags") + 8, "<Q", 1 << 60)), "1152921504606846976 texts"),
+               patched(p, behind(p, b"general.tags") + 8, "<Q", 1 << 60)), r"\d+ texts"),
   "huge numbers": (
     lambda p: (rewritten(p, general__sizes=[1, 2]),
                patched(p, behind(p, b"general.sizes") + 8, "<Q", 1 << 60)), r"needs \d+ bytes"),
@@ -227,7 +230,7 @@ DAMAGES = {
   "one of several": (lambda p: rewritten(p, **{"split.count": 3}), "one of 3 files"),
   "adapter": (lambda p: rewritten(p, general__type="adapter"), "is no model"),
   "unknown architecture": (
-    lambda p: p.write_bytes(p.read_bytes().replace(b"\5\0\0\0\0\0\0\0llama", b"\5\0\0\0\0\0\0\0mamba")),
+    lambda p: p.write_bytes(p.read_bytes().replace(b"\0\0\0llama", b"\0\0\0mamba")),
     "architecture 'mamba', expected one of llama"),
   "no layers": (lambda p: rewritten(p, llama__block_count=None), "has no llama.block_count"),
   "layers of text": (
@@ -244,7 +247,7 @@ DAMAGES = {
   "epsilon": (
     lambda p: rewritten(p, llama__attention__layer_norm_rms_epsilon=float("nan")), "a positive"),
   "experts": (lambda p: rewritten(p, llama__expert_count=8), "llama.expert_count is 8, expected 0"),
-  "unknown key": (lambda p: rewritten(p, llama__logit_scale=2.0), "llama.logit_scale are not known"),
+  "unknown key": (lambda p: rewritten(p, llama__logit_scale=2.0), "logit_scale are not known"),
   "unknown scaling": (
     lambda p: rewritten(p, **{"llama.rope.scaling.type": "longrope"}), "one of none, linear, yarn"),
   "frequencies": (
@@ -255,7 +258,7 @@ DAMAGES = {
   "first tensor missing": (
     lambda p: rewritten(p, tensors={"token_embd.weight": None}), "has no tensor token_embd.weight"),
   "unknown tensor": (
-    lambda p: rewritten(p, tensors={"blk.0.attn_sinks.weight": array(4)}), "blk.0.attn_sinks.weight"),
+    lambda p: rewritten(p, tensors={"blk.0.attn_sinks.weight": array(4)}), "blk.0.attn_sinks"),
   "a layer too many": (
     lambda p: rewritten(p, tensors={"blk.7.attn_q.weight": array(64, 64)}),
     "1 unknown: model.layers.7.self_attn.q_proj.weight"),
@@ -285,10 +288,8 @@ def test_any_byte_may_be_wrong(good, tmp_path):
     at = int(rng.integers(0, header))
     data[at : at + 4] = rng.integers(0, 256, 4, np.uint8).tobytes()
     path.write_bytes(bytes(data))
-    try:
+    with contextlib.suppress(InputError):
       hf.Folder(path)
-    except InputError:
-      pass
 
 
 def test_the_command_reads_a_file(good, tmp_path):
@@ -300,4 +301,6 @@ def test_the_command_reads_a_file(good, tmp_path):
   good.with_name("no.gguf").write_bytes(b"GGUF" * 9)
   source = good.with_name("no.gguf")
   done = run("model.hf", f"--source={source}", f"--target={tmp_path / 'x'}", "--format=orbax")
-  assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {source} is GGUF")
+  assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
+    f"error: {source} is GGUF"
+  )
