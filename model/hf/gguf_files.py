@@ -55,6 +55,11 @@ class Tensor:
   dtype: np.dtype
   change: Change | None = None
 
+  @property
+  def _mmap(self) -> Any:
+    """The map, as arrays on maps have it."""
+    return getattr(self.data, "_mmap", None)
+
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     array = self.data if self.kind is None else _decoded(self.data, self.kind)
     array = array.reshape(self.shape)
@@ -71,6 +76,17 @@ class File:
   metadata: dict[str, Any]
   tensors: dict[str, Tensor]
 
+  def one(self, key: str, default: Any) -> Any:
+    """A text, a number, or true or false.
+
+    Raises:
+      InputError: if it is an array.
+    """
+    value = self.metadata.get(key, default)
+    if isinstance(value, np.ndarray | list):
+      raise InputError(f"{self.path}: {key} is an array of {len(value)}, expected one value.")
+    return value
+
 
 def open_file(path: Path) -> File:
   """Reads metadata; of tensors nothing is read yet.
@@ -82,7 +98,7 @@ def open_file(path: Path) -> File:
     raise InputError(f"{path} does not exist, or is no file.")
   if path.stat().st_size < 24:
     raise InputError(f"{path} is no GGUF file: it has {path.stat().st_size} bytes.")
-  reader = _Reader(path, np.memmap(path, np.uint8, mode="r").view(np.ndarray))
+  reader = _Reader(path, np.memmap(path, np.uint8, mode="r"))
   if reader.take(4, "the magic") != b"GGUF":
     raise InputError(f"{path} is no GGUF file: it does not begin with GGUF.")
   version = reader.number("<u4", "the version")
@@ -99,12 +115,12 @@ def open_file(path: Path) -> File:
     if key in metadata:
       raise reader.damaged(f"the key {key!r} is there twice")
     metadata[key] = reader.value(key)
-  if metadata.get("split.count", 0) not in (0, 1):
+  file = File(path, metadata, reader.tensors(n_tensors, metadata))
+  if (count := file.one("split.count", 1)) not in (0, 1):
     raise InputError(
-      f"{path} is one of {metadata['split.count']} files of a model: join them with llama.cpp's "
-      "gguf-split --merge."
+      f"{path} is one of {count} files of a model: join them with llama.cpp's gguf-split --merge."
     )
-  return File(path, metadata, reader.tensors(n_tensors, metadata))
+  return file
 
 
 class _Reader:
@@ -205,7 +221,6 @@ class _Reader:
     return math.prod(shape) // length * size
 
   def _tensor(self, shape: tuple[int, ...], kind: int, data: np.ndarray) -> Tensor:
-    data = data.view(np.ndarray)
     if kind in _FLOATS:
       return Tensor(data.view(_FLOATS[kind]), None, shape, _FLOATS[kind])
     return Tensor(data, kind, shape, np.dtype(np.float32))

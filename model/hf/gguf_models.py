@@ -82,15 +82,15 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
-  """(config.json, tensors under Hugging Face's names, where a tokenizer can be read).
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
+  """(config.json, tensors under Hugging Face's names, whether there is a tokenizer).
 
   Raises:
     InputError: if the file is damaged, or is of an architecture, or holds a key or a tensor, that
       is not known here.
   """
   file = open_file(path)
-  kind, name = file.metadata.get("general.type", "model"), file.metadata.get("general.architecture")
+  kind, name = file.one("general.type", "model"), file.one("general.architecture", None)
   if kind != "model":
     raise InputError(f"{path} is no model: its general.type is {kind!r}.")
   if name not in ARCHITECTURES:
@@ -100,8 +100,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
   one, keys = ARCHITECTURES[name], _Keys(file, name)
   values = _config(file, one, keys)
   keys.check_all_read()
-  tokenizer = path if file.metadata.get(_TOKENIZER, "none") not in ("none", "no_vocab") else None
-  return values, _tensors(file, one, values), tokenizer
+  has = file.one(_TOKENIZER, "none") not in ("none", "no_vocab")
+  return values, _tensors(file, one, values), has
 
 
 class _Keys:
@@ -112,9 +112,17 @@ class _Keys:
 
   def get(self, name: str, default: Any = REQUIRED) -> Any:
     self._read.add(self._prefix + name)
-    value = self._file.metadata.get(self._prefix + name, default)
+    value = self._file.one(self._prefix + name, default)
     if value is REQUIRED:
       raise InputError(f"{self._file.path} has no {self._prefix}{name}.")
+    return value
+
+  def array(self, name: str) -> np.ndarray | None:
+    """Numbers, if it is an array of them."""
+    value = self._file.metadata.get(self._prefix + name)
+    if not isinstance(value, np.ndarray):
+      return None
+    self._read.add(self._prefix + name)
     return value
 
   def whole(self, name: str, default: Any = REQUIRED) -> Any:
@@ -134,8 +142,7 @@ class _Keys:
     return value
 
   def wrong(self, name: str, value: Any, expected: str) -> InputError:
-    shown = f"an array of {len(value)}" if isinstance(value, np.ndarray | list) else repr(value)
-    return InputError(f"{self._file.path}: {self._prefix}{name} is {shown}, expected {expected}.")
+    return InputError(f"{self._file.path}: {self._prefix}{name} is {value!r}, expected {expected}.")
 
   def check_all_read(self) -> None:
     for name, value in _ONLY.items():
@@ -180,7 +187,7 @@ def _config(file: File, one: Architecture, keys: _Keys) -> dict[str, Any]:
     "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": inner,
     "max_position_embeddings": keys.whole("context_length"),
     "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
-    "rope_theta": keys.real("rope.freq_base", 10_000.0), "rope_scaling": _scaling(file, keys),
+    "rope_theta": keys.real("rope.freq_base", 10_000.0), "rope_scaling": _scaling(keys),
     "tie_word_embeddings": "output.weight" not in file.tensors,
   }  # fmt: skip
   if one.family != "qwen2" or width * heads != d:
@@ -209,11 +216,11 @@ def _shape(file: File, name: str) -> tuple[int, ...]:
 def _windows(one: Architecture, keys: _Keys, layers: int) -> dict[str, Any]:
   window, every = one.local or (None, None)
   name = "attention.sliding_window_pattern"
-  pattern = keys.get(name, every)
-  if isinstance(pattern, np.ndarray):
+  pattern = keys.array(name)
+  if pattern is not None:
     if len(pattern) != layers:
-      raise keys.wrong(name, pattern, f"one of {layers}")
-    types = [bool(one) for one in pattern]
+      raise keys.wrong(name, f"an array of {len(pattern)}", f"one of {layers}")
+    types = [bool(local) for local in pattern]
   else:
     every = keys.whole(name, every)
     types = [i % every != every - 1 for i in range(layers)]
@@ -226,12 +233,12 @@ def _windows(one: Architecture, keys: _Keys, layers: int) -> dict[str, Any]:
   return values
 
 
-def _scaling(file: File, keys: _Keys) -> dict[str, Any] | None:
+def _scaling(keys: _Keys) -> dict[str, Any] | None:
   """`rope_scaling` of config.json."""
-  kind, old = keys.get("rope.scaling.type", None), keys.real("rope.scale_linear", None)
-  factor = keys.get("rope.scaling.factor", 0.0)
-  if kind is None and not factor and old is not None:  # As files of 2023 have it.
-    kind, factor = "linear", old
+  kind = keys.get("rope.scaling.type", "linear")
+  factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 1.0))
+  if kind not in ("none", "linear", "yarn"):
+    raise keys.wrong("rope.scaling.type", kind, "one of none, linear, yarn")
   more = {
     "original_max_position_embeddings": keys.whole("rope.scaling.original_context_length", None),
     "beta_fast": keys.real("rope.scaling.yarn_beta_fast", None),
@@ -240,13 +247,10 @@ def _scaling(file: File, keys: _Keys) -> dict[str, Any] | None:
   for name in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
     if keys.get(f"rope.scaling.{name}", 1.0) != 1.0:
       raise keys.wrong(f"rope.scaling.{name}", keys.get(f"rope.scaling.{name}"), "1.0")
-  if kind in (None, "none"):
+  if kind == "none" or (kind == "linear" and factor == 1.0):
     return None
-  if kind not in ("linear", "yarn"):
-    raise keys.wrong("rope.scaling.type", kind, "one of none, linear, yarn")
-  factor = factor if kind == "linear" and old is not None else keys.real("rope.scaling.factor")
-  given = {k: v for k, v in more.items() if v is not None}
-  return {"rope_type": kind, "factor": float(factor), **(given if kind == "yarn" else {})}
+  given = {k: v for k, v in more.items() if v is not None and kind == "yarn"}
+  return {"rope_type": kind, "factor": float(factor), **given}
 
 
 def _scale_frequencies(file: File, values: dict[str, Any]) -> None:
@@ -265,8 +269,8 @@ def _scale_frequencies(file: File, values: dict[str, Any]) -> None:
   turns = values["rope_theta"] ** -(np.arange(n) / max(n, 1)) / (2 * math.pi)  # In one position.
   between = (found > 1.0) & (found < factor * (1 - 1e-6))
   if 2 * n == width and factor > 1 and between.sum() > 1 and values["rope_scaling"] is None:
-    share = (1 / found - 1 / factor) / (1 - 1 / factor)
-    slope, level = np.polyfit(turns[between], share[between], 1)
+    share = (1 / found[between] - 1 / factor) / (1 - 1 / factor)
+    slope, level = map(float, np.polyfit(turns[between], share, 1))
     if level < 0 < slope:
       original, high = round(-slope / level), round(1 - 1 / level, 3)
       share = np.clip((original * turns - 1) / max(high - 1, 1e-9), 0, 1)

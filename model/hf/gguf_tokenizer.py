@@ -18,8 +18,9 @@ _ROLES = {
   "cls": "cls", "mask": "mask",
 }  # fmt: skip
 _READ = ("model", "pre", "tokens", "scores", "token_type", "merges", "add_bos_token",
-         "add_eos_token", "add_space_prefix", "remove_extra_whitespaces")  # fmt: skip
-_UNREAD = ("token_type_count",)
+         "add_eos_token", "add_sep_token", "add_space_prefix",
+         "remove_extra_whitespaces")  # fmt: skip
+_UNREAD, _IDS = ("token_type_count",), ("_token_id", "_token_ids")
 _KINDS = ("gpt2", "llama")
 # Where words end: the published patterns of Llama 3 and of Qwen 2, which differ in how many digits
 # stand together, and of Mistral NeMo.
@@ -82,7 +83,7 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     InputError: if the file is damaged, or its tokenizer is of a kind that is not known here.
   """
   file = open_file(path)
-  kind = file.metadata.get("tokenizer.ggml.model")
+  kind = file.one("tokenizer.ggml.model", None)
   if kind not in _KINDS:
     raise InputError(
       f"{path}: tokenizer.ggml.model={kind!r} is not known, expected one of {', '.join(_KINDS)}."
@@ -91,7 +92,7 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
   read = _Vocabulary(file)
   backend, config = _byte_level(read) if kind == "gpt2" else _sentencepiece(read)
   config |= {f"{role}_token": read.tokens[i] for role, i in read.roles.items()}
-  if (template := file.metadata.get("tokenizer.chat_template")) is not None:
+  if isinstance(template := file.one("tokenizer.chat_template", None), str):
     config["chat_template"] = template
   return backend, config
 
@@ -99,7 +100,7 @@ def read_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
 def _check_keys(file: File) -> None:
   prefix = "tokenizer.ggml."
   names = [k.removeprefix(prefix) for k in file.metadata if k.startswith(prefix)]
-  unknown = [n for n in names if n not in (*_READ, *_UNREAD) and not n.endswith("_token_id")]
+  unknown = [n for n in names if n not in (*_READ, *_UNREAD) and not n.endswith(_IDS)]
   if unknown:
     raise InputError(f"{file.path}: {prefix}{unknown[0]} is not known here and may change the ids.")
 
@@ -121,7 +122,7 @@ class _Vocabulary:
     if len(set(self.tokens)) < len(self.tokens):
       raise InputError(f"{self.path} is damaged: tokenizer.ggml.tokens holds a token twice.")
     self.types = self.numbers("token_type", _NORMAL).astype(np.int64)
-    found = {role: self.get(f"{name}_token_id", None) for role, name in _ROLES.items()}
+    found = {role: self.one(f"{name}_token_id", None) for role, name in _ROLES.items()}
     self.roles = {role: i for role, i in found.items() if i is not None}
     for role, i in self.roles.items():
       if type(i) is not int or not 0 <= i < len(self.tokens):
@@ -129,17 +130,17 @@ class _Vocabulary:
           f"{self.path}: the id of {role}, {i!r}, is none of the {len(self.tokens)} tokens."
         )
 
-  def get(self, name: str, default: Any) -> Any:
-    return self._file.metadata.get(f"tokenizer.ggml.{name}", default)
+  def one(self, name: str, default: Any) -> Any:
+    return self._file.one(f"tokenizer.ggml.{name}", default)
 
   def flag(self, name: str, default: bool) -> bool:
-    value = self.get(name, default)
+    value = self.one(name, default)
     if type(value) is not bool:
       raise InputError(f"{self.path}: tokenizer.ggml.{name} is {value!r}, expected true or false.")
     return value
 
   def texts(self, name: str) -> list[str]:
-    value = self.get(name, [])
+    value = self._file.metadata.get(f"tokenizer.ggml.{name}", [])
     if not isinstance(value, list):
       raise InputError(f"{self.path} is damaged: tokenizer.ggml.{name} is no array of texts.")
     return value
@@ -147,7 +148,7 @@ class _Vocabulary:
   def numbers(self, name: str, default: int) -> np.ndarray:
     """One for each token."""
     n = len(self.tokens)
-    value = self.get(name, np.full(n, default))
+    value = self._file.metadata.get(f"tokenizer.ggml.{name}", np.full(n, default))
     if not isinstance(value, np.ndarray) or len(value) != n:
       raise InputError(f"{self.path} is damaged: tokenizer.ggml.{name} is not {n} numbers.")
     return value
@@ -158,7 +159,7 @@ class _Vocabulary:
 
 
 def _byte_level(read: _Vocabulary) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-  pre = read.get("pre", "default")
+  pre = read.one("pre", "default")
   if pre not in _PRE:
     raise InputError(
       f"{read.path}: tokenizer.ggml.pre={pre!r} is not known, expected one of {', '.join(_PRE)}."
@@ -186,6 +187,8 @@ def _byte_level(read: _Vocabulary) -> tuple[tokenizers.Tokenizer, dict[str, Any]
 def _ends(read: _Vocabulary, *, begins: bool) -> tuple[str | None, str | None]:
   """Special tokens before and after each text."""
   wanted = {"bos": read.flag("add_bos_token", begins), "eos": read.flag("add_eos_token", False)}
+  if read.flag("add_sep_token", False):
+    raise InputError(f"{read.path}: tokenizer.ggml.add_sep_token is not supported.")
   for role, add in wanted.items():
     if add and role not in read.roles:
       raise InputError(f"{read.path} adds {role} to texts and has no id for it.")

@@ -228,6 +228,8 @@ DAMAGES = {
     lambda p: (rewritten(p, general__tags=["a"]),
                patched(p, behind(p, b"general.tags") + 4, "<I", 9)), "array of the unknown kind 9"),
   "one of several": (lambda p: rewritten(p, **{"split.count": 3}), "one of 3 files"),
+  "architectures": (
+    lambda p: rewritten(p, **{"general.type": ["a", "b"]}), "general.type is an array of 2"),
   "adapter": (lambda p: rewritten(p, general__type="adapter"), "is no model"),
   "unknown architecture": (
     lambda p: p.write_bytes(p.read_bytes().replace(b"\0\0\0llama", b"\0\0\0mamba")),
@@ -252,7 +254,7 @@ DAMAGES = {
     lambda p: rewritten(p, **{"llama.rope.scaling.type": "longrope"}), "one of none, linear, yarn"),
   "frequencies": (
     lambda p: rewritten(p, tensors={"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}),
-    "rope_freqs.weight is not of Llama 3's scaling"),
+    "rope_freqs.weight is not Llama 3's scaling"),
   "tensor missing": (
     lambda p: rewritten(p, tensors={Q: None}), "1 missing: model.layers.1.self_attn.q_proj.weight"),
   "first tensor missing": (
@@ -304,3 +306,16 @@ def test_the_command_reads_a_file(good, tmp_path):
   assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
     f"error: {source} is GGUF"
   )
+
+
+@pytest.mark.parametrize("values", [
+  {"rope.scaling.factor": 4.0}, {"rope.scale_linear": 4.0},
+  {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {"rope.scale_linear": 1.0},
+], ids=str)  # fmt: skip
+def test_a_factor_without_a_name_is_linear(values, good, tmp_path):
+  path = tmp_path / "x.gguf"
+  path.write_bytes(good.read_bytes())
+  rewritten(path, **{f"llama.{key}": value for key, value in values.items()})
+  config = hf.Folder(path).config
+  scaled = "rope.scaling.type" not in values and 4.0 in values.values()
+  assert (config.rope_scaling, config.rope_factor) == (("linear", 4.0) if scaled else ("none", 1.0))

@@ -181,6 +181,7 @@ DAMAGES = {
   "types": (dict(token_type=[1, 1]), "token_type is not"),
   "unknown pre": (dict(pre="spiral"), "pre='spiral' is not known"),
   "unknown kind": (dict(model="bert"), "model='bert' is not known"),
+  "pre is an array": (dict(pre=["a", "b"]), "pre is an array of 2"),
   "unknown key": (dict(lower=True), "tokenizer.ggml.lower is not known"),
   "id": (dict(bos_token_id=1 << 20), "the id of bos, 1048576, is none of"),
   "no merges": (dict(merges=None), "merges are not pairs"),

@@ -9,7 +9,7 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 CASES = {
   "llama": ("LlamaForCausalLM", LLAMA),
-  "llama tied, MHA, biases, scaled": (
+  "llama, tied, MHA, biases, scaled": (
     "LlamaForCausalLM",
     {**LLAMA, "tie_word_embeddings": True, "num_key_value_heads": 4, "attention_bias": True,
      "mlp_bias": True, "head_dim": 16, "rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
@@ -39,7 +39,7 @@ CASES = {
     {**LLAMA, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 24,
      "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
   ),
-  "gemma3": (
+  "gemma3_text": (
     "Gemma3ForCausalLM",
     {**LLAMA, "num_hidden_layers": 8, "head_dim": 16, "sliding_window": 16,
      "query_pre_attn_scalar": 16},
