@@ -30,7 +30,7 @@ def load(
   ema: bool = False,
 ) -> Model:  # fmt: skip
   """The model at a checkpoint PATH: a workdir (newest good step), a step in it, `WORKDIR@best`, or
-  a Hugging Face folder.
+  a Hugging Face folder, or a GGUF file.
 
   Args:
     dtype: of parameters and computation; None: what they are stored in.
@@ -44,7 +44,7 @@ def load(
   _check_dtype(dtype)
   if hf.is_folder(path):
     if ema:
-      raise InputError(f"ema=True: {path} is a Hugging Face folder and holds no average.")
+      raise InputError(f"ema=True: {path} is no workdir and holds no average.")
     return _from_folder(path, dtype, mesh)
   return _from_workdir(str(path), dtype, mesh, "ema" if ema else "params")
 

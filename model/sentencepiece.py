@@ -49,7 +49,7 @@ def convert(
   roles = _roles(proto)
   ends = [r if r in roles and wanted else None
           for r, wanted in (("bos_token", add_bos), ("eos_token", add_eos))]  # fmt: skip
-  _set_template(backend, *(roles[r] if r else None for r in ends))
+  set_template(backend, *(roles[r] if r else None for r in ends))
   return backend, roles
 
 
@@ -81,7 +81,8 @@ def _roles(proto) -> dict[str, str]:
   return {f"{r}_token": proto.pieces[i].piece for r, i in ids.items() if 0 <= i < len(proto.pieces)}
 
 
-def _set_template(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+def set_template(backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+  """Puts special tokens before and after each text."""
   ends = [t for t in (bos, eos) if t is not None]
   if ends:
     backend.post_processor = processors.TemplateProcessing(

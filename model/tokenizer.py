@@ -206,7 +206,7 @@ class Tokenizer:
 
   @classmethod
   def load(cls, path: str | Path) -> "Tokenizer":
-    """Reads a tokenizer.json, a SentencePiece .model or a folder that holds one of them.
+    """Reads a tokenizer.json, a SentencePiece .model, a folder that holds one of them, or a .gguf.
 
     A folder may also hold GPT-2's vocabulary and merges (vocab.json and merges.txt, or
     encoder.json and vocab.bpe). A bare SentencePiece model gets the beginning and the end of text

@@ -34,6 +34,10 @@ def read_tokenizer(path: Path) -> Read:
     raise InputError(
       f"tokenizer {str(path)!r} does not exist: give a folder, a tokenizer.json or a .model file."
     )
+  if path.is_file() and path.suffix == ".gguf":
+    from model.hf.gguf_tokenizer import read_tokenizer as read_gguf  # Rarely needed.
+
+    return read_gguf(path)
   if path.is_file():
     return _from_model_file(path, {}) if path.suffix == ".model" else _from_json(path, {})
   config = _read_json(path / "special_tokens_map.json") | _read_json(path / "tokenizer_config.json")

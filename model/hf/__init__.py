@@ -1,4 +1,7 @@
-"""Hugging Face folders in and out: config.json, safetensors, tokenizer; a table for each family."""
+"""Hugging Face folders in and out: config.json, safetensors, tokenizer; a table for each family.
+
+GGUF files are read by the same tables: gguf_models.py.
+"""
 
 import dataclasses
 import itertools
@@ -19,6 +22,7 @@ from model.hf import decoders, encoder_decoders, encoders, expert_decoders, gpt_
 from model.hf.engine import Layout
 from model.hf.engine import Path as LeafPath
 from model.hf.family import Family
+from model.hf.gguf_models import read as read_gguf
 from model.hf.safetensors_files import INDEX, SINGLE, forget, open_folder, write_folder
 from model.hf.torch_files import open_torch_file
 from model.tokenizer import Tokenizer
@@ -34,13 +38,19 @@ _TOKENIZERS = ("tokenizer.json", "vocab.json", "encoder.json")
 
 
 def is_folder(path: str | Path) -> bool:
-  """Whether `path` is a folder as Transformers writes it."""
+  """Whether `path` is a folder as Transformers writes it, or a GGUF file."""
   folder = Path(path).expanduser()
+  if _is_gguf(folder):
+    return True
   return "model_type" in _config(folder) if (folder / "config.json").is_file() else False
 
 
+def _is_gguf(path: Path) -> bool:
+  return path.suffix == ".gguf" and not path.is_dir()
+
+
 class Folder:
-  """A Hugging Face folder: what its model is, and its parameters one after the other.
+  """A Hugging Face folder or a GGUF file: what its model is, its parameters one after the other.
 
   Attributes:
     config: of the model; its `param_dtype` is that of the file.
@@ -57,18 +67,16 @@ class Folder:
         that are missing, damaged or of another shape, all of them.
     """
     folder = Path(path).expanduser()
-    values = _config(folder)
+    values, tensors, has = _read(folder)
     family = _family(values.get("model_type"))
     name, cfg = family.read(values)
     self.family = family.model_type
     self.layout = Layout(cfg, family.table(name), name)
-    self._tensors = _named(family, _open(folder), name)
+    self._tensors = _named(family, tensors, name)
     _check(family, name, cfg, self.layout, self._tensors)
     stored = self._tensors[_table(self.layout)].dtype.name
     self.config = dataclasses.replace(cfg, param_dtype=stored)
     self.labels = _label_names(cfg, values)
-    has = any((folder / one).is_file() for one in _TOKENIZERS)
-    has = has or len(list(folder.glob("*.model"))) == 1
     self.tokenizer = Tokenizer.load(folder) if has else None
 
   def leaf(self, path: LeafPath, dtype: Any) -> np.ndarray:
@@ -177,6 +185,14 @@ def _open(folder: Path) -> dict[str, np.ndarray]:
   if (folder / _TORCH).is_file() and not any((folder / n).is_file() for n in (INDEX, SINGLE)):
     return open_torch_file(folder / _TORCH)
   return open_folder(folder)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Any], bool]:
+  """(config.json, tensors, whether a tokenizer is there) of a folder or of a GGUF file."""
+  if _is_gguf(path):
+    return read_gguf(path)
+  has = any((path / one).is_file() for one in _TOKENIZERS)
+  return _config(path), _open(path), has or len(list(path.glob("*.model"))) == 1
 
 
 def _named(family: Family, tensors: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:

@@ -7,7 +7,9 @@ from absl import flags
 from model import errors
 from model.errors import InputError
 
-_SOURCE = flags.DEFINE_string("source", None, "A workdir, a step in it, or a Hugging Face folder.")
+_SOURCE = flags.DEFINE_string(
+  "source", None, "A workdir, a step in it, a Hugging Face folder, or a .gguf file."
+)
 _TARGET = flags.DEFINE_string("target", None, "A new or empty folder.")
 _FORMAT = flags.DEFINE_enum("format", "hf", ["orbax", "hf"], "What to write.")
 _DTYPE = flags.DEFINE_enum(

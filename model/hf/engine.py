@@ -206,7 +206,7 @@ class Layout:
     said = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
     if said:
       raise InputError(
-        f"the tensors are not those of {self.name} as config.json has it: {'; '.join(said)}."
+        f"the tensors are not those of {self.name} as its config has it: {'; '.join(said)}."
       )
 
   def leaf(self, path: Path, tensors: Mapping[str, np.ndarray], dtype: Any) -> np.ndarray:
@@ -214,7 +214,7 @@ class Layout:
     out = np.zeros(self.leaves[path].shape, dtype)
     for piece, which in self.of_leaf[path]:
       place = piece.places[which]
-      part = piece.to_ours(tensors[piece.theirs], which)
+      part = piece.to_ours(np.asarray(tensors[piece.theirs]), which)
       out[(*place.index, *(slice(0, n) for n in place.shape))] = part
     return out
 
