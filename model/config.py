@@ -84,6 +84,8 @@ class ModelConfig:
   rope_beta_fast: float = 32.0  # YaRN.
   rope_beta_slow: float = 1.0  # YaRN.
   rope_attention_factor: float | None = None  # YaRN; None: 0.1 ln(rope_factor) + 1.
+  alibi_scaled: bool = False  # ALiBi is scaled as the scores are (Falcon).
+  alibi_rounded: bool = False  # Its terms are rounded to bfloat16 (Falcon).
   relative_buckets: int = 32  # T5.
   relative_max_distance: int = 128  # T5.
 
