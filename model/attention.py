@@ -98,10 +98,11 @@ class Attention(nnx.Module):
       bias=cfg.attention_out_bias, init=residual_init(cfg),
     )  # fmt: skip
     if cfg.qk_norm != "none":
-      whole = cfg.qk_norm == "full"
+      shared, each = cfg.qk_norm == "head", cfg.qk_norm == "each"
       norm = lambda heads, axis: Norm(
-        cfg, rngs=rngs, shape=(heads, H) if whole else (H,),
-        axes=(axis, "head_dim") if whole else ("head_dim",),
+        cfg, rngs=rngs, shape=(H,) if shared else (heads, H),
+        axes=("head_dim",) if shared else (axis, "head_dim"),
+        over=1 if each else None, bias=not each,
       )  # fmt: skip
       self.q_norm, self.k_norm = norm(N, "heads"), norm(K, "kv_heads")
     if cfg.attention_sinks:

@@ -14,7 +14,7 @@ ROPE_SCALINGS = ("none", "linear", "dynamic", "yarn", "llama3")
 NORMS = ("layer", "rms")
 NORM_PLACEMENTS = ("pre", "post", "sandwich", "output")
 RESIDUALS = ("serial", "parallel", "parallel_two_norms")
-QK_NORMS = ("none", "head", "full")
+QK_NORMS = ("none", "head", "each", "full")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "silu", "tanh")
 HEADS = ("language", "masked_lm", "replaced_token", "sequence", "token", "span", "embedding")
 PROBLEMS = ("single_label", "multi_label", "regression")
@@ -94,7 +94,7 @@ class ModelConfig:
   attention_scale: float | None = None  # None: head_dim ** -0.5.
   attention_softcap: float | None = None
   attention_sinks: bool = False
-  qk_norm: str = "none"
+  qk_norm: str = "none"  # Of a head, with one scale for all or (each) its own and no bias; of all.
   attention_bias: bool = False  # On q, k, v.
   attention_out_bias: bool = False
   residual: str = "serial"

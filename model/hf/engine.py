@@ -96,7 +96,8 @@ class Row:
   """A line of a table, for all layers and experts.
 
   Attributes:
-    theirs: name of a tensor; `{i}` is a layer of the stack, `{e}` an expert.
+    theirs: name of a tensor; `{i}` is a layer of the stack, `{e}` a place along the parameter's
+      first axis: an expert, or a head.
     ours: path of a parameter; `layers` stands for the layer's place in its stack, `{a,b}` for
       several parameters that theirs holds in one tensor.
     pattern, joined: see Piece; `parts` counts them.
@@ -170,12 +171,12 @@ class Layout:
     ours = [row.ours.replace(choice[0], c) for c in choice[1].split(",")] if choice else [row.ours]
     stack = ours[0].split(".")[0]
     layers = self._places(stack) if "{i}" in row.theirs else [((), ())]
-    experts = range(self._cfg.num_experts) if "{e}" in row.theirs else [None]
     for i, (at, repeat) in enumerate(layers):
       paths = [_path(name, at) for name in ours]
       if not all(path in self.leaves for path in paths):
         continue
-      for e in experts:
+      first = self.leaves[paths[0]].shape[len(repeat) :][:1]
+      for e in range(*first) if "{e}" in row.theirs else [None]:
         index = (*repeat, *(() if e is None else (e,)))
         places = tuple(Place(path, index, self._shape(path, len(index))) for path in paths)
         parts = 1 if row.parts is None else row.parts(self._cfg)

@@ -82,8 +82,8 @@ class AttentionTypes:
         f"config.json: attention_types={runs} tell {len(layers)} layers, and num_layers or "
         "attention_layers tell others."
       )
-    names = {"global": "full_attention", "local": "sliding_attention"}
-    types = [names.get(kind, kind) for kind in layers]
+    kinds = {"global": "full_attention", "local": "sliding_attention"}
+    types = [str(kinds.get(kind, kind)) for kind in layers]
     return layer_pattern(types, values.get("window_size", 256))
 
   def write(self, cfg: ModelConfig) -> dict[str, Any]:

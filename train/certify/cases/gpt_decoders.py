@@ -8,6 +8,13 @@ GPT_NEOX = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attentio
 GPTJ = dict(vocab_size=97, n_embd=64, n_layer=3, n_head=4, n_positions=640, rotary_dim=8)
 OPT = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=48,
            max_position_embeddings=640)  # fmt: skip
+PHI = dict(vocab_size=97, hidden_size=64, intermediate_size=48, num_hidden_layers=3,
+           num_attention_heads=4, max_position_embeddings=640)  # fmt: skip
+STABLELM = dict(**PHI, num_key_value_heads=2)
+BLOOM = dict(vocab_size=97, hidden_size=48, n_layer=3, n_head=6)
+FALCON = dict(vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=6,
+              max_position_embeddings=640)  # fmt: skip
+FALCON_NEW = dict(**FALCON, new_decoder_architecture=True, num_kv_heads=2)
 CASES = {
   "gpt2": ("GPT2LMHeadModel", GPT2),
   "gpt2, labels": ("GPT2ForTokenClassification", {**GPT2, "num_labels": 3}),
@@ -48,4 +55,46 @@ CASES = {
   "opt, labels": ("OPTForSequenceClassification", {**OPT, "num_labels": 3}),
   "opt, spans": ("OPTForQuestionAnswering", OPT),
   "opt, body": ("OPTModel", OPT),
+  "phi": ("PhiForCausalLM", {**PHI, "num_key_value_heads": 2}),
+  "phi, q and k normed, MHA": (
+    "PhiForCausalLM",
+    {**PHI, "qk_layernorm": True, "tie_word_embeddings": True,
+     "rope_parameters": {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.25}},
+  ),
+  "phi, labels": ("PhiForSequenceClassification", {**PHI, "num_labels": 3, "pad_token_id": 0}),
+  "phi, tokens": ("PhiForTokenClassification", {**PHI, "num_labels": 3}),
+  "stablelm": ("StableLmForCausalLM", {**STABLELM, "use_qkv_bias": True}),
+  "stablelm, parallel, q and k normed": (
+    "StableLmForCausalLM", {**STABLELM, "use_parallel_residual": True, "qk_layernorm": True},
+  ),
+  "stablelm, all turns": ("StableLmForCausalLM", {**STABLELM, "partial_rotary_factor": 1.0}),
+  "stablelm, labels": (
+    "StableLmForSequenceClassification", {**STABLELM, "num_labels": 3, "pad_token_id": 0},
+  ),
+  "stablelm, tokens": ("StableLmForTokenClassification", {**STABLELM, "num_labels": 3}),
+  "bloom": ("BloomForCausalLM", BLOOM),
+  "bloom, untied": (
+    "BloomForCausalLM", {**BLOOM, "n_head": 4, "tie_word_embeddings": False, "pretraining_tp": 2},
+  ),
+  "bloom, labels": ("BloomForSequenceClassification", {**BLOOM, "num_labels": 3}),
+  "bloom, tokens": ("BloomForTokenClassification", {**BLOOM, "num_labels": 3}),
+  "bloom, spans": ("BloomForQuestionAnswering", BLOOM),
+  "bloom, body": ("BloomModel", BLOOM),
+  "falcon": ("FalconForCausalLM", FALCON),
+  "falcon, new": ("FalconForCausalLM", FALCON_NEW),
+  "falcon, new with one norm": (
+    "FalconForCausalLM",
+    {**FALCON_NEW, "num_ln_in_parallel_attn": 1, "bias": True, "ffn_hidden_size": 64,
+     "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+  ),
+  # Their eager attention adds ALiBi twice.
+  "falcon, ALiBi, serial, MHA": (
+    "FalconForCausalLM",
+    {**FALCON, "alibi": True, "parallel_attn": False, "multi_query": False, "bias": True,
+     "attn_implementation": "sdpa"},
+  ),
+  "falcon, labels": ("FalconForSequenceClassification", {**FALCON, "num_labels": 3}),
+  "falcon, tokens": ("FalconForTokenClassification", {**FALCON_NEW, "num_labels": 3}),
+  "falcon, spans": ("FalconForQuestionAnswering", FALCON),
+  "falcon, body": ("FalconModel", FALCON_NEW),
 }  # fmt: skip
