@@ -51,20 +51,15 @@ class Where:
   ordered: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
-def _score_scale(cfg: ModelConfig) -> float:
-  return cfg.head_width**-0.5 if cfg.attention_scale is None else cfg.attention_scale
-
-
 def relative_bias(
   cfg: ModelConfig, table: Array | None, q_pos: Int[Array, "B T"], kv_pos: Int[Array, "B S"],
   *, causal: bool,
 ) -> Float[Array, "B N T S"] | None:  # fmt: skip
   """What T5's buckets or ALiBi add to the scores; None for the other position schemes."""
   if cfg.positions == "alibi":
-    scale = _score_scale(cfg) if cfg.alibi_scaled else 1.0
-    return positions.alibi_bias(
-      q_pos, kv_pos, cfg.num_heads, scale=scale, rounded=cfg.alibi_rounded
-    )  # fmt: skip
+    scale = cfg.score_scale if cfg.alibi_scaled else 1.0
+    rounded = cfg.alibi_rounded
+    return positions.alibi_bias(q_pos, kv_pos, cfg.num_heads, scale=scale, rounded=rounded)
   if cfg.positions != "t5_bias" or table is None:
     return None
   buckets = positions.relative_bias_buckets(
@@ -127,8 +122,8 @@ class Attention(nnx.Module):
       bias = relative_bias(cfg, where.table, where.pos, kv_pos, causal=causal)
     run = functools.partial(
       attend, causal=causal, window=None if self.cross else self.kind.window,
-      scale=_score_scale(cfg),
-      softcap=cfg.attention_softcap, ordered=where.ordered and cache is None and not self.cross,
+      scale=cfg.score_scale, softcap=cfg.attention_softcap,
+      ordered=where.ordered and cache is None and not self.cross,
       kernel=cfg.attention_kernel if cache is None else "auto", dropout=cfg.attention_dropout,
     )  # fmt: skip
     if cfg.remat == "attention":

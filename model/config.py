@@ -193,6 +193,11 @@ class ModelConfig:
     return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
   @property
+  def score_scale(self) -> float:
+    """What scores are multiplied by, the default resolved."""
+    return self.head_width**-0.5 if self.attention_scale is None else self.attention_scale
+
+  @property
   def expert_width(self) -> int:
     """Width of one expert, the default resolved."""
     return self.d_ff if self.d_expert is None else self.d_expert

@@ -57,7 +57,7 @@ class RotaryDim:
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
     turned = values.get("rotary_dim", 64)
-    width = values.get("n_embd", 4096) // values.get("n_head", 16)
+    width = values.get("n_embd", 4096) // max(values.get("n_head", 16), 1)
     if not isinstance(turned, int) or not 0 < turned <= width:
       raise InputError(f"config.json: rotary_dim={turned!r} must be 1 to {width}, a head's width.")
     share = turned / width
@@ -75,12 +75,17 @@ class AttentionTypes:
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
     runs = values.get("attention_types") or [[["global", "local"], 12]]
-    layers = [kind for kinds, times in runs for kind in kinds * times]
+    try:
+      layers = [kind for kinds, times in runs for kind in kinds * times]
+    except (TypeError, ValueError):
+      raise InputError(
+        f"config.json: attention_types={runs!r} must be [[[kind, …], times], …]."
+      ) from None
     listed = values.get("attention_layers") or layers
     if listed != layers or len(layers) != values.get("num_layers", 24):
       raise InputError(
-        f"config.json: attention_types={runs} tell {len(layers)} layers, and num_layers or "
-        "attention_layers tell others."
+        f"config.json: attention_types={runs} name {len(layers)} layers, which num_layers or "
+        "attention_layers contradict."
       )
     kinds = {"global": "full_attention", "local": "sliding_attention"}
     types = [str(kinds.get(kind, kind)) for kind in layers]
