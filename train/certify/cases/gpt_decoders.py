@@ -55,19 +55,19 @@ CASES = {
   "opt, labels": ("OPTForSequenceClassification", {**OPT, "num_labels": 3}),
   "opt, spans": ("OPTForQuestionAnswering", OPT),
   "opt, body": ("OPTModel", OPT),
-  "phi": ("PhiForCausalLM", {**PHI, "num_key_value_heads": 2}),
-  "phi, q and k normed, MHA": (
+  "phi": ("PhiForCausalLM", {**PHI, "num_key_value_heads": 2, "qk_layernorm": True}),
+  "phi, MHA, tied": (
     "PhiForCausalLM",
-    {**PHI, "qk_layernorm": True, "tie_word_embeddings": True,
+    {**PHI, "tie_word_embeddings": True,
      "rope_parameters": {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.25}},
   ),
   "phi, labels": ("PhiForSequenceClassification", {**PHI, "num_labels": 3, "pad_token_id": 0}),
   "phi, tokens": ("PhiForTokenClassification", {**PHI, "num_labels": 3}),
-  "stablelm": ("StableLmForCausalLM", {**STABLELM, "use_qkv_bias": True}),
-  "stablelm, parallel, q and k normed": (
-    "StableLmForCausalLM", {**STABLELM, "use_parallel_residual": True, "qk_layernorm": True},
+  "stablelm": ("StableLmForCausalLM", {**STABLELM, "use_qkv_bias": True, "qk_layernorm": True}),
+  "stablelm, parallel": ("StableLmForCausalLM", {**STABLELM, "use_parallel_residual": True}),
+  "stablelm, all turns, MHA": (
+    "StableLmForCausalLM", {**STABLELM, "num_key_value_heads": 4, "partial_rotary_factor": 1.0},
   ),
-  "stablelm, all turns": ("StableLmForCausalLM", {**STABLELM, "partial_rotary_factor": 1.0}),
   "stablelm, labels": (
     "StableLmForSequenceClassification", {**STABLELM, "num_labels": 3, "pad_token_id": 0},
   ),
@@ -80,11 +80,11 @@ CASES = {
   "bloom, tokens": ("BloomForTokenClassification", {**BLOOM, "num_labels": 3}),
   "bloom, spans": ("BloomForQuestionAnswering", BLOOM),
   "bloom, body": ("BloomModel", BLOOM),
-  "falcon": ("FalconForCausalLM", FALCON),
-  "falcon, new": ("FalconForCausalLM", FALCON_NEW),
-  "falcon, new with one norm": (
+  "falcon": ("FalconForCausalLM", {**FALCON_NEW, "bias": True}),
+  "falcon, MQA": ("FalconForCausalLM", FALCON),
+  "falcon, one norm": (
     "FalconForCausalLM",
-    {**FALCON_NEW, "num_ln_in_parallel_attn": 1, "bias": True, "ffn_hidden_size": 64,
+    {**FALCON_NEW, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 64,
      "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
   ),
   # Their eager attention adds ALiBi twice.
