@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig
+from model.errors import InputError
 from model.positions import (
   alibi_bias,
   alibi_slopes,
@@ -224,3 +225,11 @@ def test_rounded_alibi_equals_transformers_falcon_up_to_a_shift_of_each_row(head
   shift = theirs.swapaxes(1, 2)
   np.testing.assert_allclose(ours, theirs - shift, atol=1e-6)
   assert np.abs(ours - alibi_bias(pos, pos, heads, scale=1 / 8)[0])[:, -1].max() > 0.01
+
+
+def test_settings_of_alibi_are_refused_where_they_say_nothing():
+  with pytest.raises(InputError, match="alibi_scaled has no effect on model.positions='rotary'"):
+    _config(alibi_scaled=True)
+  for reads in (dict(shape="encoder"), dict(prefix_attention=True)):
+    with pytest.raises(InputError, match="alibi_rounded counts from keys to later queries"):
+      _config(positions="alibi", alibi_rounded=True, **reads)
