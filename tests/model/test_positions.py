@@ -228,7 +228,7 @@ def test_rounded_alibi_equals_transformers_falcon_up_to_a_shift_of_each_row(head
 
 
 def test_settings_of_alibi_are_refused_where_they_say_nothing():
-  with pytest.raises(InputError, match="alibi_scaled has no effect on model.positions='rotary'"):
+  with pytest.raises(InputError, match="alibi_scaled has no effect"):
     _config(alibi_scaled=True)
   for reads in (dict(shape="encoder"), dict(prefix_attention=True)):
     with pytest.raises(InputError, match="alibi_rounded counts from keys to later queries"):
