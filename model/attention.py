@@ -57,7 +57,9 @@ def relative_bias(
 ) -> Float[Array, "B N T S"] | None:  # fmt: skip
   """What T5's buckets or ALiBi add to the scores; None for the other position schemes."""
   if cfg.positions == "alibi":
-    return positions.alibi_bias(q_pos, kv_pos, cfg.num_heads)
+    scale = cfg.score_scale if cfg.alibi_scaled else 1.0
+    rounded = cfg.alibi_rounded
+    return positions.alibi_bias(q_pos, kv_pos, cfg.num_heads, scale=scale, rounded=rounded)
   if cfg.positions != "t5_bias" or table is None:
     return None
   buckets = positions.relative_bias_buckets(
@@ -91,10 +93,11 @@ class Attention(nnx.Module):
       bias=cfg.attention_out_bias, init=residual_init(cfg),
     )  # fmt: skip
     if cfg.qk_norm != "none":
-      whole = cfg.qk_norm == "full"
+      shared, each = cfg.qk_norm == "head", cfg.qk_norm == "each"
       norm = lambda heads, axis: Norm(
-        cfg, rngs=rngs, shape=(heads, H) if whole else (H,),
-        axes=(axis, "head_dim") if whole else ("head_dim",),
+        cfg, rngs=rngs, shape=(H,) if shared else (heads, H),
+        axes=("head_dim",) if shared else (axis, "head_dim"),
+        over=1 if each else None, bias=not each,
       )  # fmt: skip
       self.q_norm, self.k_norm = norm(N, "heads"), norm(K, "kv_heads")
     if cfg.attention_sinks:
@@ -119,8 +122,8 @@ class Attention(nnx.Module):
       bias = relative_bias(cfg, where.table, where.pos, kv_pos, causal=causal)
     run = functools.partial(
       attend, causal=causal, window=None if self.cross else self.kind.window,
-      scale=cfg.head_width**-0.5 if cfg.attention_scale is None else cfg.attention_scale,
-      softcap=cfg.attention_softcap, ordered=where.ordered and cache is None and not self.cross,
+      scale=cfg.score_scale, softcap=cfg.attention_softcap,
+      ordered=where.ordered and cache is None and not self.cross,
       kernel=cfg.attention_kernel if cache is None else "auto", dropout=cfg.attention_dropout,
     )  # fmt: skip
     if cfg.remat == "attention":

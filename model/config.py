@@ -14,7 +14,7 @@ ROPE_SCALINGS = ("none", "linear", "dynamic", "yarn", "llama3")
 NORMS = ("layer", "rms")
 NORM_PLACEMENTS = ("pre", "post", "sandwich", "output")
 RESIDUALS = ("serial", "parallel", "parallel_two_norms")
-QK_NORMS = ("none", "head", "full")
+QK_NORMS = ("none", "head", "each", "full")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared", "silu", "tanh")
 HEADS = ("language", "masked_lm", "replaced_token", "sequence", "token", "span", "embedding")
 PROBLEMS = ("single_label", "multi_label", "regression")
@@ -84,6 +84,8 @@ class ModelConfig:
   rope_beta_fast: float = 32.0  # YaRN.
   rope_beta_slow: float = 1.0  # YaRN.
   rope_attention_factor: float | None = None  # YaRN; None: 0.1 ln(rope_factor) + 1.
+  alibi_scaled: bool = False  # ALiBi is scaled as the scores are (Falcon).
+  alibi_rounded: bool = False  # Its terms are rounded to bfloat16 (Falcon).
   relative_buckets: int = 32  # T5.
   relative_max_distance: int = 128  # T5.
 
@@ -92,7 +94,7 @@ class ModelConfig:
   attention_scale: float | None = None  # None: head_dim ** -0.5.
   attention_softcap: float | None = None
   attention_sinks: bool = False
-  qk_norm: str = "none"
+  qk_norm: str = "none"  # Of a head, with one scale for all or (each) its own and no bias; of all.
   attention_bias: bool = False  # On q, k, v.
   attention_out_bias: bool = False
   residual: str = "serial"
@@ -189,6 +191,11 @@ class ModelConfig:
   def head_width(self) -> int:
     """Width of one head, the default resolved."""
     return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+  @property
+  def score_scale(self) -> float:
+    """What scores are multiplied by, the default resolved."""
+    return self.head_width**-0.5 if self.attention_scale is None else self.attention_scale
 
   @property
   def expert_width(self) -> int:

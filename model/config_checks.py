@@ -100,6 +100,14 @@ def _check_positions(cfg: ModelConfig) -> None:
       f"model.position_offset={cfg.position_offset} has no effect on model.positions="
       f"{cfg.positions!r}: only a learned table has rows."
     )
+  for name in ("alibi_scaled", "alibi_rounded"):
+    if getattr(cfg, name) and cfg.positions != "alibi":
+      raise InputError(f"model.{name} has no effect on model.positions={cfg.positions!r}.")
+  if cfg.alibi_rounded and (cfg.shape != "decoder" or cfg.prefix_attention):
+    raise InputError(
+      "model.alibi_rounded counts from keys to later queries: use model.shape='decoder' without "
+      "prefix_attention."
+    )
   if cfg.positions == "rotary":
     rotated = int(cfg.head_width * cfg.rope_fraction)
     if not 0 < cfg.rope_fraction <= 1 or rotated < 2 or rotated % 2:

@@ -141,19 +141,20 @@ def scores(
 class Norm(nnx.Module):
   """Layer norm (Ba et al., arXiv:1607.06450) or RMS norm (Zhang & Sennrich, arXiv:1910.07467).
 
-  Statistics are taken over the axes of `shape`, at least in float32; the result has x's dtype.
+  Statistics are taken over the last `over` axes of `shape` (None: all), at least in float32; the
+  result has x's dtype. A layer norm has a bias where the config and `bias` say so.
   """
 
   def __init__(
-    self, cfg: ModelConfig, *, rngs: nnx.Rngs,
-    shape: tuple[int, ...] | None = None, axes: tuple[str, ...] = ("embed",),
+    self, cfg: ModelConfig, *, rngs: nnx.Rngs, shape: tuple[int, ...] | None = None,
+    axes: tuple[str, ...] = ("embed",), over: int | None = None, bias: bool = True,
   ):  # fmt: skip
     self.kind, self.eps, self.offset = cfg.norm, cfg.norm_eps, float(cfg.norm_offset)
     shape = (cfg.d_model,) if shape is None else shape
-    self.dims = tuple(range(-len(shape), 0))
+    self.dims = tuple(range(-(over or len(shape)), 0))
     start = jax.nn.initializers.constant(1.0 - self.offset)
     self.scale = param(cfg, rngs, shape, axes, role="vector", init=start)
-    if cfg.norm == "layer" and cfg.norm_bias:
+    if cfg.norm == "layer" and cfg.norm_bias and bias:
       zeros = jax.nn.initializers.zeros
       self.bias = param(cfg, rngs, shape, axes, role="vector", init=zeros)
 

@@ -190,8 +190,20 @@ def alibi_slopes(num_heads: int, dtype=jnp.float32) -> Float[Array, "N"]:
 
 
 def alibi_bias(
-  q_pos: Int[Array, "B T"], kv_pos: Int[Array, "B S"], num_heads: int, dtype=jnp.float32
-) -> Float[Array, "B N T S"]:
-  """What ALiBi adds to scores: minus slope times distance (arXiv:2108.12409)."""
-  distance = jnp.abs(q_pos[:, None, :, None] - kv_pos[:, None, None, :])
-  return -alibi_slopes(num_heads, dtype)[:, None, None] * distance.astype(dtype)
+  q_pos: Int[Array, "B T"], kv_pos: Int[Array, "B S"], num_heads: int, dtype=jnp.float32, *,
+  scale: float = 1.0, rounded: bool = False,
+) -> Float[Array, "B N T S"]:  # fmt: skip
+  """What ALiBi adds to scores: minus slope times distance (arXiv:2108.12409).
+
+  Args:
+    scale: multiplies it.
+    rounded: slopes, positions and their products are rounded to bfloat16 before they are
+      subtracted, as in Falcon. Only where keys are never behind their queries.
+  """
+  slopes = alibi_slopes(num_heads, dtype)[:, None, None]
+  if not rounded:
+    distance = jnp.abs(q_pos[:, None, :, None] - kv_pos[:, None, None, :])
+    return -scale * slopes * distance.astype(dtype)
+  bfloat16 = lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+  term = lambda pos: bfloat16(bfloat16(slopes) * bfloat16(pos.astype(dtype)))
+  return scale * (term(kv_pos[:, None, None, :]) - term(q_pos[:, None, :, None]))

@@ -18,7 +18,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from model.config import ModelConfig
 from model.errors import InputError, nearest
-from model.hf import decoders, encoder_decoders, encoders, expert_decoders, gpt_decoders
+from model.hf import (
+  decoders,
+  encoder_decoders,
+  encoders,
+  expert_decoders,
+  gpt_decoders,
+  layer_norm_decoders,
+)
 from model.hf.engine import Layout
 from model.hf.engine import Path as LeafPath
 from model.hf.family import Family
@@ -30,9 +37,10 @@ from model.trained import Model
 
 FAMILIES: dict[str, Family] = {
   family.model_type: family
-  for tables in (decoders, gpt_decoders, expert_decoders, encoders, encoder_decoders)
+  for tables in (decoders, gpt_decoders, layer_norm_decoders, expert_decoders, encoders,
+                 encoder_decoders)
   for family in tables.FAMILIES
-}
+}  # fmt: skip
 _TORCH = "pytorch_model.bin"
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "encoder.json")
 

@@ -38,12 +38,14 @@ class Piece:
     pattern: of einops, theirs -> ours; an axis `c` runs over the places, 1 is an axis of one.
     places: more than one where theirs holds several of ours.
     joined: theirs holds the places one after the other along its first axis.
+    parts: into so many equal parts that axis is divided, and each holds its share of all places.
   """
 
   theirs: str
   pattern: str
   places: tuple[Place, ...]
   joined: bool
+  parts: int = 1
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -67,9 +69,11 @@ class Piece:
     """The part of theirs that lies at `places[which]`."""
     place, right = self.places[which], _axes(self.pattern.split(" -> ")[1])
     if self.joined:
-      lengths = [dataclasses.replace(self, places=(p,)).shape[0] for p in self.places]
-      begin = sum(lengths[:which])
-      array = array[begin : begin + lengths[which]]
+      alone = [dataclasses.replace(self, places=(p,)).shape[0] for p in self.places]
+      lengths = [length // self.parts for length in alone]
+      begin, rest = sum(lengths[:which]), array.shape[1:]
+      parts = array.reshape(self.parts, -1, *rest)
+      array = parts[:, begin : begin + lengths[which]].reshape(-1, *rest)
     sizes = self._sizes(right, place)
     parts = einops.rearrange(array, self.pattern, **sizes)
     return parts[which] if "c" in sizes and not self.joined else parts
@@ -79,7 +83,9 @@ class Piece:
     left, right = self.pattern.split(" -> ")
     back = f"{right} -> {left}"
     if self.joined:
-      return np.concatenate([einops.rearrange(a, back) for a in arrays])
+      alone = [einops.rearrange(a, back) for a in arrays]
+      parts = [a.reshape(self.parts, -1, *a.shape[1:]) for a in alone]
+      return np.concatenate(parts, axis=1).reshape(-1, *alone[0].shape[1:])
     if "c" in [a for group in _axes(right) for a in group]:
       return einops.rearrange(np.stack(arrays), back)
     return einops.rearrange(arrays[0], back)
@@ -90,10 +96,11 @@ class Row:
   """A line of a table, for all layers and experts.
 
   Attributes:
-    theirs: name of a tensor; `{i}` is a layer of the stack, `{e}` an expert.
+    theirs: name of a tensor; `{i}` is a layer of the stack, `{e}` a place along the parameter's
+      first axis: an expert, or a head.
     ours: path of a parameter; `layers` stands for the layer's place in its stack, `{a,b}` for
       several parameters that theirs holds in one tensor.
-    pattern, joined: see Piece.
+    pattern, joined: see Piece; `parts` counts them.
     when: of which configs it is a row, beside those that have its parameters; None: of all.
   """
 
@@ -101,6 +108,7 @@ class Row:
   ours: str
   pattern: str
   joined: bool = False
+  parts: Callable[[ModelConfig], int] | None = None
   when: Callable[[ModelConfig], bool] | None = None
 
 
@@ -163,15 +171,16 @@ class Layout:
     ours = [row.ours.replace(choice[0], c) for c in choice[1].split(",")] if choice else [row.ours]
     stack = ours[0].split(".")[0]
     layers = self._places(stack) if "{i}" in row.theirs else [((), ())]
-    experts = range(self._cfg.num_experts) if "{e}" in row.theirs else [None]
     for i, (at, repeat) in enumerate(layers):
       paths = [_path(name, at) for name in ours]
       if not all(path in self.leaves for path in paths):
         continue
-      for e in experts:
+      first = self.leaves[paths[0]].shape[len(repeat) :][:1]
+      for e in range(*first) if "{e}" in row.theirs else [None]:
         index = (*repeat, *(() if e is None else (e,)))
         places = tuple(Place(path, index, self._shape(path, len(index))) for path in paths)
-        yield Piece(row.theirs.format(i=i, e=e), row.pattern, places, row.joined)
+        parts = 1 if row.parts is None else row.parts(self._cfg)
+        yield Piece(row.theirs.format(i=i, e=e), row.pattern, places, row.joined, parts)
 
   def _places(self, stack: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(place in the list of stacks, index in the stack) of each layer."""

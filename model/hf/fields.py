@@ -33,24 +33,31 @@ _SCALINGS: dict[str, dict[str, tuple[str, Any]]] = {
 class Rotary:
   """Base and scaling of rotary positions: `rope_theta` and `rope_scaling` of published folders, or
   `rope_parameters` of Transformers 5. Written in the first form, which both read.
+
+  Attributes:
+    partial: whether a share of each head may rotate.
+    share: what rotates where config.json does not tell.
+    called: names that a family has of its own for base and share, and that decide.
   """
 
   theta: float = 10_000.0
-  partial: bool = False  # Whether a share of each head may rotate.
+  partial: bool = False
+  share: float = 1.0
+  called: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
 
   @property
   def names(self) -> tuple[str, ...]:
-    more = ("partial_rotary_factor",) if self.partial else ()
-    return ("rope_theta", "rope_scaling", "rope_parameters", *more)
+    more = ("partial_rotary_factor", *self.called) if self.partial else ()
+    return tuple(dict.fromkeys(("rope_theta", "rope_scaling", "rope_parameters", *more)))
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     kinds = {given.pop(name) for name in ("rope_type", "type") if name in given} or {"default"}
-    kind, theta = kinds.pop(), given.pop("rope_theta", values.get("rope_theta"))
+    kind, theta = kinds.pop(), given.pop("rope_theta", self._told(values, 0))
     ours: dict[str, Any] = {"rope_theta": float(self.theta if theta is None else theta)}
     if self.partial:
-      share = values.get("partial_rotary_factor", 1.0)
-      ours["rope_fraction"] = given.pop("partial_rotary_factor", share)
+      share = given.pop("partial_rotary_factor", self._told(values, 1))
+      ours["rope_fraction"] = self.share if share is None else share
     if kind == "default":
       _no_more(kind, given)
       return ours
@@ -72,15 +79,23 @@ class Rotary:
     _no_more(kind, given)
     return ours
 
+  def _told(self, values: Mapping[str, Any], which: int) -> float | None:
+    names = dict.fromkeys((self.called[which], Rotary.called[which]))
+    told = {name: values[name] for name in names if values.get(name) is not None}
+    if len(set(told.values())) > 1:
+      raise InputError(f"config.json: {told} differ, and mean the same.")
+    return next(iter(told.values()), None)
+
   def write(self, cfg: ModelConfig) -> dict[str, Any]:
-    share = {"partial_rotary_factor": cfg.rope_fraction} if self.partial else {}
+    share = {self.called[1]: cfg.rope_fraction} if self.partial else {}
+    base = {self.called[0]: cfg.rope_theta}
     if cfg.rope_scaling == "none":
-      return {"rope_theta": cfg.rope_theta, "rope_scaling": None, **share}
+      return {**base, "rope_scaling": None, **share}
     fields = {name: getattr(cfg, ours) for name, (ours, _) in _SCALINGS[cfg.rope_scaling].items()}
     scaling = {"rope_type": cfg.rope_scaling, **{k: v for k, v in fields.items() if v is not None}}
     if cfg.rope_scaling != "linear":
       scaling[_ORIGINAL[0]] = cfg.rope_original_positions
-    return {"rope_theta": cfg.rope_theta, "rope_scaling": scaling, **share}
+    return {**base, "rope_scaling": scaling, **share}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig
+from model.errors import InputError
 from model.positions import (
   alibi_bias,
   alibi_slopes,
@@ -210,3 +211,25 @@ def test_alibi_equals_transformers_bloom_up_to_a_shift_of_each_row(heads):
   expected = np.where(seen, theirs - shift, 0)
   np.testing.assert_allclose(np.where(seen, ours, 0), expected, atol=1e-6)
   np.testing.assert_array_equal(ours, ours.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("heads", [4, 12])
+def test_rounded_alibi_equals_transformers_falcon_up_to_a_shift_of_each_row(heads):
+  torch = pytest.importorskip("torch")
+  falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")
+  length = 700  # Above 256 not every position has a bfloat16 of its own.
+  pos = np.arange(length, dtype=np.int32)[None]
+  ones = torch.ones(1, length, dtype=torch.long)
+  theirs = falcon.build_alibi_tensor(ones, heads, torch.float32).numpy() / 8
+  ours = np.asarray(alibi_bias(pos, pos, heads, scale=1 / 8, rounded=True))[0]
+  shift = theirs.swapaxes(1, 2)
+  np.testing.assert_allclose(ours, theirs - shift, atol=1e-6)
+  assert np.abs(ours - alibi_bias(pos, pos, heads, scale=1 / 8)[0])[:, -1].max() > 0.01
+
+
+def test_settings_of_alibi_are_refused_where_they_say_nothing():
+  with pytest.raises(InputError, match="alibi_scaled has no effect"):
+    _config(alibi_scaled=True)
+  for reads in (dict(shape="encoder"), dict(prefix_attention=True)):
+    with pytest.raises(InputError, match="alibi_rounded counts from keys to later queries"):
+      _config(positions="alibi", alibi_rounded=True, **reads)

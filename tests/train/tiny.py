@@ -17,9 +17,11 @@ MODELS = {
   "learned_layer_norm": dataclasses.replace(
     ROTARY, positions="learned", norm="layer", gated=False, activation="gelu_tanh",
     layer_pattern=("global",), window=None, mlp_bias=True, attention_bias=True,
-    attention_softcap=5.0, attention_sinks=True, tie_embeddings=False,
+    attention_softcap=5.0, attention_sinks=True, tie_embeddings=False, qk_norm="each",
   ),
-  "alibi_post_norm": dataclasses.replace(ROTARY, positions="alibi", norm_placement="post"),
+  "alibi_post_norm": dataclasses.replace(
+    ROTARY, positions="alibi", norm_placement="post", alibi_scaled=True, alibi_rounded=True,
+  ),
   "t5_bias_sandwich_qk_norm": dataclasses.replace(
     ROTARY, positions="t5_bias", norm_placement="sandwich", qk_norm="head", relative_buckets=8,
   ),
