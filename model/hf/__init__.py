@@ -155,13 +155,27 @@ def _named(family: Family, tensors: Mapping[str, np.ndarray], name: str) -> dict
   for key, array in tensors.items():
     for old, new in family.renamed:
       key = re.sub(old, new, key)
-    out[key] = array
-  prefix = family.prefix
-  if family.classes[name].base or any(key.startswith(prefix) for key in out):
+    out |= _apart(family, key, array)
+  prefix = family.body_prefix(name)
+  if not prefix or any(key.startswith(prefix) for key in out):
     return out
   names = (row.theirs for row in family.table(name) if row.theirs.startswith(prefix))
   bodies = {one.removeprefix(prefix).split(".")[0] for one in names}
   return {prefix + k if k.split(".")[0] in bodies else k: array for k, array in out.items()}
+
+
+def _apart(family: Family, key: str, array: np.ndarray) -> dict[str, np.ndarray]:
+  """The tensors of each expert in one that holds all of them; any other as it is."""
+  end = next((end for end in family.stacked if key.endswith(end)), None)
+  if end is None or array.ndim < 2 or array.shape[1] % len(family.stacked[end]):
+    return {key: array}
+  start, names = key.removesuffix(end), family.stacked[end]
+  parts = (np.split(expert, len(names)) for expert in array)
+  return {
+    start + name.format(e=e): part
+    for e, one in enumerate(parts)
+    for name, part in zip(names, one, strict=True)
+  }
 
 
 def _check(

@@ -38,6 +38,7 @@ class Field:
       values where it hangs on them; REQUIRED: nothing.
     values: what theirs is called here; None: the same.
     minus: what ours is less than theirs, of numbers.
+    older: another name of it.
   """
 
   theirs: str
@@ -45,13 +46,16 @@ class Field:
   default: Any = REQUIRED
   values: Mapping[Any, Any] | None = None
   minus: int = 0
+  older: str | None = None
 
   @property
   def names(self) -> tuple[str, ...]:
-    return (self.theirs,)
+    return (self.theirs,) if self.older is None else (self.theirs, self.older)
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
     value: Any = values.get(self.theirs)
+    if value is None and self.older is not None:
+      value = values.get(self.older)
     if value is None:
       value = self.default(values) if callable(self.default) else self.default
     if value is REQUIRED:
@@ -123,6 +127,7 @@ class Class:
     settings: of ModelConfig, of this class.
     rows: of the head.
     base: whether its tensors are named without the family's prefix.
+    prefix: of the body's tensors; None: the family's.
     surplus: pattern of tensors that published checkpoints of it hold and it does not use.
   """
 
@@ -130,6 +135,7 @@ class Class:
   rows: tuple[Row, ...] = ()
   base: bool = False
   surplus: str = r"(?!)"
+  prefix: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +154,8 @@ class Family:
     repeated: tensors that repeat the table of tokens; the last one only where it is tied.
     zeros: tensors of zeros, and their shapes.
     renamed: older names of parts of tensors, and what they are called now.
+    stacked: ends of names of tensors that hold all experts, and those of each expert's that lie in
+      them one after the other.
     pad: id of padding to write where there is no tokenizer that says it.
   """
 
@@ -164,6 +172,7 @@ class Family:
     default_factory=dict
   )
   renamed: tuple[tuple[str, str], ...] = ()
+  stacked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   pad: int | None = None
 
   def read(self, values: Mapping[str, Any]) -> tuple[str, ModelConfig]:
@@ -225,9 +234,18 @@ class Family:
 
   def table(self, name: str) -> tuple[Row, ...]:
     """Rows of a class, under the names that its tensors have in a checkpoint."""
+    one, own = self.classes[name], self.body_prefix(name)
+    named = lambda row: (
+      row
+      if not row.theirs.startswith(self.prefix)
+      else dataclasses.replace(row, theirs=own + row.theirs.removeprefix(self.prefix))
+    )
+    return (*map(named, self.rows), *one.rows)
+
+  def body_prefix(self, name: str) -> str:
+    """What names of the body's tensors begin with in a class."""
     one = self.classes[name]
-    strip = lambda row: dataclasses.replace(row, theirs=row.theirs.removeprefix(self.prefix))
-    return (*(map(strip, self.rows) if one.base else self.rows), *one.rows)
+    return "" if one.base else self.prefix if one.prefix is None else one.prefix
 
   def computes_nothing(self, name: str, tensor: str) -> bool:
     """Whether a class does not compute with a tensor of that name."""
