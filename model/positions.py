@@ -22,8 +22,8 @@ def rotary_angles(
   Dynamic scaling and LongRoPE hang on how long a text is: each token's own document, as far as it
   has been read. LongRoPE turns by the short factors up to `rope_original_positions` and by the long
   ones beyond. A cache keeps its keys as they are before they turn, so that those and the queries
-  always turn alike; what else earlier steps have computed of a text that grows beyond the original
-  length stays.
+  always turn alike; a text that grows beyond the original length must be read anew for the rest, as
+  `infer` does.
 
   Args:
     pos: positions; −1 is padding.

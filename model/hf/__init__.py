@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from model.config import ModelConfig
 from model.errors import InputError, nearest
-from model.hf import decoders, encoder_decoders, encoders, expert_decoders, gpt_decoders
+from model.hf import decoders, encoder_decoders, encoders, expert_decoders, gpt_decoders, mxfp4
 from model.hf.engine import Layout
 from model.hf.family import Family
 from model.hf.safetensors_files import INDEX, SINGLE, open_folder, write_folder
@@ -61,7 +61,9 @@ class Folder:
     name, cfg = family.read(values)
     self.family = family.model_type
     self.layout = Layout(cfg, family.table(name), name)
-    self._tensors = _named(family, _open(folder), name)
+    tensors = _open(folder)
+    packed = values.get("quantization_config") is not None  # In the one form that `read` lets pass.
+    self._tensors = _named(family, mxfp4.unpacked(tensors) if packed else tensors, name)
     _check(family, name, cfg, self.layout, self._tensors)
     stored = self._tensors[_table(self.layout)].dtype.name
     self.config = dataclasses.replace(cfg, param_dtype=stored)

@@ -9,6 +9,7 @@ from model.hf.family import Always, Class, Family, Field, Fields, Same
 from model.hf.fields import (
   ACTIVATIONS,
   Divisor,
+  HeadWidth,
   LayerTypes,
   Longest,
   QueryScalar,
@@ -139,7 +140,7 @@ WIDE = Field("head_dim", "head_dim", 256)
 BOTH_WAYS = Always("use_bidirectional_attention", False)
 
 
-HEAD_DIM = Field("head_dim", "head_dim", None)
+HEAD_DIM = HeadWidth()
 MLP_BIAS = Field("mlp_bias", "mlp_bias", False)
 BIASES = (Field("attention_bias", "attention_bias", False),
           Field("attention_bias", "attention_out_bias", False))  # fmt: skip

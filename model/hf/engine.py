@@ -222,7 +222,7 @@ class Layout:
     out = np.zeros(self.leaves[path].shape, dtype)
     for piece, which in self.of_leaf[path]:
       place = piece.places[which]
-      part = piece.to_ours(tensors[piece.theirs], which)
+      part = piece.to_ours(np.asarray(tensors[piece.theirs]), which)
       out[(*place.index, *(slice(0, n) for n in place.shape))] = part
     return out
 

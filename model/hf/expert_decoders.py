@@ -40,6 +40,22 @@ class SharedWidth:
     return {self.names[0]: cfg.shared_experts * cfg.expert_width}
 
 
+@dataclasses.dataclass(frozen=True)
+class Packing:
+  """How weights are packed: in MXFP4, which is read, or not at all, which is also written."""
+
+  names = ("quantization_config",)
+
+  def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    method = (values.get(self.names[0]) or {}).get("quant_method", "mxfp4")
+    if method != "mxfp4":
+      raise InputError(f"config.json: weights in {method!r} are not read, only in 'mxfp4'.")
+    return {}
+
+  def write(self, cfg: ModelConfig) -> dict[str, Any]:
+    return {}
+
+
 COEFFICIENT = Field("router_aux_loss_coef", "balance_loss", 0.001)
 UNREAD = ("output_router_logits", "router_jitter_noise")
 NO_MLP = tuple(row for row in LLAMA_ROWS if ".mlp." not in row.theirs)
@@ -124,7 +140,7 @@ FAMILIES = (
         Experts(LayerTypes(("sliding_window", 128), ("sliding_window_pattern", 2), 1)),
         Field("num_local_experts", "num_experts", 128, older="num_experts"),
         Field("num_experts_per_tok", "experts_per_token", 4), Always("swiglu_alpha", 1.702),
-        Field("swiglu_limit", "gate_limit", 7.0), COEFFICIENT, rows=GPT_OSS_ROWS,
+        Field("swiglu_limit", "gate_limit", 7.0), COEFFICIENT, Packing(), rows=GPT_OSS_ROWS,
         unread=(*UNREAD, "experts_per_token", "initial_context_length"), activation="quick_gelu",
         gate_offset=1.0, mlp_bias=True, router_bias=True, attention_sinks=True),
 )  # fmt: skip

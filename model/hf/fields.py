@@ -332,6 +332,19 @@ def _layer_types(cfg: ModelConfig) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadWidth:
+  """`head_dim`, the width of heads where it is not what `hidden_size` makes it; never null."""
+
+  names = ("head_dim",)
+
+  def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"head_dim": values.get("head_dim")}
+
+  def write(self, cfg: ModelConfig) -> dict[str, Any]:
+    return {"head_dim": cfg.head_width}
+
+
+@dataclasses.dataclass(frozen=True)
 class QueryScalar:
   """`query_pre_attn_scalar`: scores are divided by its root (Gemma)."""
 

@@ -22,6 +22,8 @@ SETTINGS = {
     mlp_bias=True,
   ),
   "shared": dict(shared_experts=2, experts_per_token=1, d_expert=6),
+  "shared by a gate": dict(shared_experts=1, shared_gate=True, router_renormalize=False),
+  "clamped": dict(gate_limit=0.5, gate_offset=1.0, mlp_bias=True, router_bias=True),
 }
 
 
