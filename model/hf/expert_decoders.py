@@ -28,7 +28,7 @@ class SharedWidth:
   names = ("shared_expert_intermediate_size",)
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-    width, one = values.get(self.names[0], 5632), values.get("moe_intermediate_size", 1408)
+    width, one = values.get(self.names[0], 5632), values.get("moe_intermediate_size") or 1408
     if width % one:
       raise InputError(
         f"config.json: {self.names[0]}={width} is no multiple of moe_intermediate_size={one}: "

@@ -88,13 +88,14 @@ class Rotary:
     if kind != "linear":
       ours[_ORIGINAL[1]] = self._original(kind, given, values)
     if kind == "longrope" and "rope_factor" not in ours:
-      ours["rope_factor"] = max(values["max_position_embeddings"] / ours[_ORIGINAL[1]], 1.0)
+      longest = values.get("max_position_embeddings") or ours[_ORIGINAL[1]]
+      ours["rope_factor"] = max(longest / ours[_ORIGINAL[1]], 1.0)
     _no_more(kind, given)
     return ours
 
   def _original(self, kind: str, given: dict[str, Any], values: Mapping[str, Any]) -> int:
     """The length before scaling, taken out of `given`."""
-    length, longest = given.pop(_ORIGINAL[0], None), values["max_position_embeddings"]
+    length, longest = given.pop(_ORIGINAL[0], None), values.get("max_position_embeddings")
     if kind == "dynamic" and length not in (None, longest):
       raise InputError(
         f"config.json: dynamic scaling begins behind max_position_embeddings={longest}, "
@@ -102,7 +103,10 @@ class Rotary:
       )
     if self.original is not None:
       length = values.get(_ORIGINAL[0]) or self.original
-    return longest if length is None else length
+    length = longest if length is None else length
+    if length is None:
+      raise InputError(f"config.json: rotary positions of type {kind!r} need {_ORIGINAL[0]!r}.")
+    return length
 
   def write(self, cfg: ModelConfig) -> dict[str, Any]:
     theirs: dict[str, Any] = {"rope_theta": cfg.rope_theta, "rope_scaling": None}
