@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from model.config import ModelConfig
+from model.errors import InputError
 from model.positions import (
   alibi_bias,
   alibi_slopes,
@@ -120,6 +121,25 @@ def test_scaling_by_length_takes_each_documents_own(fields):
       )
     start += n
   assert np.isfinite(packed).all()
+
+
+@pytest.mark.parametrize(
+  ("fields", "said"),
+  [
+    (dict(rope_short_factors=(1.0,) * 16), "rope_short_factors has no effect"),
+    (dict(rope_truncate=False), "rope_truncate=False has no effect"),
+    ({**LONGROPE}, "needs model.rope_original_positions"),
+    (
+      {**LONGROPE, "rope_original_positions": 8, "rope_long_factors": (1.0,)},
+      "must be 16 positive",
+    ),
+    ({**LONGROPE, "rope_original_positions": 1, "rope_factor": 2.0}, "is too short"),
+  ],
+  ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_scalings_that_are_not_whole_or_have_no_effect_are_refused(fields, said):
+  with pytest.raises(InputError, match=said):
+    _config(**fields)
 
 
 def test_local_layers_turn_by_their_own_unscaled_base():
