@@ -38,7 +38,7 @@ class Field:
       values where it hangs on them; REQUIRED: nothing.
     values: what theirs is called here; None: the same.
     minus: what ours is less than theirs, of numbers.
-    older: another name of it.
+    older: other names that it has in published folders.
   """
 
   theirs: str
@@ -46,16 +46,17 @@ class Field:
   default: Any = REQUIRED
   values: Mapping[Any, Any] | None = None
   minus: int = 0
-  older: str | None = None
+  older: tuple[str, ...] = ()
 
   @property
   def names(self) -> tuple[str, ...]:
-    return (self.theirs,) if self.older is None else (self.theirs, self.older)
+    return (self.theirs, *self.older)
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-    value: Any = values.get(self.theirs)
-    if value is None and self.older is not None:
-      value = values.get(self.older)
+    told = {name: values[name] for name in self.names if values.get(name) is not None}
+    if any(one != next(iter(told.values())) for one in told.values()):
+      raise InputError(f"config.json: {told} differ, and mean the same.")
+    value: Any = next(iter(told.values()), None)
     if value is None:
       value = self.default(values) if callable(self.default) else self.default
     if value is REQUIRED:
