@@ -37,7 +37,7 @@ PART = turned(  # Of 16 elements of a head 12 turn, as in Phi-4-mini.
 )  # fmt: skip
 CASES = {
   "llama": ("LlamaForCausalLM", LLAMA),
-  "llama tied, MHA, biases, scaled": (
+  "llama, tied, MHA, biases, scaled": (
     "LlamaForCausalLM", {**LLAMA, **TIED, **MHA, **BIASES, "head_dim": 16, **LLAMA3},
   ),
   "llama, MQA": ("LlamaForCausalLM", {**LLAMA, **MQA, "hidden_act": "gelu"}),
@@ -56,7 +56,7 @@ CASES = {
   "llama, body": ("LlamaModel", LLAMA),
   "mistral": ("MistralForCausalLM", {**LLAMA, "sliding_window": 16}),
   "mistral, no window": ("MistralForCausalLM", {**LLAMA, "sliding_window": None}),
-  "mistral tied, wide heads": (
+  "mistral, tied, wide heads": (
     "MistralForCausalLM", {**LLAMA, **TIED, "head_dim": 16, "sliding_window": 16, **YARN},
   ),
   "mistral, labels": ("MistralForSequenceClassification", {**LLAMA, **LABELS}),
@@ -65,7 +65,7 @@ CASES = {
   "mistral, body": ("MistralModel", LLAMA),
   "qwen2": ("Qwen2ForCausalLM", LLAMA),
   "qwen2, windows": ("Qwen2ForCausalLM", {**LLAMA, **WINDOWS}),
-  "qwen2 tied, MQA, YaRN": ("Qwen2ForCausalLM", {**LLAMA, **TIED, **MQA, **YARN}),
+  "qwen2, tied, MQA, YaRN": ("Qwen2ForCausalLM", {**LLAMA, **TIED, **MQA, **YARN}),
   "qwen2, labels": ("Qwen2ForSequenceClassification", {**LLAMA, **LABELS}),
   "qwen2, tokens": ("Qwen2ForTokenClassification", {**LLAMA, **LABELS}),
   "qwen2, spans": ("Qwen2ForQuestionAnswering", LLAMA),
@@ -84,7 +84,7 @@ CASES = {
   "phi3, short": (
     "Phi3ForCausalLM", {**PHI3, "original_max_position_embeddings": 600, **LONGROPE},
   ),
-  "phi3 tied, a part turns, LongRoPE": (
+  "phi3, tied, a part turns, LongRoPE": (
     "Phi3ForCausalLM",
     {**PHI3, **TIED, "hidden_size": 64, "sliding_window": 600,
      "original_max_position_embeddings": 200, **PART},
@@ -98,13 +98,13 @@ CASES = {
   "phi3, tokens": ("Phi3ForTokenClassification", {**PHI3, **LABELS}),
   "phi3, body": ("Phi3Model", PHI3),
   "olmo2": ("Olmo2ForCausalLM", LLAMA),
-  "olmo2 tied, MHA, biases, scaled": (
+  "olmo2, tied, MHA, biases, scaled": (
     "Olmo2ForCausalLM", {**LLAMA, **TIED, **MHA, "attention_bias": True, **YARN},
   ),
   "olmo2, labels": ("Olmo2ForSequenceClassification", {**LLAMA, **LABELS}),
   "olmo2, body": ("Olmo2Model", LLAMA),
   "smollm3": ("SmolLM3ForCausalLM", {**LLAMA, "num_hidden_layers": 5, "pad_token_id": 0}),
-  "smollm3 untied, windows, biases": (
+  "smollm3, untied, windows, biases": (
     "SmolLM3ForCausalLM",
     {**LLAMA, **UNTIED, **BIASES, "pad_token_id": 0, "num_hidden_layers": 5,
      "no_rope_layers": [1, 0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 16},
@@ -121,12 +121,12 @@ CASES = {
     {**LLAMA, **TIED, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
      "attention_multiplier": 0.0625, "logits_scaling": 3.0},
   ),
-  "granite untied, MHA, biases": (
+  "granite, untied, MHA, biases": (
     "GraniteForCausalLM", {**LLAMA, **MHA, **BIASES, "attention_multiplier": 0.25, **LLAMA3},
   ),
   "granite, body": ("GraniteModel", {**LLAMA, "residual_multiplier": 0.5}),
   "gemma": ("GemmaForCausalLM", GEMMA),
-  "gemma untied, MQA, biases": (
+  "gemma, untied, MQA, biases": (
     "GemmaForCausalLM", {**GEMMA, **UNTIED, **MQA, "attention_bias": True, **LINEAR},
   ),
   "gemma, labels": ("GemmaForSequenceClassification", {**GEMMA, **LABELS}),
@@ -136,7 +136,7 @@ CASES = {
     "Gemma2ForCausalLM",
     {**GEMMA2, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
   ),
-  "gemma2 untied, MHA, no caps": (
+  "gemma2, untied, MHA, no caps": (
     "Gemma2ForCausalLM",
     {**GEMMA2, **UNTIED, **MHA, "attention_bias": True, "attn_logit_softcapping": None,
      "final_logit_softcapping": None},
@@ -145,7 +145,7 @@ CASES = {
   "gemma2, tokens": ("Gemma2ForTokenClassification", {**GEMMA2, **LABELS}),
   "gemma2, body": ("Gemma2Model", GEMMA2),
   "gemma3_text": ("Gemma3ForCausalLM", GEMMA3),
-  "gemma3_text untied, MQA, caps, scaled": (
+  "gemma3_text, untied, MQA, caps, scaled": (
     "Gemma3ForCausalLM",
     {**GEMMA3, **UNTIED, **MQA, "attention_bias": True, "attn_logit_softcapping": 2.0,
      "final_logit_softcapping": 3.0,

@@ -11,7 +11,7 @@ GPT_OSS = {**LLAMA, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_w
            "head_dim": 16, "swiglu_limit": 0.5}  # fmt: skip
 CASES = {
   "mixtral": ("MixtralForCausalLM", MIXTRAL),
-  "mixtral tied, windows": (
+  "mixtral, tied, windows": (
     "MixtralForCausalLM",
     {**MIXTRAL, **TIED, **MHA, "sliding_window": 16, "head_dim": 16, "num_experts_per_tok": 3},
   ),
@@ -20,7 +20,7 @@ CASES = {
   "mixtral, spans": ("MixtralForQuestionAnswering", MIXTRAL),
   "mixtral, body": ("MixtralModel", MIXTRAL),
   "qwen2_moe": ("Qwen2MoeForCausalLM", {**QWEN2, "num_hidden_layers": 4, "mlp_only_layers": [1]}),
-  "qwen2_moe tied, windows, no biases": (
+  "qwen2_moe, tied, windows, no biases": (
     "Qwen2MoeForCausalLM",
     {**QWEN2, **TIED, **MHA, "norm_topk_prob": True, "qkv_bias": False, "decoder_sparse_step": 2,
      "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 16,
@@ -34,7 +34,7 @@ CASES = {
     "Qwen3MoeForCausalLM",
     {**QWEN3, "norm_topk_prob": True, "num_hidden_layers": 4, "mlp_only_layers": [0]},
   ),
-  "qwen3_moe tied, windows, biases": (
+  "qwen3_moe, tied, windows, biases": (
     "Qwen3MoeForCausalLM",
     {**QWEN3, **TIED, **MHA, "decoder_sparse_step": 2, "attention_bias": True,
      "use_sliding_window": True, "sliding_window": 16, **YARN},
@@ -44,7 +44,7 @@ CASES = {
   "qwen3_moe, spans": ("Qwen3MoeForQuestionAnswering", QWEN3),
   "qwen3_moe, body": ("Qwen3MoeModel", QWEN3),
   "gpt_oss": ("GptOssForCausalLM", GPT_OSS),
-  "gpt_oss tied, unscaled, no biases": (
+  "gpt_oss, tied, unscaled, no biases": (
     "GptOssForCausalLM",
     {**GPT_OSS, **TIED, **MHA, "attention_bias": False, "num_experts_per_tok": 3,
      "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
