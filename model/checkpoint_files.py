@@ -83,8 +83,9 @@ def start_write(writer: ocp.AsyncCheckpointer, folder: epath.Path, record: Recor
 
 
 def read_state(
-  folder: epath.Path, record: Record, abstract: Any, *, cast: bool, leave_out: tuple[str, ...] = ()
-) -> Any:
+  folder: epath.Path, record: Record, abstract: Any, *, cast: bool,
+  leave_out: tuple[str, ...] | None = (),
+) -> Any:  # fmt: skip
   """Reads the top-level parts of a state that `abstract` has, and verifies every array read.
 
   Args:
@@ -93,7 +94,8 @@ def read_state(
     abstract: pytree of `jax.ShapeDtypeStruct`s; `sharding` says where each array goes (None:
       the first local device).
     cast: whether floating arrays may be saved in another dtype than `abstract` has.
-    leave_out: names inside of a part that are passed over, whether they are there or not.
+    leave_out: names inside of a part that are passed over, whether they are there or not; None:
+      all that `abstract` does not name.
 
   Returns:
     Arrays in the structure of `abstract`.
@@ -104,9 +106,12 @@ def read_state(
   """
   wanted = named_leaves(abstract)
   parts = {path[0] for path, _ in wanted.values()}
-  unread = lambda path: len(path) > 1 and path[1] in leave_out
+  if leave_out is None:
+    read = lambda name, path: name in wanted
+  else:
+    read = lambda name, path: len(path) < 2 or path[1] not in leave_out
   saved = {
-    n: leaf for n, leaf in record.leaves.items() if leaf.path[0] in parts and not unread(leaf.path)
+    n: leaf for n, leaf in record.leaves.items() if leaf.path[0] in parts and read(n, leaf.path)
   }
   _check_parts(folder, record, parts)
   check_tree(str(folder), saved, wanted, cast=cast)

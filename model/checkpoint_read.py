@@ -61,8 +61,9 @@ def describe(path: epath.PathLike) -> Restored:
 
 
 def restore_params(
-  path: epath.PathLike, abstract: dict, *, cast: bool = False, leave_out: tuple[str, ...] = ()
-) -> Restored:
+  path: epath.PathLike, abstract: dict, *, cast: bool = False,
+  leave_out: tuple[str, ...] | None = (),
+) -> Restored:  # fmt: skip
   """Reads some top-level parts of the state saved at PATH, and nothing of the others.
 
   Args:
@@ -70,7 +71,7 @@ def restore_params(
     abstract: `{"params": …, "frozen": …}` or `{"ema": …}`: nested dicts of
       `jax.ShapeDtypeStruct`s, with the shardings in which the arrays are to be.
     cast: convert floating arrays to the dtypes in `abstract`; otherwise these must be equal.
-    leave_out: names of what may lie in these parts beside `abstract` and is not read.
+    leave_out: names of what may lie in these parts beside `abstract` and is not read; None: all.
 
   Raises:
     InputError: when there is no such checkpoint, when it is damaged, or when it holds other
@@ -88,7 +89,7 @@ def restore_params(
 
 def restore_newest(
   candidates: dict[int, epath.Path], abstract: Any, *, cast: bool, passed: dict[int, str],
-  leave_out: tuple[str, ...] = (),
+  leave_out: tuple[str, ...] | None = (),
 ) -> Restored:  # fmt: skip
   """Reads the first of `candidates` that is undamaged.
 

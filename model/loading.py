@@ -1,12 +1,15 @@
 """Models from any checkpoint PATH, and back to disk."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from model import checkpoint, hf, sharding
 from model.config import PARAM_DTYPES, ModelConfig
@@ -16,7 +19,7 @@ from model.layers import param_info
 from model.tokenizer import Tokenizer
 from model.trained import Model
 
-__all__ = ["Model", "load", "save"]
+__all__ = ["Model", "convert", "load", "save"]
 
 FORMATS = ("orbax", "hf")
 TRAINED_BESIDE = ("generator",)  # Parameters that a checkpoint may hold and no model has.
@@ -38,10 +41,7 @@ def load(
     InputError: if there is no such checkpoint, or it is damaged, holds no average, or is of a
       family of Hugging Face's that is not known here.
   """
-  if dtype is not None and dtype not in PARAM_DTYPES:
-    raise InputError(f"dtype={dtype!r} is not known: use one of {', '.join(PARAM_DTYPES)}.")
-  if dtype == "float64" and not jax.config.read("jax_enable_x64"):
-    raise InputError("dtype='float64' needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment.")
+  _check_dtype(dtype)
   if hf.is_folder(path):
     if ema:
       raise InputError(f"ema=True: {path} is a Hugging Face folder and holds no average.")
@@ -49,26 +49,48 @@ def load(
   return _from_workdir(str(path), dtype, mesh, "ema" if ema else "params")
 
 
+def _check_dtype(dtype: str | None) -> None:
+  if dtype is not None and dtype not in PARAM_DTYPES:
+    raise InputError(f"dtype={dtype!r} is not known: use one of {', '.join(PARAM_DTYPES)}.")
+  if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+    raise InputError("dtype='float64' needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment.")
+
+
 def _from_folder(path: str | Path, dtype: str | None, mesh: jax.sharding.Mesh | None) -> Model:
   source = hf.Folder(path)
   cfg = _here(source.config, dtype or source.config.param_dtype)
-  tokenizer = None if source.tokenizer is None else Tokenizer.load(source.tokenizer)
-  params = source.params(_wanted(cfg, mesh))
-  return Model(cfg, params, tokenizer, source.labels, source.family)
+  return Model(
+    cfg, source.params(_wanted(cfg, mesh)), source.tokenizer, source.labels, source.family
+  )
 
 
 def _from_workdir(path: str, dtype: str | None, mesh: Any, part: str) -> Model:
-  found = checkpoint.describe(path)
-  folder = Path(checkpoint.resolve(path)[0]) / "tokenizer"
+  source = _workdir(path, dtype)
+  wanted = {part: _wanted(source.config, mesh)}
+  state = checkpoint.restore_params(path, wanted, cast=True, leave_out=TRAINED_BESIDE).state
+  return Model(source.config, state[part], source.tokenizer, source.labels, source.family)
+
+
+def _workdir(path: str, dtype: str | None) -> hf.Source:
+  """What a workdir holds; its parameters are read when they are asked for."""
+  workdir, step = checkpoint.resolve(path)
+  folder = workdir / "checkpoints" / str(step)
+  found = checkpoint.describe(folder)
   config = found.meta["config"]
   stored = found.state["params"]["embed"]["table"].dtype.name
   cfg = _here(ModelConfig.from_dict(config["model"]), dtype or stored)
-  wanted = {part: _wanted(cfg, mesh)}
-  state = checkpoint.restore_params(path, wanted, cast=True, leave_out=TRAINED_BESIDE).state
   labels = config.get("data", {}).get("labels")
-  tokenizer = Tokenizer.load(folder) if folder.is_dir() else None
+  texts = Path(workdir) / "tokenizer"
+  tokenizer = Tokenizer.load(texts) if texts.is_dir() else None
+  shapes: Any = flatten_dict(_wanted(cfg, None))
+
+  def leaf(path: tuple[str | int, ...]) -> np.ndarray:
+    one = {"params": unflatten_dict({path: shapes[path]})}
+    state = checkpoint.restore_params(folder, one, cast=True, leave_out=None).state
+    return np.asarray(jax.tree.leaves(state)[0])
+
   labels = None if labels is None else tuple(labels)
-  return Model(cfg, state[part], tokenizer, labels, config.get("family"))
+  return hf.Source(cfg, leaf, tokenizer, labels, config.get("family"))
 
 
 def _here(cfg: ModelConfig, dtype: str) -> ModelConfig:
@@ -104,14 +126,13 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
     InputError: for an unknown format, a folder that holds something, or a model of no family of
       Hugging Face's.
   """
-  if format not in FORMATS:
-    raise InputError(f"format={format!r} is not known: use one of {', '.join(FORMATS)}.")
-  folder = Path(folder)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise InputError(f"{folder} holds something already: name a new or empty folder.")
-  folder.mkdir(parents=True, exist_ok=True)
+  folder = _new(folder, format)
   if format == "hf":
-    hf.save(m, folder, family=family or m.family)
+    leaves: Any = flatten_dict(m.params)
+    kind = next(iter(leaves.values())).dtype.name
+    cfg = dataclasses.replace(m.config, param_dtype=kind)
+    leaf = lambda path: np.asarray(leaves[path])
+    hf.save(hf.Source(cfg, leaf, m.tokenizer, m.labels, m.family), folder, family=family)
     return
   labels = None if m.labels is None else list(m.labels)
   config = {"model": m.config.to_dict(), "data": {"labels": labels}, "family": m.family}
@@ -122,3 +143,46 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
   checkpoints = checkpoint.Checkpoints(folder, keep=1)
   checkpoints.save(0, {"params": m.params}, meta, blocking=True)
   checkpoints.close()
+
+
+def convert(
+  path: str | Path, folder: str | Path, *, format: str, dtype: str | None = None,
+  family: str | None = None,
+) -> ModelConfig:  # fmt: skip
+  """Writes what lies at a checkpoint PATH in another form; returns its config.
+
+  Towards `hf` one parameter after the other is read and written, so that little memory is needed;
+  towards `orbax` the model is held once.
+
+  Args:
+    path, dtype: as `load` takes them; None: the dtype that it is stored in.
+    folder, format, family: as `save` takes them.
+
+  Raises:
+    InputError: as `load` and `save` do.
+  """
+  if format == "orbax":
+    m = load(path, dtype=dtype)
+    save(m, folder, format=format, family=family)
+    return m.config
+  _check_dtype(dtype)
+  if hf.is_folder(path):
+    found = hf.Folder(path)
+    cfg = _here(found.config, dtype or found.config.param_dtype)
+    leaf = functools.partial(found.leaf, dtype=cfg.param_dtype)
+    source = hf.Source(cfg, leaf, found.tokenizer, found.labels, found.family)
+  else:
+    source = _workdir(str(path), dtype)
+  hf.save(source, _new(folder, format), family=family)
+  return source.config
+
+
+def _new(folder: str | Path, format: str) -> Path:
+  """The folder, made if it is not there."""
+  if format not in FORMATS:
+    raise InputError(f"format={format!r} is not known: use one of {', '.join(FORMATS)}.")
+  folder = Path(folder)
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise InputError(f"{folder} holds something already: name a new or empty folder.")
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from model.config import ModelConfig
 from model.errors import InputError, nearest
 from model.hf import decoders, encoder_decoders, encoders, expert_decoders, gpt_decoders, mxfp4
 from model.hf.engine import Layout
+from model.hf.engine import Path as LeafPath
 from model.hf.family import Family
-from model.hf.safetensors_files import INDEX, SINGLE, open_folder, write_folder
+from model.hf.safetensors_files import INDEX, SINGLE, forget, open_folder, write_folder
 from model.hf.torch_files import open_torch_file
 from model.tokenizer import Tokenizer
 from model.trained import Model
@@ -46,7 +47,7 @@ class Folder:
     layout: which tensors make which parameters.
     family: `model_type` of its config.json.
     labels: names of the classes, where its head has them.
-    tokenizer: where it lies; None: the folder has none.
+    tokenizer: None: the folder has none.
   """
 
   def __init__(self, path: str | Path):
@@ -69,7 +70,15 @@ class Folder:
     self.config = dataclasses.replace(cfg, param_dtype=stored)
     self.labels = _label_names(cfg, values)
     has = any((folder / one).is_file() for one in _TOKENIZERS)
-    self.tokenizer = folder if has or len(list(folder.glob("*.model"))) == 1 else None
+    has = has or len(list(folder.glob("*.model"))) == 1
+    self.tokenizer = Tokenizer.load(folder) if has else None
+
+  def leaf(self, path: LeafPath, dtype: Any) -> np.ndarray:
+    """One parameter."""
+    out = self.layout.leaf(path, self._tensors, dtype)
+    for piece, _ in self.layout.of_leaf[path]:
+      forget(self._tensors[piece.theirs])
+    return out
 
   def params(self, wanted: dict) -> dict:
     """Parameters, each read when the one before is where it belongs.
@@ -77,40 +86,61 @@ class Folder:
     Args:
       wanted: shapes, dtypes and shardings of all or of some of them, nested.
     """
-    place = lambda leaf, like: jax.device_put(
-      self.layout.leaf(leaf, self._tensors, like.dtype), like.sharding
-    )
+    place = lambda path, like: jax.device_put(self.leaf(path, like.dtype), like.sharding)
     likes: Any = flatten_dict(wanted)
-    return unflatten_dict({leaf: place(leaf, like) for leaf, like in likes.items()})
+    return unflatten_dict({path: place(path, like) for path, like in likes.items()})
 
 
-def save(m: Model, folder: Path, *, family: str | None = None) -> None:
-  """Writes config.json, safetensors and the tokenizer as Transformers reads them.
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A model whose parameters are read one after the other.
+
+  Attributes:
+    config: of the model; its `param_dtype` is that of all parameters.
+    leaf: a parameter by its path.
+    family: `model_type` of the config.json that it came from, or None.
+  """
+
+  config: ModelConfig
+  leaf: Callable[[LeafPath], np.ndarray]
+  tokenizer: Tokenizer | None
+  labels: tuple[str, ...] | None
+  family: str | None
+
+
+def save(source: Source, folder: Path, *, family: str | None = None) -> None:
+  """Writes safetensors, the tokenizer and, at last, config.json as Transformers reads them.
+
+  No more is held than the parameters that one tensor of theirs is made of, and that tensor.
 
   Args:
-    family: `model_type` of config.json; None: the first that the model is one of.
+    family: `model_type` of config.json; None: that of the source, or the first that it is one of.
 
   Raises:
     InputError: if it is not one of the family, or of any, with the fields that differ.
   """
-  found, values, layout = _written(m.config, family)
-  leaves: Any = flatten_dict(m.params)
-  shapes = {
-    piece.theirs: (np.dtype(leaves[piece.places[0].path].dtype), piece.shape)
-    for piece in layout.ordered()
-  }  # fmt: skip
-  kind = np.dtype(next(iter(leaves.values())).dtype)
-  zeros = {name: np.zeros(shape(m.config), kind) for name, shape in found.zeros.items()}
+  cfg, kind = source.config, np.dtype(source.config.param_dtype)
+  found, values, layout = _written(cfg, family or source.family)
+  shapes = {piece.theirs: (kind, piece.shape) for piece in layout.ordered()}
+  zeros = {name: np.zeros(shape(cfg), kind) for name, shape in found.zeros.items()}
   shapes |= {name: (kind, array.shape) for name, array in zeros.items()}
-  tensors = layout.tensors(lambda leaf: np.asarray(leaves[leaf]))
-  write_folder(folder, shapes, itertools.chain(tensors, zeros.items()))
-  values |= {"dtype": kind.name, **_token_ids(m.tokenizer, found.pad)}
-  if m.labels is not None:
-    values |= {"id2label": {str(i): one for i, one in enumerate(m.labels)},
-               "label2id": {one: i for i, one in enumerate(m.labels)}}  # fmt: skip
+  write_folder(folder, shapes, itertools.chain(layout.tensors(source.leaf), zeros.items()))
+  values |= {"dtype": kind.name, **_token_ids(source.tokenizer, found.pad)}
+  if source.labels is not None:
+    values |= {"id2label": {str(i): one for i, one in enumerate(source.labels)},
+               "label2id": {one: i for i, one in enumerate(source.labels)}}  # fmt: skip
+  if source.tokenizer is not None:
+    source.tokenizer.save(folder)
   (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-  if m.tokenizer is not None:
-    m.tokenizer.save(folder)
+
+
+def layout(m: Model) -> Layout:
+  """Which tensors a model's parameters are, as the family that it came from or the first that fits.
+
+  Raises:
+    InputError: if it is of none.
+  """
+  return _written(m.config, m.family)[2]
 
 
 def _written(cfg: ModelConfig, family: str | None) -> tuple[Family, dict[str, Any], Layout]:

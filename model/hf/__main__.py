@@ -25,9 +25,10 @@ def main(argv: list[str]) -> int:
     raise InputError("--source and --target are needed: what to read and where to write.")
   from model import loading  # After the flags: what is wrong with them is said sooner.
 
-  source = loading.load(_SOURCE.value, dtype=_DTYPE.value)
-  loading.save(source, _TARGET.value, format=_FORMAT.value, family=_FAMILY.value)
-  print(f"{_TARGET.value}: {source.config.num_params():,} parameters", file=sys.stderr)
+  config = loading.convert(
+    _SOURCE.value, _TARGET.value, format=_FORMAT.value, dtype=_DTYPE.value, family=_FAMILY.value
+  )
+  print(f"{_TARGET.value}: {config.num_params():,} parameters", file=sys.stderr)
   return 0
 
 

@@ -229,13 +229,15 @@ class Layout:
   def tensors(self, leaf: Callable[[Path], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Theirs one after the other; `leaf` is asked for each parameter once, if it has one piece."""
     held: dict[Path, np.ndarray] = {}
+    part = lambda p: held[p.path][(*p.index, *(slice(0, n) for n in p.shape))]
     for piece in self.ordered():
       paths = [place.path for place in piece.places]
-      held = {path: held[path] if path in held else leaf(path) for path in paths}
-      parts = [
-        held[p.path][(*p.index, *(slice(0, n) for n in p.shape))] for p in piece.places
-      ]  # fmt: skip
-      yield piece.theirs, piece.to_theirs(parts)
+      for path in held.keys() - set(paths):  # Before the next ones are asked for: they are large.
+        del held[path]
+      for path in paths:
+        if path not in held:
+          held[path] = leaf(path)
+      yield piece.theirs, piece.to_theirs([part(p) for p in piece.places])
 
   def ordered(self) -> list[Piece]:
     """Pieces of the same parameters one after the other."""

@@ -6,6 +6,7 @@ Format: github.com/huggingface/safetensors, "Format".
 
 import json
 import math
+import mmap
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,13 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
   if not path.is_file():
     raise InputError(f"folder {str(folder)!r} holds no {SINGLE} and no {INDEX}.")
   return open_file(path)
+
+
+def forget(array: np.ndarray) -> None:
+  """Lets the system take back what was read of a mapped file: its pages are not the process's."""
+  mapped = getattr(array, "_mmap", None)
+  if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+    mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def open_file(path: Path) -> dict[str, np.ndarray]:
@@ -162,3 +170,4 @@ def _write_file(
       if (given, array.dtype, array.shape) != (name, dtype, tuple(shape)):
         raise ValueError(f"{given} {array.dtype}{array.shape} was given as {name} {dtype}{shape}.")
       file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+      del array  # It may be all that keeps a large parameter, and the next one is made now.

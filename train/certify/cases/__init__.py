@@ -20,3 +20,11 @@ CASES: dict[str, Case] = {
   **encoders.CASES,
   **encoder_decoders.CASES,
 }
+
+
+def family_of(name: str) -> str:
+  """The `model_type` in the name of a case."""
+  return name.split(",")[0]
+
+
+FAMILIES = tuple(dict.fromkeys(map(family_of, CASES)))

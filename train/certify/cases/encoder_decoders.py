@@ -8,7 +8,7 @@ BART = dict(
 )  # fmt: skip
 CASES = {
   "t5": ("T5ForConditionalGeneration", T5),
-  "t5 v1.1": (
+  "t5, v1.1": (
     "T5ForConditionalGeneration",
     {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
   ),

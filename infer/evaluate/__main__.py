@@ -1,0 +1,69 @@
+"""`python -m infer.evaluate --checkpoint=PATH --task=perplexity --data=FILE`: says how well a model
+does, on stdout; with --json as one object.
+"""
+
+from model.host_memory import use_huge_pages
+
+if __name__ == "__main__":
+  use_huge_pages()
+
+import dataclasses
+import json
+from pathlib import Path
+
+from absl import flags
+
+from infer.evaluate.perplexity import perplexity
+from model import load
+from model.compilation import use_compilation_cache
+from model.errors import InputError, run
+
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "A workdir, a step in it, PATH@best, a Hugging Face folder or a GGUF file."
+)
+_TASK = flags.DEFINE_enum("task", None, ["perplexity"], "What is measured.")
+_DATA = flags.DEFINE_string("data", None, "A text file in UTF-8: one text.")
+_WINDOW = flags.DEFINE_integer(
+  "window", None, "Tokens that are read at a time (default: the model's positions)."
+)
+_STRIDE = flags.DEFINE_integer(
+  "stride", None,
+  "Tokens between the beginnings of two windows, which share the others (default: one is shared).",
+)  # fmt: skip
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+_CACHE_DIR = flags.DEFINE_string(
+  "cache_dir", "~/.cache/triune", "Where compiled programs are kept."
+)
+
+
+def main(argv: list[str]) -> int:
+  if argv[1:]:
+    raise InputError(f"unexpected argument {argv[1]!r}: every setting is a flag, --name=value.")
+  for name, what in (("checkpoint", "a checkpoint"), ("task", "perplexity"), ("data", "a file")):
+    if not flags.FLAGS[name].value:
+      raise InputError(f"--{name} is missing: give {what}.")
+  text = _text(_DATA.value or "")
+  use_compilation_cache(_CACHE_DIR.value)
+  found = perplexity(
+    load(_CHECKPOINT.value or ""), text, window=_WINDOW.value, stride=_STRIDE.value
+  )
+  told = {"task": _TASK.value, **dataclasses.asdict(found), "protocol": found.protocol()}
+  if _JSON.value:
+    print(json.dumps(told))
+    return 0
+  print(f"perplexity {found.perplexity:.4f} per token ({found.tokens:,} tokens)")
+  print(f"perplexity {found.word_perplexity:.4f} per word ({found.words:,} words)")
+  print(f"perplexity {found.byte_perplexity:.4f} per byte, {found.bits_per_byte:.4f} bits per byte")
+  print(f"protocol: {found.protocol()}")
+  return 0
+
+
+def _text(path: str) -> str:
+  try:
+    return Path(path).expanduser().read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(f"--data={path!r} is no text in UTF-8 that can be read: {error}.") from None
+
+
+if __name__ == "__main__":
+  run(main)

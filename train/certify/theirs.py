@@ -1,0 +1,118 @@
+"""A model of Transformers with random weights, and what it says: only this file knows PyTorch."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.errors import InputError
+from train.certify.cases import Case
+from train.certify.documents import Document
+
+STD = 0.2  # Of all weights, norms too, around what they begin with: ones would hide a mistake.
+
+
+class Theirs:
+  """A model of a case.
+
+  Attributes:
+    two_sided: whether a decoder reads a second text.
+  """
+
+  def __init__(self, case: Case):
+    """
+    Raises:
+      InputError: where PyTorch or Transformers is not installed.
+    """
+    try:
+      import torch
+      import transformers
+    except ImportError as error:
+      raise InputError(
+        f"certificates compare with PyTorch and Transformers: {error}. pip install -e '.[test]', "
+        "on Python 3.11."
+      ) from None
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    name, settings = case
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    config = kind.config_class(**settings, attn_implementation="eager")
+    self._model = kind(config).eval()
+    with torch.no_grad():
+      for p in self._model.parameters():
+        if p.requires_grad:
+          p.copy_(torch.randn_like(p) * STD + (p if p.dim() == 1 else 0.0))
+    self._torch, self.two_sided = torch, bool(self._model.config.is_encoder_decoder)
+
+  def save(self, folder: Path) -> None:
+    """As its users would."""
+    self._model.save_pretrained(folder)
+
+  def reload(self, folder: Path) -> "Theirs":
+    """A model of the same class from a folder."""
+    again = object.__new__(Theirs)
+    kind = type(self._model)
+    again._model = kind.from_pretrained(folder, attn_implementation="eager").eval()
+    # A folder without a tokenizer does not know what ends a text.
+    again._model.config.eos_token_id = self._model.config.eos_token_id
+    again._torch, again.two_sided = self._torch, self.two_sided
+    return again
+
+  def tensors(self) -> dict[str, np.ndarray]:
+    """All that it saves."""
+    return {name: t.numpy() for name, t in self._model.state_dict().items()}
+
+  def scores(self, document: Document) -> np.ndarray:
+    """What its head says of one document, unpadded: (T, …), or (…) of a head on whole texts."""
+    with self._torch.no_grad():
+      return self._scores(document).numpy()
+
+  def _scores(self, document: Document) -> Any:
+    tokens, answer = (self._torch.tensor(ids)[None] for ids in document)
+    out = self._model(input_ids=tokens, **(dict(decoder_input_ids=answer) if self.answers else {}))
+    if "start_logits" in out:
+      return self._torch.stack([out.start_logits, out.end_logits], -1)[0]
+    for name in ("prediction_logits", "logits", "pooler_output"):
+      if name in out:
+        return out[name][0]
+    return out.last_hidden_state[0, -1]
+
+  @functools.cached_property
+  def answers(self) -> bool:
+    """Whether its decoder is given a text of its own."""
+    return self.two_sided and type(self._model).__name__.endswith(("Generation", "MTModel"))
+
+  def gradients(self, document: Document, targets: np.ndarray) -> dict[str, np.ndarray]:
+    """Of `loss` (train.certify.compare), by names of tensors; those that get none are left out."""
+    torch = self._torch
+    self._model.zero_grad()
+    scores = self._scores(document)
+    scores = scores.reshape(-1, scores.shape[-1])
+    if scores.shape[-1] == 1:
+      loss = scores.square().mean()
+    else:
+      loss = torch.nn.functional.cross_entropy(scores, torch.tensor(targets))
+    loss.backward()
+    named = self._model.named_parameters()
+    return {name: p.grad.numpy() for name, p in named if p.grad is not None}
+
+  def step(self, rate: float) -> None:
+    """One step of gradient descent on the last gradients."""
+    with self._torch.no_grad():
+      for p in self._model.parameters():
+        if p.grad is not None:
+          p -= rate * p.grad
+
+  def next_scores(self, document: Document, start: int | None, written: list[int]) -> np.ndarray:
+    """Scores (n, V) from which each of n tokens would be chosen behind those before it.
+
+    Args:
+      start: what a decoder beside an encoder reads first; None: the tokens go on behind
+        `document.tokens`.
+    """
+    if start is not None:
+      return self.scores(Document(document.tokens, np.array([start, *written[:-1]])))
+    read = np.array([*document.tokens, *written[:-1]])
+    return self.scores(Document(read, read))[len(document.tokens) - 1 :]
