@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infer.decode import Drawn, Request, decode, prefill
+from infer.decode import Drawn, Request, decode, prefill, reread
 from infer.prompts import prefix
 from infer.sampling import OFF_TOP_K, MinP, Sampler, Temperature, TopK, TopP, seed_words
 from infer.settings import Settings
@@ -60,6 +60,7 @@ class Batch:
     read = [prefix(m, prompt) for prompt in prompts]
     self.rows = [Row(prompt, begin(prompt)) for prompt in read]
     self._net, self._params = m.unstacked()
+    self._config, self._length = m.config, _cache_length(m, read, settings)
     size, limit = bucket(len(prompts), 1), m.config.max_positions
     encoder = m.config.shape == "encoder_decoder"
     tokens, lengths = _table(read, size, 1 if encoder else LEAST_PROMPT, limit)
@@ -67,7 +68,7 @@ class Batch:
     self._request = _request(settings, seeds, size, self._ends, m.config.padded_vocab)
     self._cache, self._progress = prefill(
       self._net, self._params, tokens, lengths, self._request, source, cfg=m.config,
-      length=_cache_length(m, read, settings),
+      length=self._length,
       room=bucket(settings.most_new_tokens(), LEAST_ROOM),
       top=bucket(settings.logprobs, 1, m.config.vocab_size) if settings.logprobs else 0,
     )  # fmt: skip
@@ -80,10 +81,36 @@ class Batch:
     return self.count >= self.settings.most_new_tokens() or all(row.ended for row in self.rows)
 
   def advance(self, steps: int) -> None:
-    """Takes up to so many steps in one compiled call."""
+    """Takes up to so many steps, in one compiled call where no text has to be read anew."""
+    goal = min(self.count + steps, self.settings.most_new_tokens())
+    while self.count < goal and not self.finished:
+      turns = self._turns()
+      if self.count in turns:
+        self._reread()
+      self._decode(min([count for count in turns if count > self.count], default=goal), goal)
+
+  def _turns(self) -> set[int]:
+    """Numbers of new tokens at which a text outgrows the length that LongRoPE began with: from then
+    on all of it turns otherwise."""
+    original = self._config.rope_original_positions
+    if self._config.rope_scaling != "longrope" or original is None:
+      return set()
+    return {original + 1 - len(row.prompt) for row in self.rows if not row.ended}
+
+  def _reread(self) -> None:
+    size, limit = len(self._request.sampler.seed), self._config.max_positions
+    texts = [[] if row.ended else row.prompt + row.tokens for row in self.rows]
+    tokens, lengths = _table(texts, size, LEAST_PROMPT, limit)
+    prompts: Any = np.zeros(size, np.int32)
+    prompts[: len(self.rows)] = [len(row.prompt) for row in self.rows]
+    self._cache = reread(
+      self._net, self._params, tokens, lengths, prompts, cfg=self._config, length=self._length
+    )
+
+  def _decode(self, *goals: int) -> None:
     stopped = np.ones(len(self._request.sampler.seed), bool)
     stopped[: len(self.rows)] = [row.ended for row in self.rows]
-    until = np.int32(min(self.count + steps, self.settings.most_new_tokens()))
+    until = np.int32(min(goals))
     self._cache, self._progress = decode(
       self._net, self._params, self._cache, self._progress, stopped, until, self._request
     )

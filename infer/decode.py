@@ -65,15 +65,8 @@ def prefill(
     room: new tokens that the result has room for.
     top: how many of the most probable tokens to report at each step.
   """
-  net, (B, T) = nnx.merge(graphdef, params), tokens.shape
-  index = jnp.arange(T)
-  pos = jnp.where(index < lengths[:, None], index, -1)
-  S = 0 if source is None else source.tokens.shape[1]
-  cache = new_cache(cfg, B, length, stacked=False, chunk=T, source=S)
-  if source is not None:
-    cache = net.read(cache, source)
-  prompt = Inputs(tokens, pos, bidirectional=pos >= 0 if cfg.prefix_attention else None)
-  x, cache, _ = net.hidden(prompt, cache=cache)
+  net, B = nnx.merge(graphdef, params), len(tokens)
+  x, cache = _read(net, tokens, lengths, lengths, source, cfg, length)
   last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
   start = Progress(
     count=jnp.zeros((), jnp.int32),
@@ -88,6 +81,35 @@ def prefill(
     ),
   )
   return cache, _choose(start, net.logits(last), request)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length"))
+def reread(
+  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
+  prompts: Int[Array, "B"], *, cfg: ModelConfig, length: int,
+) -> Cache:  # fmt: skip
+  """The cache of a decoder that reads texts anew, what has been generated included.
+
+  Args:
+    lengths: tokens of each text; the newest may be among them, a step writes it once more.
+    prompts: tokens of each prompt.
+    length: tokens that the cache has room for.
+  """
+  return _read(nnx.merge(graphdef, params), tokens, lengths, prompts, None, cfg, length)[1]
+
+
+def _read(net, tokens, lengths, prompts, source: Inputs | None, cfg: ModelConfig, length: int):
+  """(hidden states of texts that lie from the left, the cache behind them)."""
+  B, T = tokens.shape
+  index = jnp.arange(T)
+  pos = jnp.where(index < lengths[:, None], index, -1)
+  S = 0 if source is None else source.tokens.shape[1]
+  cache = new_cache(cfg, B, length, stacked=False, chunk=T, source=S)
+  if source is not None:
+    cache = net.read(cache, source)
+  both_ways = (pos >= 0) & (index < prompts[:, None]) if cfg.prefix_attention else None
+  x, cache, _ = net.hidden(Inputs(tokens, pos, bidirectional=both_ways), cache=cache)
+  return x, cache
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache",))

@@ -80,6 +80,8 @@ class Attention(nnx.Module):
   def __init__(self, cfg: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs, cross: bool = False):
     D, N, K, H = cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_width
     self.cfg, self.kind, self.cross = cfg, kind, cross
+    # A cache's keys turn when they are read: their angles hang on how long the text is by then.
+    self.late = kind.rotary and cfg.rope_scaling == "longrope" and not cross
     into = functools.partial(Linear, cfg, rngs=rngs, bias=cfg.attention_bias)
     kv_axes = ("embed", "kv_heads", "head_dim")
     # A scale of its own, such as T5's 1, is made good by the queries: scores begin as usual.
@@ -152,8 +154,15 @@ class Attention(nnx.Module):
         raise InputError("cross-attention needs what the encoder has read: give its tokens.")
       return *self.keys_values(context.x, context), context.pos, context.seg, None
     if not self.cross:
-      cache = cache.update(*self.keys_values(x, where), where.pos)
-    return cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2), cache.pos, None, cache
+      unturned = dataclasses.replace(where, angles=None, local_angles=None)
+      written = self.keys_values(x, unturned if self.late else where)
+      cache = cache.update(*written, where.pos)
+    keys = cache.k.swapaxes(1, 2)
+    if self.late:
+      local = self.kind.window is not None
+      angles = positions.rotary_angles(cache.pos, self.cfg, local=local)
+      keys = positions.apply_rotary(keys, angles, interleaved=self.cfg.rope_interleaved)
+    return keys, cache.v.swapaxes(1, 2), cache.pos, None, cache
 
   def _turned(self, heads: Array, where: Where | Context, norm: str) -> Float[Array, "B T N H"]:
     """Queries or keys after their norm and, in self-attention, rotation."""

@@ -10,7 +10,7 @@ from model.errors import InputError, nearest
 
 SHAPES = ("decoder", "encoder", "encoder_decoder")
 POSITIONS = ("learned", "sinusoidal", "rotary", "t5_bias", "alibi", "none")
-ROPE_SCALINGS = ("none", "linear", "dynamic", "yarn", "llama3")
+ROPE_SCALINGS = ("none", "linear", "dynamic", "yarn", "llama3", "longrope")
 NORMS = ("layer", "rms")
 NORM_PLACEMENTS = ("pre", "post", "sandwich", "output")
 RESIDUALS = ("serial", "parallel", "parallel_two_norms")
@@ -78,12 +78,15 @@ class ModelConfig:
   rope_interleaved: bool = False  # Pairs (0,1),(2,3)… (GPT-J) instead of halves (NeoX, Llama).
   rope_scaling: str = "none"
   rope_factor: float = 1.0
-  rope_original_positions: int | None = None  # Length before scaling (dynamic, YaRN, Llama-3).
+  rope_original_positions: int | None = None  # Length before scaling; linear needs none.
   rope_low_freq_factor: float = 1.0  # Llama-3.
   rope_high_freq_factor: float = 4.0  # Llama-3.
   rope_beta_fast: float = 32.0  # YaRN.
   rope_beta_slow: float = 1.0  # YaRN.
-  rope_attention_factor: float | None = None  # YaRN; None: 0.1 ln(rope_factor) + 1.
+  rope_truncate: bool = True  # YaRN: its ramp begins and ends at whole dimensions.
+  rope_short_factors: tuple[float, ...] | None = None  # LongRoPE, up to the original length.
+  rope_long_factors: tuple[float, ...] | None = None  # LongRoPE, of longer texts: see positions.py.
+  rope_attention_factor: float | None = None  # YaRN, LongRoPE; None: from rope_factor.
   alibi_scaled: bool = False  # ALiBi is scaled as the scores are (Falcon).
   alibi_rounded: bool = False  # Its terms are rounded to bfloat16 (Falcon).
   relative_buckets: int = 32  # T5.
@@ -110,6 +113,8 @@ class ModelConfig:
   final_norm: bool = True
   tie_embeddings: bool = True
   scale_embeddings: bool = False  # By √d_model.
+  embed_scale: float | None = None  # Multiplies embeddings of tokens; None: nothing (Granite).
+  residual_scale: float | None = None  # Multiplies what attention and MLP add (Granite).
   logit_scale: float | None = None  # Multiplies what the head reads; None: nothing (tied T5: 1/√D).
   logit_softcap: float | None = None
   logit_bias: bool = False
@@ -120,10 +125,14 @@ class ModelConfig:
   activation: str = "silu"
   gated: bool = True
   mlp_bias: bool = False
+  gate_limit: float | None = None  # Clamps gates above, what they multiply on both sides (GPT-OSS).
+  gate_offset: float = 0.0  # Added to what gates multiply (GPT-OSS: 1).
   num_experts: int = 0
   experts_per_token: int = 2
   shared_experts: int = 0  # Experts that every token uses, as one MLP of that many widths.
+  shared_gate: bool = False  # Shared experts count as much as a sigmoid of the token (Qwen2-MoE).
   d_expert: int | None = None  # Width of an expert; None: d_ff.
+  router_bias: bool = False
   router_scores: str = "softmax"
   router_renormalize: bool = True  # The chosen experts' weights sum to 1.
   balance_loss: float = 0.01

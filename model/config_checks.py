@@ -70,6 +70,7 @@ def _check_sizes(cfg: ModelConfig) -> None:
   positive = ("attention_softcap", "logit_softcap", "attention_scale", "norm_eps", "init_std",
               "init_embed_std", "rope_theta", "rope_local_theta", "rope_factor",
               "rope_attention_factor", "logit_scale", "rope_low_freq_factor",
+              "embed_scale", "residual_scale", "gate_limit",
               "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow")  # fmt: skip
   for name in positive:
     value = getattr(cfg, name)
@@ -118,13 +119,30 @@ def _check_positions(cfg: ModelConfig) -> None:
   scaled = cfg.rope_scaling != "none"
   if scaled and cfg.rope_factor < 1:
     raise InputError(f"model.rope_factor={cfg.rope_factor} must be at least 1.")
-  if cfg.rope_scaling in ("dynamic", "yarn", "llama3") and cfg.rope_original_positions is None:
+  if cfg.rope_scaling not in ("none", "linear") and cfg.rope_original_positions is None:
     raise InputError(
       f"model.rope_scaling={cfg.rope_scaling!r} needs model.rope_original_positions: the length "
       "that the model was trained on before scaling."
     )
   if not scaled and cfg.rope_factor != 1.0:
     raise InputError("model.rope_factor has no effect without model.rope_scaling: set one.")
+  if cfg.rope_scaling != "yarn" and not cfg.rope_truncate:
+    raise InputError("model.rope_truncate=False has no effect without model.rope_scaling='yarn'.")
+  if cfg.rope_scaling == "longrope" and cfg.rope_original_positions == 1 and cfg.rope_factor != 1:
+    raise InputError("model.rope_original_positions=1 is too short for model.rope_factor: set 2.")
+  for name in ("rope_short_factors", "rope_long_factors"):
+    _check_long_factors(cfg, name)
+
+
+def _check_long_factors(cfg: ModelConfig, name: str) -> None:
+  factors, pairs = getattr(cfg, name), int(cfg.head_width * cfg.rope_fraction) // 2
+  if cfg.rope_scaling != "longrope":
+    if factors is not None:
+      raise InputError(f"model.{name} has no effect without model.rope_scaling='longrope'.")
+  elif factors is None or len(factors) != pairs or not all(0 < f < float("inf") for f in factors):
+    raise InputError(
+      f"model.{name}={factors} must be {pairs} positive numbers: one for each pair that turns."
+    )
 
 
 def _check_layers(cfg: ModelConfig) -> None:
@@ -153,6 +171,12 @@ def _check_layers(cfg: ModelConfig) -> None:
       )
   if cfg.num_experts and cfg.mlp_dropout:
     raise InputError(f"model.mlp_dropout={cfg.mlp_dropout} has no effect on experts: use dropout.")
+  if not cfg.gated and (cfg.gate_offset or cfg.gate_limit is not None):
+    raise InputError("model.gate_limit and gate_offset have no effect without model.gated.")
+  if cfg.router_bias and not cfg.num_experts:
+    raise InputError("model.router_bias has no effect without model.num_experts.")
+  if cfg.shared_gate and not cfg.shared_experts:
+    raise InputError("model.shared_gate has no effect without model.shared_experts.")
   if cfg.num_experts and cfg.experts_per_token > cfg.num_experts:
     raise InputError(
       f"model.experts_per_token={cfg.experts_per_token} exceeds num_experts={cfg.num_experts}."

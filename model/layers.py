@@ -206,6 +206,18 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
   }[name]
 
 
+def activated(
+  cfg: ModelConfig, up: Float[Array, "..."], gate: Float[Array, "..."] | None
+) -> Float[Array, "..."]:
+  """What the last matrix of an MLP or of an expert reads, from what the ones before it give."""
+  act = activation(cfg.activation)
+  if gate is None:
+    return act(up)
+  if cfg.gate_limit is not None:
+    gate, up = jnp.minimum(gate, cfg.gate_limit), jnp.clip(up, -cfg.gate_limit, cfg.gate_limit)
+  return act(gate) * (up + cfg.gate_offset if cfg.gate_offset else up)
+
+
 class MLP(nnx.Module):
   """Two matrices, or three with a gate (SwiGLU, GeGLU: Shazeer, arXiv:2002.05202)."""
 
@@ -213,7 +225,7 @@ class MLP(nnx.Module):
     D, F = cfg.d_model, cfg.d_ff if width is None else width
     into = ((D, F), ("embed", "mlp"))
     back = ((F, D), ("mlp", "embed"))
-    self.activation, self.dropout = cfg.activation, cfg.mlp_dropout
+    self.cfg = cfg
     if cfg.gated:
       self.gate_proj = Linear(cfg, *into, rngs=rngs, bias=cfg.mlp_bias)
     self.up_proj = Linear(cfg, *into, rngs=rngs, bias=cfg.mlp_bias)
@@ -222,9 +234,9 @@ class MLP(nnx.Module):
   def __call__(
     self, x: Float[Array, "B T D"], key: jax.Array | None = None
   ) -> Float[Array, "B T D"]:
-    act, up = activation(self.activation), self.up_proj(x)
-    hidden = act(self.gate_proj(x)) * up if hasattr(self, "gate_proj") else act(up)
-    hidden = dropout(constrain(hidden, ("batch", "seq", "mlp")), self.dropout, key)
+    gate = self.gate_proj(x) if hasattr(self, "gate_proj") else None
+    hidden = activated(self.cfg, self.up_proj(x), gate)
+    hidden = dropout(constrain(hidden, ("batch", "seq", "mlp")), self.cfg.mlp_dropout, key)
     return self.down_proj(hidden)
 
 

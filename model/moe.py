@@ -1,5 +1,6 @@
 """Mixture of experts: the router, its experts, and the sums that its losses are formed from."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig
-from model.layers import MLP, Initializer, activation, param, residual_init
+from model.layers import MLP, Initializer, Linear, activated, param, residual_init
 from model.sharding import RULES
 
 
@@ -20,6 +21,9 @@ class Router(nnx.Module):
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
     self.w = param(cfg, rngs, (cfg.d_model, cfg.num_experts), ("embed", "expert"))
+    if cfg.router_bias:
+      zeros = jax.nn.initializers.zeros
+      self.b = param(cfg, rngs, (cfg.num_experts,), ("expert",), role="vector", init=zeros)
     self.per_token, self.scores = cfg.experts_per_token, cfg.router_scores
     self.renormalize = cfg.router_renormalize
 
@@ -36,6 +40,8 @@ class Router(nnx.Module):
     wide = jnp.promote_types(x.dtype, jnp.float32)
     precision = jax.lax.Precision.HIGHEST  # The choice must not hang on how a device rounds.
     logits = jnp.matmul(x.astype(wide), self.w[...].astype(wide), precision=precision)
+    if hasattr(self, "b"):
+      logits += self.b[...].astype(wide)
     if self.scores == "softmax":
       scores = probs = jax.nn.softmax(logits, axis=-1)
     else:
@@ -79,7 +85,7 @@ class Experts(nnx.Module):
   """
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-    self.activation, self.kernel, self.dtype = cfg.activation, cfg.expert_kernel, cfg.compute_dtype
+    self.cfg, self.kernel, self.dtype = cfg, cfg.expert_kernel, cfg.compute_dtype
     self.router = Router(cfg, rngs=rngs)
     if cfg.gated:
       self.gate_proj = ExpertMatrix(cfg, ("embed", "mlp"), rngs=rngs)
@@ -87,6 +93,8 @@ class Experts(nnx.Module):
     self.down_proj = ExpertMatrix(cfg, ("mlp", "embed"), rngs=rngs, init=residual_init(cfg))
     if cfg.shared_experts:
       self.shared = MLP(cfg, rngs=rngs, width=cfg.shared_experts * cfg.expert_width)
+    if cfg.shared_gate:
+      self.shared_gate = Linear(cfg, (cfg.d_model, 1), ("embed", "label"), rngs=rngs)
 
   def __call__(
     self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
@@ -104,12 +112,13 @@ class Experts(nnx.Module):
     weights = jnp.where(keep, weights, 0)
     names = [n for n in ("gate_proj", "up_proj", "down_proj") if hasattr(self, n)]
     matrices = {name: getattr(self, name).arrays(self.dtype) for name in names}
-    if self.kernel == "dense":
-      y = dense_experts(x, weights, chosen, matrices, activation(self.activation))
-    else:
-      y = ragged_experts(x, weights, chosen, matrices, activation(self.activation))
+    run = dense_experts if self.kernel == "dense" else ragged_experts
+    y = run(x, weights, chosen, matrices, functools.partial(activated, self.cfg))
     if hasattr(self, "shared"):
-      y += jnp.where(keep, self.shared(x), 0)
+      shared = self.shared(x)
+      if hasattr(self, "shared_gate"):
+        shared *= jax.nn.sigmoid(self.shared_gate(x))
+      y += jnp.where(keep, shared, 0)
     return y, sums
 
 
@@ -118,7 +127,7 @@ def dense_experts(
   weights: Float[Array, "B T k"],
   chosen: Int[Array, "B T k"],
   matrices: dict[str, dict[str, Array]],
-  act: Callable[[Array], Array],
+  act: Callable[[Array, Array | None], Array],
 ) -> Float[Array, "B T D"]:
   """The reference: every token through every expert, weighted by 0 where it was not chosen."""
 
@@ -126,9 +135,9 @@ def dense_experts(
     y = jnp.einsum(equation, h, matrices[name]["w"])
     return y + matrices[name]["b"][:, None, None] if "b" in matrices[name] else y
 
-  up = through(x, "up_proj", "BTD,EDF->EBTF")
-  gated = "gate_proj" in matrices
-  hidden = act(through(x, "gate_proj", "BTD,EDF->EBTF")) * up if gated else act(up)
+  into = "BTD,EDF->EBTF"
+  gate = through(x, "gate_proj", into) if "gate_proj" in matrices else None
+  hidden = act(through(x, "up_proj", into), gate)
   y = through(hidden, "down_proj", "EBTF,EFD->EBTD")
   picked = chosen[..., None] == jnp.arange(y.shape[0])
   share = jnp.where(picked, weights[..., None], 0).sum(axis=2)
@@ -140,7 +149,7 @@ def ragged_experts(
   weights: Float[Array, "B T k"],
   chosen: Int[Array, "B T k"],
   matrices: dict[str, dict[str, Array]],
-  act: Callable[[Array], Array],
+  act: Callable[[Array, Array | None], Array],
 ) -> Float[Array, "B T D"]:
   """Each token through its own experts only: sorted by expert, multiplied in ragged groups.
 
@@ -161,8 +170,8 @@ def ragged_experts(
 
     rows = jnp.repeat(x.reshape(-1, x.shape[-1]), k, axis=0)
     rows = rows.at[order].get(unique_indices=True)  # Unique: the gradient adds in no random order.
-    up = through(rows, "up_proj")
-    hidden = act(through(rows, "gate_proj")) * up if "gate_proj" in matrices else act(up)
+    gate = through(rows, "gate_proj") if "gate_proj" in matrices else None
+    hidden = act(through(rows, "up_proj"), gate)
     y = through(hidden, "down_proj").at[back].get(unique_indices=True)
     y = y.reshape(*chosen.shape, -1).astype(weights.dtype)
     return jnp.einsum("BTkD,BTk->BTD", y, weights).astype(x.dtype)

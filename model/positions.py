@@ -17,13 +17,19 @@ def rotary_angles(
   """Cosine and sine of each token's rotation; R is half of the rotated elements of a head.
 
   At least float32, float64 where the model computes in float64. Equal to Transformers'
-  `ROPE_INIT_FUNCTIONS`, YaRN's attention factor included. Position −1 gives finite angles.
+  `ROPE_INIT_FUNCTIONS`, attention factors included. Position −1 gives finite angles.
+
+  Dynamic scaling and LongRoPE hang on how long a text is: each token's own document, as far as it
+  has been read. LongRoPE turns by the short factors up to `rope_original_positions` and by the long
+  ones beyond. A cache keeps its keys as they are before they turn, so that those and the queries
+  always turn alike; a text that grows beyond the original length must be read anew for the rest, as
+  `infer` does.
 
   Args:
     pos: positions; −1 is padding.
     cfg: its `rope_*` fields.
     local: a windowed layer: uses `rope_local_theta`, unscaled, where the config has one.
-    seg: segments, for dynamic scaling: a token's length is that of its own document in this call.
+    seg: segments, for scalings by length: a token's is that of its own document in this call.
   """
   dtype = jnp.promote_types(jax.dtypes.canonicalize_dtype(cfg.compute_dtype), jnp.float32)
   scaled = cfg.rope_scaling != "none" and not (local and cfg.rope_local_theta is not None)
@@ -40,6 +46,8 @@ def rotary_angles(
     amplitude = cfg.rope_attention_factor
     if amplitude is None:
       amplitude = 0.1 * math.log(cfg.rope_factor) + 1.0
+  elif scaled and cfg.rope_scaling == "longrope":
+    frequency, amplitude = _longrope(frequency, _length(pos, seg), cfg), _longrope_amplitude(cfg)
   angle = pos[..., None].astype(dtype) * jnp.asarray(frequency, dtype)
   if scaled and cfg.rope_scaling == "dynamic":
     angle = angle * _dynamic(pos, seg, width, cfg, dtype)
@@ -92,21 +100,42 @@ def _yarn(frequency: np.ndarray, theta: float, cfg: ModelConfig) -> np.ndarray:
   def dimension(turns: float) -> float:  # The element that makes so many turns.
     return width * math.log(_original(cfg) / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-  low = max(math.floor(dimension(cfg.rope_beta_fast)), 0)
-  high = min(math.ceil(dimension(cfg.rope_beta_slow)), width - 1)
+  low, high = dimension(cfg.rope_beta_fast), dimension(cfg.rope_beta_slow)
+  if cfg.rope_truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, width - 1)
   ramp = (np.arange(width // 2) - low) / (high - low if high != low else 0.001)
   divided = np.clip(ramp, 0, 1)
   return frequency / cfg.rope_factor * divided + frequency * (1 - divided)
 
 
+def _longrope(
+  frequency: np.ndarray, length: Int[Array, "B T"], cfg: ModelConfig
+) -> Float[Array, "B T R"]:
+  """LongRoPE (arXiv:2402.13753): frequencies divided by the factors of each token's length."""
+  short, long = (frequency / np.asarray(f) for f in (cfg.rope_short_factors, cfg.rope_long_factors))
+  return jnp.where((length > _original(cfg))[..., None], long, short)
+
+
+def _longrope_amplitude(cfg: ModelConfig) -> float:
+  if cfg.rope_attention_factor is not None:
+    return cfg.rope_attention_factor
+  if cfg.rope_factor == 1.0:
+    return 1.0
+  return math.sqrt(1 + math.log(cfg.rope_factor) / math.log(_original(cfg)))
+
+
+def _length(pos, seg) -> Int[Array, "B T"]:
+  """Length of each token's document; one for a row without segments."""
+  if seg is None:
+    return jnp.max(pos, axis=1, keepdims=True) + 1
+  own = seg[:, :, None] == seg[:, None, :]
+  return jnp.max(jnp.where(own, pos[:, None, :], -1), axis=-1) + 1
+
+
 def _dynamic(pos, seg, width: int, cfg: ModelConfig, dtype) -> Float[Array, "B T R"]:
   """What dynamic NTK multiplies each frequency by, from the length of each token's document."""
-  if seg is None:
-    last = jnp.max(pos, axis=1, keepdims=True)
-  else:
-    own = seg[:, :, None] == seg[:, None, :]
-    last = jnp.max(jnp.where(own, pos[:, None, :], -1), axis=-1)
-  longer = jnp.maximum(last.astype(dtype) + 1, _original(cfg)) / _original(cfg)
+  longer = jnp.maximum(_length(pos, seg).astype(dtype), _original(cfg)) / _original(cfg)
   stretch = cfg.rope_factor * longer - (cfg.rope_factor - 1)
   # The base grows by stretch^(width / (width - 2)); a base to the power −2i / width remains.
   power = -np.arange(0, width, 2) / max(width - 2, 1)

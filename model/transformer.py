@@ -100,9 +100,11 @@ class Block(nnx.Module):
     return self.mlp(x, key), {}
 
   def _add(self, x: Array, y: Array, norm: str, key: jax.Array | None) -> Float[Array, "B T D"]:
-    if self.cfg.norm_placement == "post":
-      return self._norm(norm, x + dropout(y, self.cfg.dropout, key))
-    return x + dropout(self._norm(norm, y), self.cfg.dropout, key)
+    post = self.cfg.norm_placement == "post"
+    y = dropout(y if post else self._norm(norm, y), self.cfg.dropout, key)
+    if self.cfg.residual_scale is not None:
+      y *= jnp.asarray(self.cfg.residual_scale, y.dtype)
+    return self._norm(norm, x + y) if post else x + y
 
 
 class Stack(nnx.Module):
@@ -172,6 +174,8 @@ class Stack(nnx.Module):
     x = embed(inputs.tokens)
     if cfg.scale_embeddings:
       x *= jnp.asarray(cfg.d_model**0.5, x.dtype)
+    if cfg.embed_scale is not None:
+      x *= jnp.asarray(cfg.embed_scale, x.dtype)
     if hasattr(self, "type_embed"):
       types = jnp.zeros_like(inputs.tokens) if inputs.types is None else inputs.types
       x += self.type_embed(types)

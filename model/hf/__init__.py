@@ -25,6 +25,7 @@ from model.hf import (
   expert_decoders,
   gpt_decoders,
   layer_norm_decoders,
+  mxfp4,
 )
 from model.hf.engine import Layout
 from model.hf.engine import Path as LeafPath
@@ -80,7 +81,8 @@ class Folder:
     name, cfg = family.read(values)
     self.family = family.model_type
     self.layout = Layout(cfg, family.table(name), name)
-    self._tensors = _named(family, tensors, name)
+    packed = values.get("quantization_config") is not None  # In the one form that `read` lets pass.
+    self._tensors = _named(family, mxfp4.unpacked(tensors) if packed else tensors, name)
     _check(family, name, cfg, self.layout, self._tensors)
     stored = self._tensors[_table(self.layout)].dtype.name
     self.config = dataclasses.replace(cfg, param_dtype=stored)
@@ -209,13 +211,27 @@ def _named(family: Family, tensors: Mapping[str, np.ndarray], name: str) -> dict
   for key, array in tensors.items():
     for old, new in family.renamed:
       key = re.sub(old, new, key)
-    out[key] = array
-  prefix = family.prefix
-  if family.classes[name].base or any(key.startswith(prefix) for key in out):
+    out |= _apart(family, key, array)
+  prefix = family.body_prefix(name)
+  if not prefix or any(key.startswith(prefix) for key in out):
     return out
   names = (row.theirs for row in family.table(name) if row.theirs.startswith(prefix))
   bodies = {one.removeprefix(prefix).split(".")[0] for one in names}
   return {prefix + k if k.split(".")[0] in bodies else k: array for k, array in out.items()}
+
+
+def _apart(family: Family, key: str, array: np.ndarray) -> dict[str, np.ndarray]:
+  """The tensors of each expert in one that holds all of them; any other as it is."""
+  end = next((end for end in family.stacked if key.endswith(end)), None)
+  if end is None or array.ndim < 2 or array.shape[1] % len(family.stacked[end]):
+    return {key: array}
+  start, names = key.removesuffix(end), family.stacked[end]
+  parts = (np.split(expert, len(names)) for expert in array)
+  return {
+    start + name.format(e=e): part
+    for e, one in enumerate(parts)
+    for name, part in zip(names, one, strict=True)
+  }
 
 
 def _check(

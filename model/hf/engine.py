@@ -134,6 +134,12 @@ def _axes(side: str) -> list[tuple[str, ...]]:
   return [tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", side)]
 
 
+def _rank(row: Row) -> int:
+  """Axes of what a row says of one parameter."""
+  names = [a for group in _axes(row.pattern.split(" -> ")[1]) for a in group]
+  return len(names) - ("c" in names and not row.joined)
+
+
 class Layout:
   """The parameters of a config, and which tensors of a table make them."""
 
@@ -178,6 +184,8 @@ class Layout:
       first = self.leaves[paths[0]].shape[len(repeat) :][:1]
       for e in range(*first) if "{e}" in row.theirs else [None]:
         index = (*repeat, *(() if e is None else (e,)))
+        if len(self.leaves[paths[0]].shape) - len(index) != _rank(row):
+          continue  # An MLP where the row is of experts, or the other way round.
         places = tuple(Place(path, index, self._shape(path, len(index))) for path in paths)
         parts = 1 if row.parts is None else row.parts(self._cfg)
         yield Piece(row.theirs.format(i=i, e=e), row.pattern, places, row.joined, parts)

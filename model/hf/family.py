@@ -128,6 +128,7 @@ class Class:
     settings: of ModelConfig, of this class.
     rows: of the head.
     base: whether its tensors are named without the family's prefix.
+    prefix: of the body's tensors; None: the family's.
     surplus: pattern of tensors that published checkpoints of it hold and it does not use.
   """
 
@@ -135,6 +136,7 @@ class Class:
   rows: tuple[Row, ...] = ()
   base: bool = False
   surplus: str = r"(?!)"
+  prefix: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +155,8 @@ class Family:
     repeated: tensors that repeat the table of tokens; the last one only where it is tied.
     zeros: tensors of zeros, and their shapes.
     renamed: older names of parts of tensors, and what they are called now.
+    stacked: ends of names of tensors that hold all experts, and those of each expert's that lie in
+      them one after the other.
     pad: id of padding to write where there is no tokenizer that says it.
   """
 
@@ -169,6 +173,7 @@ class Family:
     default_factory=dict
   )
   renamed: tuple[tuple[str, str], ...] = ()
+  stacked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   pad: int | None = None
 
   def read(self, values: Mapping[str, Any]) -> tuple[str, ModelConfig]:
@@ -230,9 +235,18 @@ class Family:
 
   def table(self, name: str) -> tuple[Row, ...]:
     """Rows of a class, under the names that its tensors have in a checkpoint."""
+    one, own = self.classes[name], self.body_prefix(name)
+    named = lambda row: (
+      row
+      if not row.theirs.startswith(self.prefix)
+      else dataclasses.replace(row, theirs=own + row.theirs.removeprefix(self.prefix))
+    )
+    return (*map(named, self.rows), *one.rows)
+
+  def body_prefix(self, name: str) -> str:
+    """What names of the body's tensors begin with in a class."""
     one = self.classes[name]
-    strip = lambda row: dataclasses.replace(row, theirs=row.theirs.removeprefix(self.prefix))
-    return (*(map(strip, self.rows) if one.base else self.rows), *one.rows)
+    return "" if one.base else self.prefix if one.prefix is None else one.prefix
 
   def computes_nothing(self, name: str, tensor: str) -> bool:
     """Whether a class does not compute with a tensor of that name."""

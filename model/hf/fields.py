@@ -1,11 +1,12 @@
 """Fields of config.json that many families share: rotary positions, windows, activations."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from model.config import ModelConfig
 from model.errors import InputError
+from model.hf.family import Fields
 
 ACTIVATIONS = {
   "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
@@ -21,10 +22,15 @@ _SCALINGS: dict[str, dict[str, tuple[str, Any]]] = {
   "yarn": {
     "factor": ("rope_factor", None), "beta_fast": ("rope_beta_fast", 32.0),
     "beta_slow": ("rope_beta_slow", 1.0), "attention_factor": ("rope_attention_factor", ...),
+    "truncate": ("rope_truncate", True),
   },
   "llama3": {
     "factor": ("rope_factor", None), "low_freq_factor": ("rope_low_freq_factor", None),
     "high_freq_factor": ("rope_high_freq_factor", None),
+  },
+  "longrope": {
+    "factor": ("rope_factor", ...), "attention_factor": ("rope_attention_factor", ...),
+    "short_factor": ("rope_short_factors", None), "long_factor": ("rope_long_factors", None),
   },
 }  # fmt: skip
 
@@ -35,25 +41,36 @@ class Rotary:
   `rope_parameters` of Transformers 5. Written in the first form, which both read.
 
   Attributes:
+    theta: what is assumed without one.
     partial: whether a share of each head may rotate.
     share: what rotates where config.json does not tell.
     called: names that a family has of its own for base and share, and that decide.
+    original: the length before scaling is a field beside them, which counts first, and this is what
+      is assumed without it; None: it has no such field.
+    assumed: the scaling where config.json has none.
+    renamed: other names of types of scaling.
   """
 
   theta: float = 10_000.0
   partial: bool = False
   share: float = 1.0
   called: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
+  original: int | None = None
+  assumed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def names(self) -> tuple[str, ...]:
     more = ("partial_rotary_factor", *self.called) if self.partial else ()
-    return tuple(dict.fromkeys(("rope_theta", "rope_scaling", "rope_parameters", *more)))
+    length = () if self.original is None else _ORIGINAL[:1]
+    names = ("rope_theta", "rope_scaling", "rope_parameters", *more, *length)
+    return tuple(dict.fromkeys(names))
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-    given = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    given = dict(values.get("rope_parameters") or values.get("rope_scaling") or self.assumed)
     kinds = {given.pop(name) for name in ("rope_type", "type") if name in given} or {"default"}
     kind, theta = kinds.pop(), given.pop("rope_theta", self._told(values, 0))
+    kind = self.renamed.get(kind, kind)
     ours: dict[str, Any] = {"rope_theta": float(self.theta if theta is None else theta)}
     if self.partial:
       share = given.pop("partial_rotary_factor", self._told(values, 1))
@@ -72,10 +89,12 @@ class Rotary:
       if value is None and default is None:
         raise InputError(f"config.json: rotary positions of type {kind!r} need {name!r}.")
       if value is not None or default is not ...:
-        ours[field] = float(default if value is None else value)
+        ours[field] = _plain(default if value is None else value)
     if kind != "linear":
-      length = given.pop(_ORIGINAL[0], None)
-      ours[_ORIGINAL[1]] = values["max_position_embeddings"] if length is None else length
+      ours[_ORIGINAL[1]] = self._original(kind, given, values)
+    if kind == "longrope" and "rope_factor" not in ours:
+      longest = values.get("max_position_embeddings") or ours[_ORIGINAL[1]]
+      ours["rope_factor"] = max(longest / ours[_ORIGINAL[1]], 1.0)
     _no_more(kind, given)
     return ours
 
@@ -86,16 +105,43 @@ class Rotary:
       raise InputError(f"config.json: {told} differ, and mean the same.")
     return next(iter(told.values()), None)
 
+  def _original(self, kind: str, given: dict[str, Any], values: Mapping[str, Any]) -> int:
+    """The length before scaling, taken out of `given`."""
+    length, longest = given.pop(_ORIGINAL[0], None), values.get("max_position_embeddings")
+    if kind == "dynamic" and length not in (None, longest):
+      raise InputError(
+        f"config.json: dynamic scaling begins behind max_position_embeddings={longest}, "
+        f"{_ORIGINAL[0]}={length} has no effect on it: leave it out."
+      )
+    if self.original is not None:
+      length = values.get(_ORIGINAL[0]) or self.original
+    length = longest if length is None else length
+    if length is None:
+      raise InputError(f"config.json: rotary positions of type {kind!r} need {_ORIGINAL[0]!r}.")
+    return length
+
   def write(self, cfg: ModelConfig) -> dict[str, Any]:
-    share = {self.called[1]: cfg.rope_fraction} if self.partial else {}
-    base = {self.called[0]: cfg.rope_theta}
+    theirs: dict[str, Any] = {self.called[0]: cfg.rope_theta, "rope_scaling": None}
+    if self.partial:
+      theirs[self.called[1]] = cfg.rope_fraction
+    if self.original is not None:
+      theirs[_ORIGINAL[0]] = cfg.rope_original_positions or self.original
     if cfg.rope_scaling == "none":
-      return {**base, "rope_scaling": None, **share}
-    fields = {name: getattr(cfg, ours) for name, (ours, _) in _SCALINGS[cfg.rope_scaling].items()}
-    scaling = {"rope_type": cfg.rope_scaling, **{k: v for k, v in fields.items() if v is not None}}
-    if cfg.rope_scaling != "linear":
+      return theirs | ({"rope_scaling": {"rope_type": "default"}} if self.assumed else {})
+    scaling: dict[str, Any] = {"rope_type": cfg.rope_scaling}
+    for name, (ours, default) in _SCALINGS[cfg.rope_scaling].items():
+      value = getattr(cfg, ours)
+      if value is not None and value != default:
+        scaling[name] = list(value) if isinstance(value, tuple) else value
+    if cfg.rope_scaling not in ("linear", "dynamic"):
       scaling[_ORIGINAL[0]] = cfg.rope_original_positions
-    return {**base, "rope_scaling": scaling, **share}
+    return {**theirs, "rope_scaling": scaling}
+
+
+def _plain(value: Any) -> bool | float | tuple[float, ...]:
+  if isinstance(value, bool):
+    return value
+  return tuple(map(float, value)) if isinstance(value, list) else float(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,43 +189,101 @@ def _no_more(kind: str, given: dict[str, Any]) -> None:
     )
 
 
+_SWITCH = ("use_sliding_window", "max_window_layers")
+
+
 @dataclasses.dataclass(frozen=True)
 class Windows:
   """Which layers see a window of tokens only.
 
   Attributes:
-    always: all do where there is a window (Mistral); otherwise `use_sliding_window` and
-      `layer_types`, or else `max_window_layers`, tell (Qwen).
+    always: all do where there is a window (Mistral); otherwise `layer_types`, or else
+      `max_window_layers`, tell (Qwen).
+    default: the window that is assumed without one.
+    switch: there is a window only if `use_sliding_window` says so, as always with types.
+    local: whether a layer sees a window, from its number and `max_window_layers`.
   """
 
   always: bool
   default: int | None = 4096
-  suffix: str = ""  # Of the words of all layers.
+  switch: bool = False
+  local: Callable[[int, int], bool] = lambda i, first: i >= first
 
   @property
   def names(self) -> tuple[str, ...]:
-    more = () if self.always else ("use_sliding_window", "max_window_layers", "layer_types")
-    return ("sliding_window", *more)
+    types = () if self.always else ("layer_types",)
+    return ("sliding_window", *(_SWITCH if self._switched else ()), *types)
+
+  @property
+  def _switched(self) -> bool:
+    return self.switch or not self.always
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
     window = values.get("sliding_window", self.default)
-    if self.always:
-      word = "global" if window is None else "local"
+    if self._switched and not values.get("use_sliding_window"):
+      window = None
+    if self.always or window is None:
       kind = {} if window is None else {"window": window}
-      return {**kind, "layer_pattern": (word + self.suffix,)}
-    if not values.get("use_sliding_window"):
-      return {}
+      return {**kind, "layer_pattern": ("global" if window is None else "local",)}
     n, first = values["num_hidden_layers"], values.get("max_window_layers", 28)
-    usual = ["full_attention" if i < first else "sliding_attention" for i in range(n)]
+    usual = ["sliding_attention" if self.local(i, first) else "full_attention" for i in range(n)]
     return layer_pattern(values.get("layer_types") or usual, window)
 
   def write(self, cfg: ModelConfig) -> dict[str, Any]:
-    if self.always:
-      return {"sliding_window": cfg.window}
-    return {
-      "use_sliding_window": cfg.window is not None, "sliding_window": cfg.window,
-      "layer_types": _layer_types(cfg),
-    }  # fmt: skip
+    switch = {_SWITCH[0]: cfg.window is not None} if self._switched else {}
+    types = {} if self.always else {"layer_types": _layer_types(cfg)}
+    return {"sliding_window": cfg.window, **switch, **types}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+  """Which layers have experts, beside what `windows` tells of layers.
+
+  Attributes:
+    sparse: not all: every `decoder_sparse_step`-th, but for `mlp_only_layers`.
+  """
+
+  windows: Fields
+  sparse: bool = False
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return (*self.windows.names, *(("decoder_sparse_step", "mlp_only_layers") * self.sparse))
+
+  def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    n, step, dense = values["num_hidden_layers"], 1, []
+    if self.sparse:
+      step, dense = values.get("decoder_sparse_step") or 1, values.get("mlp_only_layers") or ()
+    where = [i not in dense and (i + 1) % step == 0 for i in range(n)]
+    return _marked(self.windows.read(values), "experts", where)
+
+  def write(self, cfg: ModelConfig) -> dict[str, Any]:
+    dense = [i for i, kind in enumerate(cfg.layers("decoder")) if not kind.experts]
+    sparse = {"decoder_sparse_step": 1, "mlp_only_layers": dense} if self.sparse else {}
+    return {**self.windows.write(cfg), **sparse}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unturned:
+  """Which layers have no rotary positions, beside what `windows` tells of layers (SmolLM3)."""
+
+  windows: Fields
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return (*self.windows.names, "no_rope_layers", "no_rope_layer_interval")
+
+  def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    n, every = values["num_hidden_layers"], values.get("no_rope_layer_interval", 4)
+    turned = values.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(n)]
+    usual = ["full_attention" if turns else "sliding_attention" for turns in turned[:n]]
+    types = values.get("layer_types") or usual
+    ours = self.windows.read({**values, "layer_types": types})
+    return _marked(ours, "nope", [not turns for turns in turned[:n]])
+
+  def write(self, cfg: ModelConfig) -> dict[str, Any]:
+    turned = [int(kind.rotary) for kind in cfg.layers("decoder")]
+    return {**self.windows.write(cfg), "no_rope_layers": turned}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +326,19 @@ def _layer_types(cfg: ModelConfig) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadWidth:
+  """`head_dim`, the width of heads where it is not what `hidden_size` makes it; never null."""
+
+  names = ("head_dim",)
+
+  def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"head_dim": values.get("head_dim")}
+
+  def write(self, cfg: ModelConfig) -> dict[str, Any]:
+    return {"head_dim": cfg.head_width}
+
+
+@dataclasses.dataclass(frozen=True)
 class QueryScalar:
   """`query_pre_attn_scalar`: scores are divided by its root (Gemma)."""
 
@@ -236,6 +353,29 @@ class QueryScalar:
     return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
 
 
+@dataclasses.dataclass(frozen=True)
+class Divisor:
+  """A field by which is divided, where we multiply."""
+
+  theirs: str
+  ours: str
+  default: float = 1.0
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return (self.theirs,)
+
+  def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {self.ours: 1 / values.get(self.theirs, self.default)}
+
+  def write(self, cfg: ModelConfig) -> dict[str, Any]:
+    scale = getattr(cfg, self.ours)
+    if scale is None:
+      return {self.theirs: self.default}
+    near = round(1 / scale, 6)
+    return {self.theirs: near if near and 1 / near == scale else 1 / scale}
+
+
 def layer_pattern(types: list[str], window: int | None) -> dict[str, Any]:
   """ModelConfig fields of layers by type: the shortest pattern that repeats.
 
@@ -246,9 +386,18 @@ def layer_pattern(types: list[str], window: int | None) -> dict[str, Any]:
   unknown = sorted(set(types) - set(words))
   if unknown:
     raise InputError(f"config.json: layers of type {unknown[0]!r} are not known.")
-  layers = [words[kind] for kind in types]
-  length = next(
-    n for n in range(1, len(layers) + 1) if layers == (layers[:n] * len(layers))[: len(layers)]
-  )
-  pattern = tuple(layers[:length])
+  pattern = _shortest([words[kind] for kind in types])
   return {"layer_pattern": pattern, **({"window": window} if "local" in pattern else {})}
+
+
+def _shortest(layers: list[str]) -> tuple[str, ...]:
+  """The shortest pattern whose repeats begin with these words."""
+  n = len(layers)
+  return tuple(next(layers[:m] for m in range(1, n + 1) if layers == (layers[:m] * n)[:n]))
+
+
+def _marked(ours: dict[str, Any], mark: str, where: list[bool]) -> dict[str, Any]:
+  """`ours` with a mark on the words of some of its layers."""
+  words = (ours["layer_pattern"] * len(where))[: len(where)]
+  marked = [f"{word}+{mark}" if here else word for word, here in zip(words, where, strict=True)]
+  return {**ours, "layer_pattern": _shortest(marked)}

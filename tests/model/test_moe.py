@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from model.config import ModelConfig
+from model.errors import InputError
 from model.layers import param_info
 from model.moe import Experts, Router, router_losses
 from model.sharding import batch_sharding, make_mesh, shardings
@@ -22,6 +23,8 @@ SETTINGS = {
     mlp_bias=True,
   ),
   "shared": dict(shared_experts=2, experts_per_token=1, d_expert=6),
+  "shared by a gate": dict(shared_experts=1, shared_gate=True, router_renormalize=False),
+  "clamped": dict(gate_limit=0.5, gate_offset=1.0, mlp_bias=True, router_bias=True),
 }
 
 
@@ -69,6 +72,16 @@ def test_ragged_experts_equal_the_dense_reference_in_outputs_and_gradients(name)
   got, want = (grads(noised(cfg, k), *inputs()) for k in ("ragged", "dense"))
   close(got, want)
   assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(got[1]))
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [dict(shared_gate=True), dict(gated=False, gate_limit=1.0), dict(gate_offset=1.0, gated=False)],
+  ids=str,
+)
+def test_settings_without_an_effect_are_refused(fields):
+  with pytest.raises(InputError, match="no effect"):
+    config(**fields)
 
 
 def test_the_router_weighs_the_best_scores_as_deepseek_v3_does():

@@ -17,6 +17,8 @@ from model.positions import (
 
 LLAMA3 = dict(rope_factor=8.0, rope_original_positions=8192)
 YARN = dict(rope_factor=4.0, rope_original_positions=64)
+LONGROPE = dict(rope_scaling="longrope", rope_short_factors=tuple(1 + np.arange(16) / 16),
+                rope_long_factors=tuple(1.0 + np.arange(16)))  # fmt: skip
 
 
 def _config(**fields) -> ModelConfig:
@@ -37,7 +39,11 @@ def _transformers_angles(cfg, pos, length=None, theta=None):
   )
   if kind != "none":
     parameters["factor"] = cfg.rope_factor
-  if kind in ("yarn", "llama3"):
+  if kind == "longrope":
+    parameters["short_factor"] = list(cfg.rope_short_factors)
+    parameters["long_factor"] = list(cfg.rope_long_factors)
+    parameters["attention_factor"] = cfg.rope_attention_factor
+  if kind in ("yarn", "llama3", "longrope"):
     parameters["original_max_position_embeddings"] = cfg.rope_original_positions
   if kind == "llama3":
     parameters["low_freq_factor"] = cfg.rope_low_freq_factor
@@ -45,6 +51,7 @@ def _transformers_angles(cfg, pos, length=None, theta=None):
   if kind == "yarn":
     parameters["attention_factor"] = cfg.rope_attention_factor
     parameters["beta_fast"], parameters["beta_slow"] = cfg.rope_beta_fast, cfg.rope_beta_slow
+    parameters["truncate"] = cfg.rope_truncate
   longest = cfg.rope_original_positions or 2048
   theirs = llama(
     hidden_size=cfg.d_model,
@@ -74,6 +81,10 @@ def _transformers_angles(cfg, pos, length=None, theta=None):
     dict(rope_scaling="yarn", rope_fraction=0.5, rope_beta_fast=16.0, rope_beta_slow=2.0, **YARN),
     dict(rope_scaling="yarn", rope_attention_factor=1.7, **YARN),
     dict(rope_scaling="yarn", rope_factor=1.0, rope_original_positions=64),
+    dict(rope_scaling="yarn", rope_truncate=False, **YARN),
+    dict(rope_original_positions=64, rope_factor=3.0, **LONGROPE),
+    dict(rope_original_positions=600, rope_factor=3.0, **LONGROPE),
+    dict(rope_original_positions=599, rope_attention_factor=1.5, **LONGROPE),
     dict(rope_scaling="llama3", rope_theta=500_000.0, **LLAMA3),
     dict(rope_scaling="llama3", rope_low_freq_factor=2.0, rope_high_freq_factor=8.0, **LLAMA3),
   ],
@@ -83,13 +94,16 @@ def test_rotary_angles_equal_transformers(fields):
   cfg = _config(**fields)
   pos = np.arange(600, dtype=np.int32)[None]
   ours = rotary_angles(pos, cfg, local=False)
-  for got, expected in zip(ours, _transformers_angles(cfg, pos), strict=True):
+  for got, expected in zip(ours, _transformers_angles(cfg, pos, length=600), strict=True):
     np.testing.assert_allclose(got, expected, atol=1e-4)  # Of angles up to 600 in float32.
     np.testing.assert_allclose(got[:, :40], expected[:, :40], atol=5e-6)
 
 
-def test_dynamic_scaling_takes_each_documents_own_length():
-  cfg = _config(rope_scaling="dynamic", rope_factor=2.0, rope_original_positions=16)
+@pytest.mark.parametrize(
+  "fields", [dict(rope_scaling="dynamic"), LONGROPE], ids=["dynamic", "longrope"]
+)
+def test_scaling_by_length_takes_each_documents_own(fields):
+  cfg = _config(rope_factor=2.0, rope_original_positions=16, **fields)
   lengths = (40, 9, 23)
   pos = np.concatenate([np.arange(n) for n in lengths] + [np.full(8, -1)])[None].astype(np.int32)
   seg = np.repeat([1, 2, 3, 0], [*lengths, 8])[None].astype(np.int32)
@@ -107,6 +121,25 @@ def test_dynamic_scaling_takes_each_documents_own_length():
       )
     start += n
   assert np.isfinite(packed).all()
+
+
+@pytest.mark.parametrize(
+  ("fields", "said"),
+  [
+    (dict(rope_short_factors=(1.0,) * 16), "rope_short_factors has no effect"),
+    (dict(rope_truncate=False), "rope_truncate=False has no effect"),
+    ({**LONGROPE}, "needs model.rope_original_positions"),
+    (
+      {**LONGROPE, "rope_original_positions": 8, "rope_long_factors": (1.0,)},
+      "must be 16 positive",
+    ),
+    ({**LONGROPE, "rope_original_positions": 1, "rope_factor": 2.0}, "is too short"),
+  ],
+  ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_scalings_that_are_not_whole_or_have_no_effect_are_refused(fields, said):
+  with pytest.raises(InputError, match=said):
+    _config(**fields)
 
 
 def test_local_layers_turn_by_their_own_unscaled_base():

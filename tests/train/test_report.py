@@ -90,8 +90,8 @@ def test_a_windowed_layer_and_an_expert_layer_cost_what_their_tokens_use():
   want = 6 * 16 * (3 * layer + D * V) + 12 * heads * (2 * seen[3] + seen[None])
   pairs = {f"decoder.{w}": n for w, n in seen.items()}
   assert model_flops(tiny, dict(decoder=16, head=16), pairs) == want
-  experts = MODELS["experts"]  # The second of three layers has 4, of which a token uses 2.
-  assert sum(matmul_params(experts).values()) == 3 * layer + 3 * D * F + D * 4 + D * V
+  experts = MODELS["experts"]  # The second of three layers has 4 and a shared one: a token uses 3.
+  assert sum(matmul_params(experts).values()) == 3 * layer + 2 * 3 * D * F + D * 4 + D + D * V
 
 
 def test_peaks_are_those_of_the_compute_dtype_and_unknown_devices_have_none():

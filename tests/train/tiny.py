@@ -27,7 +27,9 @@ MODELS = {
   ),
   "experts": dataclasses.replace(
     ROTARY, layer_pattern=("global", "global+experts"), window=None, num_experts=4,
-    balance_loss=0.0, router_z_loss=0.0,
+    balance_loss=0.0, router_z_loss=0.0, shared_experts=1, shared_gate=True, router_bias=True,
+    gate_limit=0.5, gate_offset=1.0, embed_scale=3.0, residual_scale=0.5, rope_scaling="longrope",
+    rope_original_positions=1, rope_short_factors=(1.0,) * 4, rope_long_factors=(1.0, 2.0, 3.0, 4),
   ),
 }  # fmt: skip
 
