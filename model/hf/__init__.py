@@ -15,7 +15,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from model.config import ModelConfig
 from model.errors import InputError, nearest
-from model.hf import decoders, encoder_decoders, encoders, expert_decoders, gpt_decoders
+from model.hf import (
+  decoders,
+  encoder_decoders,
+  encoders,
+  expert_decoders,
+  gpt_decoders,
+  relative_encoders,
+)
 from model.hf.engine import Layout
 from model.hf.family import Family
 from model.hf.safetensors_files import INDEX, SINGLE, open_folder, write_folder
@@ -23,10 +30,11 @@ from model.hf.torch_files import open_torch_file
 from model.tokenizer import Tokenizer
 from model.trained import Model
 
+_TABLES = (
+  decoders, gpt_decoders, expert_decoders, encoders, relative_encoders, encoder_decoders,
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {
-  family.model_type: family
-  for tables in (decoders, gpt_decoders, expert_decoders, encoders, encoder_decoders)
-  for family in tables.FAMILIES
+  family.model_type: family for tables in _TABLES for family in tables.FAMILIES
 }
 _TORCH = "pytorch_model.bin"
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "encoder.json")
@@ -61,7 +69,7 @@ class Folder:
     name, cfg = family.read(values)
     self.family = family.model_type
     self.layout = Layout(cfg, family.table(name), name)
-    self._tensors = _named(family, _open(folder), name)
+    self._tensors = _named(family, _open(folder), name, tied=cfg.tie_embeddings)
     _check(family, name, cfg, self.layout, self._tensors)
     stored = self._tensors[_table(self.layout)].dtype.name
     self.config = dataclasses.replace(cfg, param_dtype=stored)
@@ -149,13 +157,22 @@ def _open(folder: Path) -> dict[str, np.ndarray]:
   return open_folder(folder)
 
 
-def _named(family: Family, tensors: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+def _named(
+  family: Family, tensors: Mapping[str, np.ndarray], name: str, *, tied: bool
+) -> dict[str, np.ndarray]:
   """Tensors under the names of the table: older names changed, the body's prefix put or taken."""
   out = {}
   for key, array in tensors.items():
     for old, new in family.renamed:
       key = re.sub(old, new, key)
     out[key] = array
+  for twin, other in family.twins.items():
+    used, unused = (other, twin) if tied else (twin, other)
+    if unused in out:
+      array = out.pop(unused)
+      if tied and not np.array_equal(out.setdefault(used, array), array):
+        raise InputError(f"{twin} differs from {other}, and config.json says that they are tied.")
+      out.setdefault(used, array)
   prefix = family.prefix
   if family.classes[name].base or any(key.startswith(prefix) for key in out):
     return out

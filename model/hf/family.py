@@ -146,6 +146,8 @@ class Family:
     unread: fields of config.json that change nothing that is computed.
     surplus: pattern of tensors with which nothing is computed.
     repeated: tensors that repeat the table of tokens; the last one only where it is tied.
+    twins: tensors that say the same as another one where tables are tied, and where they are not
+      alone are computed with.
     zeros: tensors of zeros, and their shapes.
     renamed: older names of parts of tensors, and what they are called now.
     pad: id of padding to write where there is no tokenizer that says it.
@@ -160,6 +162,7 @@ class Family:
   unread: tuple[str, ...] = ()
   surplus: str = r"(?!)"
   repeated: tuple[str, ...] = ()
+  twins: Mapping[str, str] = dataclasses.field(default_factory=dict)
   zeros: Mapping[str, Callable[[ModelConfig], tuple[int, ...]]] = dataclasses.field(
     default_factory=dict
   )

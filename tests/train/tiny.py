@@ -23,6 +23,10 @@ MODELS = {
   "t5_bias_sandwich_qk_norm": dataclasses.replace(
     ROTARY, positions="t5_bias", norm_placement="sandwich", qk_norm="head", relative_buckets=8,
   ),
+  "shared_layers_narrow_tables_two_positions": dataclasses.replace(
+    ROTARY, num_layers=4, layer_sets=2, layer_pattern=("global",), window=None, d_embed=8,
+    positions="learned", relative_bias=True, relative_buckets=8, embed_norm=True, head_dense=True,
+  ),
   "experts": dataclasses.replace(
     ROTARY, layer_pattern=("global", "global+experts"), window=None, num_experts=4,
     balance_loss=0.0, router_z_loss=0.0,
