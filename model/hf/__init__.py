@@ -168,11 +168,11 @@ def _named(
     out[key] = array
   for twin, other in family.twins.items():
     used, unused = (other, twin) if tied else (twin, other)
-    if unused in out:
-      array = out.pop(unused)
-      if tied and not np.array_equal(out.setdefault(used, array), array):
-        raise InputError(f"{twin} differs from {other}, and config.json says that they are tied.")
-      out.setdefault(used, array)
+    if unused not in out:
+      continue
+    array = out.pop(unused)
+    if not np.array_equal(out.setdefault(used, array), array) and tied:
+      raise InputError(f"{twin} differs from {other}, and config.json says that they are tied.")
   prefix = family.prefix
   if family.classes[name].base or any(key.startswith(prefix) for key in out):
     return out

@@ -195,6 +195,7 @@ FAMILIES = (
   ),
   _roberta("roberta", "Roberta"),
   _roberta("xlm-roberta", "XLMRoberta"),
+  _roberta("camembert", "Camembert"),
   Family(
     "electra", BERT,
     bert_fields(GELU, TYPES, POSITIONS, _NarrowTables(), sizes=(256, 12, 4, 1024)),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from model.config import ModelConfig
 from model.errors import InputError
@@ -55,7 +55,7 @@ class _Pooling:
 class _Renamed:
   """A field that folders of Nomic's own code have under an older name."""
 
-  field: Field | Activations
+  field: Fields
   older: str
 
   @property
@@ -63,10 +63,32 @@ class _Renamed:
     return (*self.field.names, self.older)
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-    return self.field.read({self.field.theirs: values.get(self.older), **values})
+    return self.field.read({self.field.names[0]: values.get(self.older), **values})
 
   def write(self, cfg: ModelConfig) -> dict[str, Any]:
     return self.field.write(cfg)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NomicChoices:
+  """Choices that Nomic's own code leaves open, of which Transformers knows these ones only."""
+
+  known: ClassVar[dict[str, Any]] = {
+    "activation_function": "swiglu", "causal": False, "mlp_fc1_bias": False, "mlp_fc2_bias": False,
+    "parallel_block": False, "parallel_block_tied_norm": False, "prenorm": False,
+    "qkv_proj_bias": False, "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False,
+    "rotary_emb_scale_base": None, "rotary_scaling_factor": None, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "use_rms_norm": False,
+  }  # fmt: skip
+  names = tuple(known)
+
+  def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in self.known.items():
+      Always(name, value).read(values)
+    return {}
+
+  def write(self, cfg: ModelConfig) -> dict[str, Any]:
+    return {}
 
 
 NOMIC_FIELDS: tuple[Fields, ...] = (
@@ -79,17 +101,8 @@ NOMIC_FIELDS: tuple[Fields, ...] = (
   _Renamed(Field("layer_norm_eps", "norm_eps", 1e-12), "layer_norm_epsilon"),
   _Renamed(Field("hidden_dropout_prob", "dropout", 0.0), "resid_pdrop"),
   _Renamed(Field("attention_probs_dropout_prob", "attention_dropout", 0.0), "attn_pdrop"),
-  Field("head_dim", "head_dim", None), Activations("hidden_act", "silu"), Rotary(1000.0),
-)  # fmt: skip
-# Choices of Nomic's own code, of which Transformers knows these ones only.
-NOMIC_CHOICES: tuple[Fields, ...] = tuple(
-  Always(name, value) for name, value in {
-    "activation_function": "swiglu", "causal": False, "mlp_fc1_bias": False, "mlp_fc2_bias": False,
-    "parallel_block": False, "parallel_block_tied_norm": False, "prenorm": False,
-    "qkv_proj_bias": False, "rotary_emb_base": 1000, "rotary_emb_fraction": 1.0,
-    "rotary_emb_interleaved": False, "rotary_emb_scale_base": None, "rotary_scaling_factor": None,
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "use_rms_norm": False,
-  }.items()
+  Field("head_dim", "head_dim", None), Activations("hidden_act", "silu"),
+  _Renamed(Rotary(1000.0), "rotary_emb_base"), _NomicChoices(),
 )  # fmt: skip
 MPNET_POOLER = r"mpnet\.pooler\.dense\.\w+"
 FAMILIES = (
@@ -100,7 +113,8 @@ FAMILIES = (
     (
       *embeddings("mpnet.embeddings"),
       Row("mpnet.encoder.relative_attention_bias.weight", "encoder.relative_bias", "b n -> b n"),
-      *bert_layers("mpnet", *(f"attention.attn.{c}" for c in "qkvo"), "attention.LayerNorm"),
+      *bert_layers("mpnet", "attention.attn.q", "attention.attn.k", "attention.attn.v",
+                   "attention.attn.o", "attention.LayerNorm"),
     ),
     {
       "MPNetForMaskedLM": Class(
@@ -185,7 +199,7 @@ FAMILIES = (
   Family(
     "nomic_bert", dict(shape="encoder", positions="rotary", norm="layer", norm_placement="post",
                        gated=True, embed_norm=True, final_norm=False),
-    (*NOMIC_FIELDS, *NOMIC_CHOICES),
+    NOMIC_FIELDS,
     (
       *under(
         "nomic_bert", "encoder",

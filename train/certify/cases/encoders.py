@@ -35,6 +35,8 @@ CASES = {
   "xlm-roberta, tokens": ("XLMRobertaForTokenClassification", {**ROBERTA, "num_labels": 5}),
   "xlm-roberta, spans": ("XLMRobertaForQuestionAnswering", ROBERTA),
   "xlm-roberta, body": ("XLMRobertaModel", ROBERTA),
+  "camembert": ("CamembertForMaskedLM", ROBERTA),
+  "camembert, labels": ("CamembertForSequenceClassification", {**ROBERTA, "num_labels": 3}),
   "electra": ("ElectraForPreTraining", NARROW),
   "electra, generator": ("ElectraForMaskedLM", {**NARROW, "hidden_act": "relu"}),
   "electra, untied generator, wide tables": (
