@@ -58,7 +58,7 @@ def relative_bias(
   """What T5's buckets or ALiBi add to the scores; None for the other position schemes."""
   if cfg.positions == "alibi":
     return positions.alibi_bias(q_pos, kv_pos, cfg.num_heads)
-  if not cfg.buckets or table is None:
+  if not cfg.bucketed or table is None:
     return None
   buckets = positions.relative_bias_buckets(
     q_pos, kv_pos, bidirectional=not causal,

@@ -190,7 +190,7 @@ class ModelConfig:
     return self.d_model if self.d_embed is None else self.d_embed
 
   @property
-  def buckets(self) -> bool:
+  def bucketed(self) -> bool:
     """Whether T5's relative bias is added to the scores."""
     return self.relative_bias or self.positions == "t5_bias"
 

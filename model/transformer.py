@@ -120,7 +120,7 @@ class Stack(nnx.Module):
       self.position_embed = Embed(cfg, rows, "position", rngs=rngs)
     if cfg.token_types and name == cfg.stacks[0]:
       self.type_embed = Embed(cfg, cfg.token_types, None, rngs=rngs)
-    if cfg.buckets:
+    if cfg.bucketed:
       shape, axes = (cfg.relative_buckets, cfg.num_heads), (None, "heads")
       self.relative_bias = param(cfg, rngs, shape, axes, role="embedding")
     if cfg.embed_norm:
@@ -200,7 +200,7 @@ class Stack(nnx.Module):
       angles = positions.rotary_angles(pos, cfg, local=False, seg=inputs.seg)
       if cfg.rope_local_theta is not None:
         local = positions.rotary_angles(pos, cfg, local=True, seg=inputs.seg)
-    table = self.relative_bias[...] if cfg.buckets else None
+    table = self.relative_bias[...] if cfg.bucketed else None
     causal = self.name == "decoder"
     bias = None if cached else relative_bias(cfg, table, pos, pos, causal=causal)
     return Where(

@@ -40,7 +40,7 @@ SHAPES = {  # (model, objective, lengths) of those that read text with an encode
       max_positions=32, positions="learned", norm="layer", norm_placement="post", embed_norm=True,
       final_norm=False, activation="gelu", gated=False, token_types=2, mlp_bias=True,
       attention_bias=True, attention_out_bias=True, head_dense=True, head_norm=True,
-      logit_bias=True,
+      logit_bias=True, d_embed=8, layer_sets=1, relative_bias=True,
     ),
     ObjectiveConfig(name="masked_lm", pairs="sentence_order"),
     dict(seq_len=24),
