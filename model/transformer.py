@@ -109,8 +109,8 @@ class Stack(nnx.Module):
   """An encoder or a decoder: what positions and token types add to embeddings, blocks, last norm.
 
   `layers` holds one stack of blocks for each place of the layer pattern (`ModelConfig.groups`),
-  parameters with a leading layer axis; or, with `stacked=False`, one block for each layer, which is
-  faster to decode with.
+  parameters with a leading layer axis, as long as there are sets of parameters; or, with
+  `stacked=False`, one block for each layer, which is faster to decode with.
   """
 
   def __init__(self, cfg: ModelConfig, name: str, *, rngs: nnx.Rngs, stacked: bool = True):
