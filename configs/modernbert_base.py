@@ -26,7 +26,7 @@ def get_config() -> Config:
       max_positions=8192, layer_prefix=("global+unnormed", "local", "local"),
       layer_pattern=("global", "local", "local"), window=128, positions="rotary",
       rope_theta=160_000.0, rope_local_theta=10_000.0, embed_norm=True, norm="layer",
-      norm_bias=False, activation="gelu", head_dense=True, head_norm=True, head_bias=False,
+      norm_bias=False, activation="gelu", head_dense=True, head_norm=True, head_dense_bias=False,
       logit_bias=True,
     ),
     objective=ObjectiveConfig(name="masked_lm", mask_rate=0.3),

@@ -60,7 +60,7 @@ def relative_bias(
     scale = cfg.score_scale if cfg.alibi_scaled else 1.0
     rounded = cfg.alibi_rounded
     return positions.alibi_bias(q_pos, kv_pos, cfg.num_heads, scale=scale, rounded=rounded)
-  if cfg.positions != "t5_bias" or table is None:
+  if not cfg.bucketed or table is None:
     return None
   buckets = positions.relative_bias_buckets(
     q_pos, kv_pos, bidirectional=not causal,

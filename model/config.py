@@ -61,6 +61,7 @@ class ModelConfig:
   num_layers: int = 12  # Of the encoder, where there are two stacks.
   num_decoder_layers: int | None = None  # Encoder–decoders; None: num_layers.
   d_model: int = 768
+  d_embed: int | None = None  # Of tables; a projection follows. None: d_model, and none does.
   d_ff: int = 3072
   num_heads: int = 12
   num_kv_heads: int | None = None  # None: num_heads (MHA); 1 is MQA; a divisor is GQA.
@@ -68,6 +69,7 @@ class ModelConfig:
   max_positions: int | None = 1024  # The longest sequence; None: no limit.
   layer_prefix: tuple[str, ...] = ()
   layer_pattern: tuple[str, ...] = ("global",)
+  layer_sets: int | None = None  # Sets of parameters, each of as many layers in a row (ALBERT: 1).
 
   # Positions.
   positions: str = "rotary"
@@ -91,6 +93,7 @@ class ModelConfig:
   alibi_rounded: bool = False  # Its terms are rounded to bfloat16 (Falcon).
   relative_buckets: int = 32  # T5.
   relative_max_distance: int = 128  # T5.
+  relative_bias: bool = False  # T5's bias beside learned positions (MPNet).
 
   # Attention.
   window: int | None = None  # Tokens that a local layer sees, the query's own included.
@@ -143,7 +146,8 @@ class ModelConfig:
   head_dense: bool = False  # A dense layer with activation (BERT's transform, BERT's pooler).
   head_activation: str = "gelu"  # Of that layer.
   head_norm: bool = False  # A norm behind that layer.
-  head_bias: bool = True  # Of that layer, and of the projection to labels.
+  head_dense_bias: bool = True  # Of that layer.
+  head_bias: bool = True  # Of the projection to labels.
   pair_head: bool = False  # Also tells whether two texts follow each other (BERT, ALBERT).
   num_labels: int | None = None  # None: as many as the data has.
   problem: str = "single_label"  # What a sequence head tells: one label, several, or a number.
@@ -190,6 +194,16 @@ class ModelConfig:
   def pooling_of(self, stack: str) -> str:
     """How a stack's hidden states stand for a text: a decoder has read it at the end only."""
     return self.pooling or ("last" if stack == "decoder" else "first")
+
+  @property
+  def embed_width(self) -> int:
+    """Width of the tables of tokens, positions and types, the default resolved."""
+    return self.d_model if self.d_embed is None else self.d_embed
+
+  @property
+  def bucketed(self) -> bool:
+    """Whether T5's relative bias is added to the scores."""
+    return self.relative_bias or self.positions == "t5_bias"
 
   @property
   def kv_heads(self) -> int:
@@ -254,6 +268,10 @@ class ModelConfig:
       return self.num_decoder_layers
     return self.num_layers
 
+  def layer_uses(self, stack: str) -> int:
+    """How many layers in a row have the same parameters."""
+    return 1 if self.layer_sets is None else self.depth(stack) // self.layer_sets
+
   def layers(self, stack: str) -> tuple[LayerKind, ...]:
     """The kind of each layer of a stack, first to last."""
     words = list(self.layer_prefix)
@@ -298,9 +316,9 @@ class ModelConfig:
 EXECUTION_FIELDS = ("dtype", "scan_layers", "remat", "attention_kernel", "expert_kernel",
                     "dropout", "attention_dropout", "mlp_dropout", "balance_loss", "router_z_loss",
                     "init_std", "init_embed_std", "init_residual_scale", "param_dtype")  # fmt: skip
-HEAD_FIELDS = ("head", "head_dense", "head_activation", "head_norm", "head_bias", "pair_head",
-               "num_labels", "problem", "pooling", "normalize", "logit_scale", "logit_softcap",
-               "logit_bias", "tie_embeddings")  # fmt: skip
+HEAD_FIELDS = ("head", "head_dense", "head_activation", "head_norm", "head_dense_bias", "head_bias",
+               "pair_head", "num_labels", "problem", "pooling", "normalize", "logit_scale",
+               "logit_softcap", "logit_bias", "tie_embeddings")  # fmt: skip
 
 
 def architecture(cfg: ModelConfig) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def _check_choices(cfg: ModelConfig) -> None:
 
 def _check_sizes(cfg: ModelConfig) -> None:
   optional = ("vocab_size", "num_kv_heads", "head_dim", "max_positions", "window", "d_expert",
-              "rope_original_positions", "num_decoder_layers", "num_labels")  # fmt: skip
+              "rope_original_positions", "num_decoder_layers", "num_labels", "d_embed",
+              "layer_sets")  # fmt: skip
   sizes = ("num_layers", "d_model", "d_ff", "num_heads", "vocab_multiple", "experts_per_token",
            "relative_buckets", "relative_max_distance")  # fmt: skip
   for name in (*sizes, *optional):
@@ -108,6 +109,11 @@ def _check_positions(cfg: ModelConfig) -> None:
     raise InputError(
       "model.alibi_rounded counts from keys to later queries: use model.shape='decoder' without "
       "prefix_attention."
+    )
+  if cfg.relative_bias and cfg.positions != "learned":
+    raise InputError(
+      "model.relative_bias stands beside learned positions, and model.positions="
+      f"{cfg.positions!r}: for T5's bias alone use model.positions='t5_bias'."
     )
   if cfg.positions == "rotary":
     rotated = int(cfg.head_width * cfg.rope_fraction)
@@ -162,6 +168,18 @@ def _check_layers(cfg: ModelConfig) -> None:
       raise InputError("model.layer_pattern has local layers: set model.window, in tokens.")
     if "experts" in parts and not cfg.num_experts:
       raise InputError("model.layer_pattern has expert layers: set model.num_experts.")
+  if cfg.layer_sets is not None:
+    if len(cfg.layer_prefix) + len(cfg.layer_pattern) > 1:
+      raise InputError(
+        f"model.layer_sets={cfg.layer_sets} needs layers of one kind: leave model.layer_prefix out "
+        "and name one word in model.layer_pattern."
+      )
+    odd = [n for n in map(cfg.depth, cfg.stacks) if n % cfg.layer_sets]
+    if odd:
+      raise InputError(
+        f"model.layer_sets={cfg.layer_sets} does not divide {odd[0]} layers: each set of "
+        "parameters must serve as many."
+      )
   words = "+".join((*cfg.layer_prefix, *cfg.layer_pattern)).split("+")
   for name, word in (("window", "local"), ("num_experts", "experts")):
     if getattr(cfg, name) and word not in words:
@@ -220,5 +238,13 @@ def _check_head(cfg: ModelConfig) -> None:
     )
   if cfg.problem == "regression" and cfg.num_labels not in (None, 1):
     raise InputError(f"model.num_labels={cfg.num_labels}: a regression tells one number.")
-  if not cfg.head_dense and (cfg.head_norm or cfg.head_activation != "gelu"):
-    raise InputError("model.head_norm and head_activation have no effect without head_dense.")
+  unread = cfg.head_norm or cfg.head_activation != "gelu" or not cfg.head_dense_bias
+  if not cfg.head_dense and unread:
+    raise InputError(
+      "model.head_norm, head_activation and head_dense_bias have no effect without head_dense."
+    )
+  if cfg.d_embed is not None and kind in ("language", "masked_lm") and not cfg.head_dense:
+    raise InputError(
+      f"model.head={kind!r} scores tokens with tables of width model.d_embed={cfg.d_embed}: set "
+      "model.head_dense, whose layer leads there."
+    )

@@ -46,12 +46,13 @@ def matmul_params(cfg: ModelConfig) -> dict[str, float]:
   infos = jax.tree.leaves(param_info(net), is_leaf=lambda i: isinstance(i, ParamInfo))
   totals = dict.fromkeys((*cfg.stacks, "head"), 0.0)
   if cfg.tie_embeddings and cfg.head_kind in WORD_HEADS:
-    totals["head"] += cfg.d_model * cfg.real_vocab
+    totals["head"] += cfg.embed_width * cfg.real_vocab
   for (path, leaf), info in zip(flat, infos, strict=True):
     names = [str(part.key) for part in path]
     if info.role == "matrix" and names[0] in totals:
       fed = "encoder" if "cross_attn" in names and names[-2] in ("k_proj", "v_proj") else names[0]
-      totals[fed] += info.count(leaf.shape, cfg.real_vocab) * _share(cfg, info)
+      uses = cfg.layer_uses(names[0]) if info.axes[0] == "layers" else 1
+      totals[fed] += info.count(leaf.shape, cfg.real_vocab) * _share(cfg, info) * uses
   return totals
 
 

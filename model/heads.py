@@ -22,19 +22,21 @@ class Head(nnx.Module):
 
   Where asked for, a dense layer with an activation and a norm come first: the transform of BERT's
   masked-LM head, its pooler, the discriminator's layer of ELECTRA. Vocabularies are scored against
-  the embedding table where the two are tied.
+  the embedding table where the two are tied; where that is narrower, the dense layer leads there.
   """
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
     self.cfg = cfg
     D, zeros = cfg.d_model, jax.nn.initializers.zeros
+    width = cfg.embed_width if cfg.head_kind in WORD_HEADS else D
     if cfg.head_dense:
-      self.dense = Linear(cfg, (D, D), ("embed", "embed_out"), rngs=rngs, bias=cfg.head_bias)
+      axes = ("embed", "embed_out")
+      self.dense = Linear(cfg, (D, width), axes, rngs=rngs, bias=cfg.head_dense_bias)
     if cfg.head_norm:
-      self.norm = Norm(cfg, rngs=rngs)
+      self.norm = Norm(cfg, rngs=rngs, shape=(width,))
     if cfg.head_kind in WORD_HEADS:
       if not cfg.tie_embeddings:
-        self.proj = Linear(cfg, (D, cfg.padded_vocab), ("embed", "vocab"), rngs=rngs)
+        self.proj = Linear(cfg, (width, cfg.padded_vocab), ("embed", "vocab"), rngs=rngs)
       if cfg.logit_bias:
         shape, axes = (cfg.padded_vocab,), ("vocab",)
         self.bias = param(cfg, rngs, shape, axes, role="vector", init=zeros)
@@ -211,8 +213,9 @@ def unstack(cfg: ModelConfig, params: dict) -> dict:
     stacks = params[name]["layers"]
     for pattern, repeats in cfg.groups(name):
       for r in range(repeats):
+        own = r // cfg.layer_uses(name)
         for place in range(len(pattern)):
-          layers.append(jax.tree.map(lambda a: a[r], stacks[stack + place]))  # noqa: B023
+          layers.append(jax.tree.map(lambda a: a[own], stacks[stack + place]))  # noqa: B023
       stack += len(pattern)
     out[name] = {**params[name], "layers": dict(enumerate(layers))}
   return out

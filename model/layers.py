@@ -174,7 +174,7 @@ class Embed(nnx.Module):
 
   def __init__(self, cfg: ModelConfig, rows: int, row_axis: str | None, *, rngs: nnx.Rngs):
     self.dtype, self.row_axis = cfg.compute_dtype, row_axis
-    shape, axes = (rows, cfg.d_model), (row_axis, "embed")
+    shape, axes = (rows, cfg.embed_width), (row_axis, "embed")
     std = cfg.init_std if cfg.init_embed_std is None else cfg.init_embed_std
     init = jax.nn.initializers.normal(std)
     self.table = param(cfg, rngs, shape, axes, role="embedding", init=init)

@@ -13,7 +13,7 @@ from model import positions
 from model.attention import Attention, Context, Where, relative_bias
 from model.cache import Cache, LayerCache
 from model.config import LayerKind, ModelConfig
-from model.layers import MLP, Embed, Norm, dropout, param
+from model.layers import MLP, Embed, Linear, Norm, dropout, param
 from model.moe import Experts
 from model.sharding import constrain
 
@@ -111,8 +111,8 @@ class Stack(nnx.Module):
   """An encoder or a decoder: what positions and token types add to embeddings, blocks, last norm.
 
   `layers` holds one stack of blocks for each place of the layer pattern (`ModelConfig.groups`),
-  parameters with a leading layer axis; or, with `stacked=False`, one block for each layer, which is
-  faster to decode with.
+  parameters with a leading layer axis, as long as there are sets of parameters; or, with
+  `stacked=False`, one block for each layer, which is faster to decode with.
   """
 
   def __init__(self, cfg: ModelConfig, name: str, *, rngs: nnx.Rngs, stacked: bool = True):
@@ -122,14 +122,18 @@ class Stack(nnx.Module):
       self.position_embed = Embed(cfg, rows, "position", rngs=rngs)
     if cfg.token_types and name == cfg.stacks[0]:
       self.type_embed = Embed(cfg, cfg.token_types, None, rngs=rngs)
-    if cfg.positions == "t5_bias":
+    if cfg.bucketed:
       shape, axes = (cfg.relative_buckets, cfg.num_heads), (None, "heads")
       self.relative_bias = param(cfg, rngs, shape, axes, role="embedding")
     if cfg.embed_norm:
-      self.embed_norm = Norm(cfg, rngs=rngs)
+      self.embed_norm = Norm(cfg, rngs=rngs, shape=(cfg.embed_width,))
+    if cfg.d_embed is not None:
+      shape, axes = (cfg.d_embed, cfg.d_model), ("embed", "embed_out")
+      self.embed_proj = Linear(cfg, shape, axes, rngs=rngs, bias=True)
     if stacked:
       groups = cfg.groups(name)
-      stacks = [_stack(cfg, kind, n, rngs) for pattern, n in groups for kind in pattern]
+      own = lambda n: n // cfg.layer_uses(name)
+      stacks = [_stack(cfg, kind, own(n), rngs) for pattern, n in groups for kind in pattern]
     else:
       stacks = [Block(cfg, kind, rngs=rngs) for kind in cfg.layers(name)]
     self.layers = nnx.List(stacks)
@@ -152,6 +156,8 @@ class Stack(nnx.Module):
     h = self.embedded(embed, inputs) if x is None else x
     if key is not None:
       h = dropout(h, self.cfg.dropout, jax.random.fold_in(key, self.cfg.depth(self.name)))
+    if x is None and self.cfg.d_embed is not None:
+      h = self.embed_proj(h)
     run = self._run_stacked if self.stacked else self._run_unstacked
     h, cache, aux = run(h, where, cache, key)
     return (self.final_norm(h) if self.cfg.final_norm else h), cache, aux
@@ -165,11 +171,17 @@ class Stack(nnx.Module):
       k, v = block.cross_attn.keys_values(context.x, context)
       return LayerCache(cache.own, cache.cross.update(k, v, context.pos))
 
-    fill = jax.vmap(fill) if self.stacked else fill
-    return tuple(fill(block, slots) for block, slots in zip(self.layers, cache, strict=True))
+    layers, uses = tuple(self.layers), self.cfg.layer_uses(self.name)
+    if self.stacked:
+      fill = jax.vmap(fill)
+      if uses > 1:
+        layers = jax.tree.map(lambda a: jnp.repeat(a, uses, axis=0), layers)
+    return tuple(fill(block, slots) for block, slots in zip(layers, cache, strict=True))
 
   def embedded(self, embed: Embed, inputs: Inputs) -> Float[Array, "B T D"]:
-    """What the first layer reads: tokens with what positions and token types add to them."""
+    """What the first layer reads: tokens with what positions and token types add to them; as wide
+    as their tables, while the first layer reads their projection.
+    """
     cfg = self.cfg
     x = embed(inputs.tokens)
     if cfg.scale_embeddings:
@@ -183,7 +195,7 @@ class Stack(nnx.Module):
       row = jnp.maximum(inputs.pos, 0) + cfg.position_offset
       x += self.position_embed(row)
     if cfg.positions == "sinusoidal":
-      x += positions.sinusoidal(inputs.pos, cfg.d_model).astype(x.dtype)
+      x += positions.sinusoidal(inputs.pos, cfg.embed_width).astype(x.dtype)
     return self.embed_norm(x) if cfg.embed_norm else x
 
   def _where(self, inputs: Inputs, context: Context | None, *, cached: bool) -> Where:
@@ -192,7 +204,7 @@ class Stack(nnx.Module):
       angles = positions.rotary_angles(pos, cfg, local=False, seg=inputs.seg)
       if cfg.rope_local_theta is not None:
         local = positions.rotary_angles(pos, cfg, local=True, seg=inputs.seg)
-    table = self.relative_bias[...] if cfg.positions == "t5_bias" else None
+    table = self.relative_bias[...] if cfg.bucketed else None
     causal = self.name == "decoder"
     bias = None if cached else relative_bias(cfg, table, pos, pos, causal=causal)
     return Where(
@@ -209,7 +221,11 @@ class Stack(nnx.Module):
       index = start + jnp.arange(repeats) * len(pattern)
       body = functools.partial(_one_repeat, cfg=self.cfg, where=where, key=key)
       scan = jax.lax.scan if self.cfg.scan_layers else _unrolled
-      x, (slots, aux) = scan(body, x, (stacks, slots, index))
+      uses = self.cfg.layer_uses(self.name)
+      if uses == 1:
+        x, (slots, aux) = scan(body, x, (stacks, slots, index))
+      else:
+        x, (slots, aux) = _shared(scan, body, x, (stacks, slots, index), uses)
       out.extend(slots)
       auxes.extend(a for a in aux if a)
       first, start = first + len(pattern), start + repeats * len(pattern)
@@ -228,6 +244,20 @@ class Stack(nnx.Module):
 def _stack(cfg: ModelConfig, kind: LayerKind, repeats: int, rngs: nnx.Rngs) -> Block:
   keys = jax.random.split(rngs.params(), repeats)
   return jax.vmap(lambda key: Block(cfg, kind, rngs=nnx.Rngs(key)))(keys)
+
+
+def _shared(scan, body, x, layers, uses: int):
+  """`scan` where each set of parameters has `uses` layers in a row."""
+  stacks, caches, index = layers
+  split = lambda a: a.reshape(-1, uses, *a.shape[1:])
+  joined = lambda a: a.reshape(-1, *a.shape[2:])
+
+  def one_set(x, own):
+    blocks, *each = own
+    return scan(lambda x, one: body(x, (blocks, *one)), x, tuple(each))
+
+  x, out = scan(one_set, x, (stacks, *jax.tree.map(split, (caches, index))))
+  return x, jax.tree.map(joined, out)
 
 
 def _one_repeat(x, layers, *, cfg: ModelConfig, where: Where, key: jax.Array | None):

@@ -26,6 +26,7 @@ from model.hf import (
   gpt_decoders,
   layer_norm_decoders,
   mxfp4,
+  relative_encoders,
 )
 from model.hf.engine import Layout
 from model.hf.engine import Path as LeafPath
@@ -36,12 +37,13 @@ from model.hf.torch_files import open_torch_file
 from model.tokenizer import Tokenizer
 from model.trained import Model
 
+_TABLES = (
+  decoders, gpt_decoders, layer_norm_decoders, expert_decoders, encoders, relative_encoders,
+  encoder_decoders,
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {
-  family.model_type: family
-  for tables in (decoders, gpt_decoders, layer_norm_decoders, expert_decoders, encoders,
-                 encoder_decoders)
-  for family in tables.FAMILIES
-}  # fmt: skip
+  family.model_type: family for tables in _TABLES for family in tables.FAMILIES
+}
 _TORCH = "pytorch_model.bin"
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "encoder.json")
 
@@ -82,7 +84,8 @@ class Folder:
     self.family = family.model_type
     self.layout = Layout(cfg, family.table(name), name)
     packed = values.get("quantization_config") is not None  # In the one form that `read` lets pass.
-    self._tensors = _named(family, mxfp4.unpacked(tensors) if packed else tensors, name)
+    tensors = mxfp4.unpacked(tensors) if packed else tensors
+    self._tensors = _named(family, tensors, name, tied=cfg.tie_embeddings)
     _check(family, name, cfg, self.layout, self._tensors)
     stored = self._tensors[_table(self.layout)].dtype.name
     self.config = dataclasses.replace(cfg, param_dtype=stored)
@@ -205,13 +208,22 @@ def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Any], bool]:
   return _config(path), _open(path), has or len(list(path.glob("*.model"))) == 1
 
 
-def _named(family: Family, tensors: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+def _named(
+  family: Family, tensors: Mapping[str, np.ndarray], name: str, *, tied: bool
+) -> dict[str, np.ndarray]:
   """Tensors under the names of the table: older names changed, the body's prefix put or taken."""
   out = {}
   for key, array in tensors.items():
     for old, new in family.renamed:
       key = re.sub(old, new, key)
     out |= _apart(family, key, array)
+  for twin, other in family.twins.items():
+    used, unused = (other, twin) if tied else (twin, other)
+    if unused not in out:
+      continue
+    array = out.pop(unused)
+    if not np.array_equal(out.setdefault(used, array), array) and tied:
+      raise InputError(f"{twin} differs from {other}, and config.json says that they are tied.")
   prefix = family.body_prefix(name)
   if not prefix or any(key.startswith(prefix) for key in out):
     return out

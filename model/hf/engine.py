@@ -96,8 +96,8 @@ class Row:
   """A line of a table, for all layers and experts.
 
   Attributes:
-    theirs: name of a tensor; `{i}` is a layer of the stack, `{e}` a place along the parameter's
-      first axis: an expert, or a head.
+    theirs: name of a tensor; `{i}` is a layer of the stack that has its own parameters, `{e}` a
+      place along the parameter's first axis: an expert, or a head.
     ours: path of a parameter; `layers` stands for the layer's place in its stack, `{a,b}` for
       several parameters that theirs holds in one tensor.
     pattern, joined: see Piece; `parts` counts them.
@@ -194,7 +194,8 @@ class Layout:
     """(place in the list of stacks, index in the stack) of each layer."""
     first, found = 0, []
     for pattern, n in self._cfg.groups(stack):
-      found += [((first + p,), (r,)) for r in range(n) for p in range(len(pattern))]
+      sets = range(n // self._cfg.layer_uses(stack))
+      found += [((first + p,), (r,)) for r in sets for p in range(len(pattern))]
       first += len(pattern)
     return found
 

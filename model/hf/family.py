@@ -153,6 +153,8 @@ class Family:
     unread: fields of config.json that change nothing that is computed.
     surplus: pattern of tensors with which nothing is computed.
     repeated: tensors that repeat the table of tokens; the last one only where it is tied.
+    twins: tensors that say the same as another one where tables are tied, and where they are not
+      alone are computed with.
     zeros: tensors of zeros, and their shapes.
     renamed: older names of parts of tensors, and what they are called now.
     stacked: ends of names of tensors that hold all experts, and those of each expert's that lie in
@@ -169,6 +171,7 @@ class Family:
   unread: tuple[str, ...] = ()
   surplus: str = r"(?!)"
   repeated: tuple[str, ...] = ()
+  twins: Mapping[str, str] = dataclasses.field(default_factory=dict)
   zeros: Mapping[str, Callable[[ModelConfig], tuple[int, ...]]] = dataclasses.field(
     default_factory=dict
   )
@@ -207,8 +210,7 @@ class Family:
           )
     ours |= told
     settings = self.classes[named[0]].settings
-    if values.get("id2label") is not None:
-      ours |= _labelled(settings["head"], values)
+    ours |= _labelled(settings["head"], values)
     return named[0], ModelConfig(**{**ours, **settings})
 
   def write(self, cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
@@ -220,7 +222,7 @@ class Family:
     body: dict[str, Any] = {"model_type": self.model_type}
     for fields in self.fields:
       body |= fields.write(cfg)
-    if cfg.num_labels is not None:
+    if cfg.head_kind in _LABELLED:
       body |= _labels(cfg)
     ours, differing = _resolved(cfg), {}
     for name in self.classes:
@@ -278,26 +280,29 @@ def _resolved(cfg: ModelConfig) -> dict[str, Any]:
     "head": cfg.head_kind, "head_dim": cfg.head_width, "num_kv_heads": cfg.kv_heads,
     "vocab_size": cfg.real_vocab, "num_decoder_layers": len(cfg.layers(cfg.stacks[-1])),
     "pooling": cfg.pooling_of(cfg.text_stack), "layer_pattern": layers,
+    "num_labels": cfg.outputs if cfg.head_kind in _LABELLED else None,
   }  # fmt: skip
   left_out = ("layer_prefix", "vocab_multiple", "decoder_start_id")
   return {k: v for k, v in (architecture(cfg) | whole).items() if k not in left_out}
 
 
+_LABELLED = ("sequence", "token")  # Heads that tell labels.
 _PROBLEMS = {"single_label_classification": "single_label", "regression": "regression",
              "multi_label_classification": "multi_label"}  # fmt: skip
 
 
 def _labelled(head: str, values: Mapping[str, Any]) -> dict[str, Any]:
   """Number of labels and problem of a classifier."""
-  if head not in ("sequence", "token"):
+  if head not in _LABELLED:
     return {}
   problem = _PROBLEMS.get(values.get("problem_type") or "", "single_label")
-  labels = {"num_labels": len(values["id2label"])}
+  names = values.get("id2label")  # Without names, Transformers assumes two.
+  labels = {"num_labels": values.get("num_labels") or 2 if names is None else len(names)}
   return {**labels, "problem": problem} if head == "sequence" else labels
 
 
 def _labels(cfg: ModelConfig) -> dict[str, Any]:
   theirs = {ours: name for name, ours in _PROBLEMS.items()}
-  names = {str(i): f"LABEL_{i}" for i in range(cfg.num_labels or 0)}
+  names = {str(i): f"LABEL_{i}" for i in range(cfg.outputs)}
   return {"id2label": names, "label2id": {v: int(k) for k, v in names.items()},
           "problem_type": theirs[cfg.problem]}  # fmt: skip

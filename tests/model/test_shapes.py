@@ -163,7 +163,7 @@ FAMILIES = {
          attention_bias=False, attention_out_bias=False, window=16,
          layer_prefix=("global+unnormed", "local", "local"),
          layer_pattern=("global", "local", "local"), head_dense=True, head_norm=True,
-         head_bias=False, logit_bias=True),
+         head_dense_bias=False, logit_bias=True),
   ),
   "T5ForConditionalGeneration": (
     SHARED + t5_stack("encoder", False) + t5_stack("decoder", False), T5_SIZES, T5,
@@ -328,12 +328,16 @@ SMALL = {
     BASE, shape="encoder_decoder", positions="rotary", norm="rms", norm_placement="sandwich",
     layer_pattern=("local", "global"), window=4, qk_norm="head", num_decoder_layers=3,
   ),
+  "shared": dataclasses.replace(
+    BASE, shape="encoder_decoder", num_decoder_layers=4, layer_sets=2, d_embed=16, head_dense=True,
+    relative_bias=True,
+  ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
   ("name", "stacked"),
-  [("t5", False), ("windows", False), ("windows", True), *(
+  [("t5", False), ("windows", False), ("windows", True), ("shared", True), *(
     pytest.param(*case, marks=pytest.mark.slow)
     for case in (("t5", True), ("bart", False), ("bart", True))
   )],
@@ -371,7 +375,7 @@ LOOP, REMAT = dict(scan_layers=False), dict(remat="full")
 
 @pytest.mark.parametrize(
   ("name", "change"),
-  [("t5", LOOP), ("bart", REMAT), *(
+  [("t5", LOOP), ("bart", REMAT), ("shared", LOOP), *(
     pytest.param(*case, marks=pytest.mark.slow)
     for case in (("windows", LOOP), ("windows", REMAT), ("bart", LOOP), ("t5", REMAT))
   )],
@@ -425,6 +429,11 @@ def test_what_a_shape_does_not_take_is_refused_by_name():
     (lambda: both(ids, decoder_tokens=ids, segments=ids - 4), "segments for the encoder and"),
     (lambda: dataclasses.replace(BASE, head="language"), "head='language'"),
     (lambda: dataclasses.replace(BASE, num_decoder_layers=2), "num_decoder_layers"),
+    (lambda: dataclasses.replace(BASE, layer_sets=3), "layer_sets=3 does not divide 2"),
+    (lambda: dataclasses.replace(SMALL["windows"], layer_sets=1), "layers of one kind"),
+    (lambda: dataclasses.replace(BASE, d_embed=16), "set model.head_dense"),
+    (lambda: dataclasses.replace(SMALL["t5"], relative_bias=True), "beside learned positions"),
+    (lambda: dataclasses.replace(BASE, head_dense_bias=False), "no effect without head_dense"),
   ):
     with pytest.raises(ValueError, match=said):
       call()

@@ -92,6 +92,8 @@ def test_a_windowed_layer_and_an_expert_layer_cost_what_their_tokens_use():
   assert model_flops(tiny, dict(decoder=16, head=16), pairs) == want
   experts = MODELS["experts"]  # The second of three layers has 4 and a shared one: a token uses 3.
   assert sum(matmul_params(experts).values()) == 3 * layer + 2 * 3 * D * F + D * 4 + D + D * V
+  shared = MODELS["shared_layers_narrow_tables_two_positions"]  # 4 layers, 2 sets, 8 of width 16.
+  assert sum(matmul_params(shared).values()) == 4 * layer + 8 * D + D * 8 + 8 * V
 
 
 def test_peaks_are_those_of_the_compute_dtype_and_unknown_devices_have_none():

@@ -25,6 +25,10 @@ MODELS = {
   "t5_bias_sandwich_qk_norm": dataclasses.replace(
     ROTARY, positions="t5_bias", norm_placement="sandwich", qk_norm="head", relative_buckets=8,
   ),
+  "shared_layers_narrow_tables_two_positions": dataclasses.replace(
+    ROTARY, num_layers=4, layer_sets=2, layer_pattern=("global",), window=None, d_embed=8,
+    positions="learned", relative_bias=True, relative_buckets=8, embed_norm=True, head_dense=True,
+  ),
   "experts": dataclasses.replace(
     ROTARY, layer_pattern=("global", "global+experts"), window=None, num_experts=4,
     balance_loss=0.0, router_z_loss=0.0, shared_experts=1, shared_gate=True, router_bias=True,
@@ -40,7 +44,7 @@ SHAPES = {  # (model, objective, lengths) of those that read text with an encode
       max_positions=32, positions="learned", norm="layer", norm_placement="post", embed_norm=True,
       final_norm=False, activation="gelu", gated=False, token_types=2, mlp_bias=True,
       attention_bias=True, attention_out_bias=True, head_dense=True, head_norm=True,
-      logit_bias=True,
+      logit_bias=True, d_embed=8, layer_sets=1, relative_bias=True,
     ),
     ObjectiveConfig(name="masked_lm", pairs="sentence_order"),
     dict(seq_len=24),

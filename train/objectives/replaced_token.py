@@ -37,12 +37,12 @@ class Generator(nnx.Module):
   def __init__(self, cfg: ModelConfig, share: float, *, rngs: nnx.Rngs):
     small = generator_config(cfg, share)
     self.activation = words_config(cfg).head_activation
-    wide, narrow, axes = cfg.d_model, small.d_model, ("embed", "embed_out")
+    wide, narrow, axes = cfg.embed_width, small.d_model, ("embed", "embed_out")
     if narrow != wide:
       self.in_proj = Linear(cfg, (wide, narrow), axes, rngs=rngs, bias=True)
     self.encoder = Stack(small, "encoder", rngs=rngs)
     self.dense = Linear(cfg, (narrow, wide), axes, rngs=rngs, bias=True)
-    self.norm = Norm(cfg, rngs=rngs)
+    self.norm = Norm(cfg, rngs=rngs, shape=(wide,))
     self.head = Head(words_config(cfg), rngs=rngs)
 
   def __call__(
@@ -176,9 +176,10 @@ def generator_config(cfg: ModelConfig, share: float) -> ModelConfig:
   widths = {name: getattr(cfg, name) for name in names}
   small = {n: None if w is None else _part(n, w, share) for n, w in widths.items()}
   rotated = cfg.positions not in ("learned", "sinusoidal")  # These are in the embeddings.
+  others = "t5_bias" if cfg.relative_bias else "none"
   return dataclasses.replace(
     words_config(cfg), **small, head_dim=cfg.head_width, token_types=0, embed_norm=False,
-    positions=cfg.positions if rotated else "none", position_offset=0,
+    positions=cfg.positions if rotated else others, position_offset=0, relative_bias=False,
   )  # fmt: skip
 
 
@@ -186,7 +187,7 @@ def words_config(cfg: ModelConfig) -> ModelConfig:
   """The config of a head that scores the vocabulary against the model's embeddings."""
   return dataclasses.replace(
     cfg, head="masked_lm", head_dense=False, head_norm=False, head_activation="gelu",
-    tie_embeddings=True, logit_bias=True,
+    head_dense_bias=True, tie_embeddings=True, logit_bias=True, d_embed=None,
   )  # fmt: skip
 
 
@@ -195,7 +196,7 @@ def generator_flops(
 ) -> float:
   """FLOPs of the generator in a step: see `model.flops.model_flops`."""
   share = config.objective.resolved().generator_share or 0.0
-  small, wide = generator_config(config.model, share), config.model.d_model
+  small, wide = generator_config(config.model, share), config.model.embed_width
   own = lambda counts: {
     name.removeprefix(GENERATOR): n for name, n in counts.items() if name.startswith(GENERATOR)
   }

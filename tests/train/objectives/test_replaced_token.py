@@ -34,6 +34,8 @@ DISCRIMINATOR = dataclasses.replace(
   ENCODER, head="replaced_token", head_norm=False, logit_bias=False, token_types=0
 )
 
+NARROW = dataclasses.replace(DISCRIMINATOR, d_embed=8, layer_sets=1, relative_bias=True)
+
 
 def electra(share: float = 0.5, **changes) -> Config:
   objective = ObjectiveConfig(name="replaced_token", generator_share=share)
@@ -46,9 +48,12 @@ def greedy(monkeypatch):
   monkeypatch.setattr(replaced_token, "sampled", lambda logits, key: jnp.argmax(logits, -1))
 
 
-@pytest.mark.parametrize("share", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
-def test_packed_equals_separate_in_loss_and_gradients(greedy, share):
-  cfg = electra(share)
+@pytest.mark.parametrize(
+  ("share", "model"),
+  [(0.5, DISCRIMINATOR), (0.5, NARROW), pytest.param(1.0, DISCRIMINATOR, marks=pytest.mark.slow)],
+)
+def test_packed_equals_separate_in_loss_and_gradients(greedy, share, model):
+  cfg = electra(share, model=model)
   objective = make_objective(cfg, BYTES)
   batch = packed(objective)
   alone = separate(batch, dict(objective.sides))
@@ -149,8 +154,9 @@ def test_a_checkpoint_loads_as_the_model_alone_and_begins_another_run(tmp_path):
   assert m(np.array([[257, 65, 66, 258]])).shape == (1, 4)
 
 
-def test_model_flops_count_the_matrices_of_both_networks():
-  cfg = electra(seq_len=8)
+@pytest.mark.parametrize("width", [None, 8])
+def test_model_flops_count_the_matrices_of_both_networks(width):
+  cfg = electra(seq_len=8, model=dataclasses.replace(DISCRIMINATOR, d_embed=width))
   net = nnx.eval_shape(lambda: make_objective(cfg).build(cfg.model, nnx.Rngs(0)))
   infos = jax.tree.leaves(param_info(net.generator), is_leaf=lambda i: isinstance(i, ParamInfo))
   shapes = [p.shape for p in jax.tree.leaves(nnx.to_pure_dict(nnx.state(net.generator)))]
@@ -158,7 +164,7 @@ def test_model_flops_count_the_matrices_of_both_networks():
   matrices = sum(np.prod(shape) for info, shape in pairs if info.role == "matrix")
   tokens = {"encoder": 0, "head": 0, "generator.encoder": 1, "generator.head": 1}
   none = {f"{name}encoder.None": 0 for name in ("", "generator.")}
-  assert step_flops(cfg, tokens, none) == 6 * (matrices + 260 * 16)
+  assert step_flops(cfg, tokens, none) == 6 * (matrices + 260 * (width or 16))
 
 
 def test_wrong_settings_are_named():
