@@ -55,7 +55,8 @@ def _check_choices(cfg: ModelConfig) -> None:
 
 def _check_sizes(cfg: ModelConfig) -> None:
   optional = ("vocab_size", "num_kv_heads", "head_dim", "max_positions", "window", "d_expert",
-              "rope_original_positions", "num_decoder_layers", "num_labels")  # fmt: skip
+              "rope_original_positions", "num_decoder_layers", "num_labels",
+              "decoder_window")  # fmt: skip
   sizes = ("num_layers", "d_model", "d_ff", "num_heads", "vocab_multiple", "experts_per_token",
            "relative_buckets", "relative_max_distance")  # fmt: skip
   for name in (*sizes, *optional):
@@ -95,10 +96,19 @@ def _check_sizes(cfg: ModelConfig) -> None:
 def _check_positions(cfg: ModelConfig) -> None:
   if cfg.positions in ("learned",) and cfg.max_positions is None:
     raise InputError("model.positions='learned' needs model.max_positions: the table's length.")
-  if cfg.positions != "learned" and cfg.position_offset:
+  if cfg.positions not in ("learned", "sinusoidal") and cfg.position_offset:
     raise InputError(
       f"model.position_offset={cfg.position_offset} has no effect on model.positions="
-      f"{cfg.positions!r}: only a learned table has rows."
+      f"{cfg.positions!r}: only learned and sinusoidal positions are counted from somewhere."
+    )
+  for name, kind in (("sinusoid_inclusive", "sinusoidal"), ("relative_bias_per_layer", "t5_bias")):
+    if getattr(cfg, name) and cfg.positions != kind:
+      raise InputError(
+        f"model.{name} has no effect on model.positions={cfg.positions!r}: it needs {kind!r}."
+      )
+  if cfg.sinusoid_inclusive and (cfg.d_model % 2 or cfg.d_model < 4):
+    raise InputError(
+      f"model.d_model={cfg.d_model} must be even and at least 4 with model.sinusoid_inclusive."
     )
   if cfg.positions == "rotary":
     rotated = int(cfg.head_width * cfg.rope_fraction)
@@ -124,7 +134,15 @@ def _check_layers(cfg: ModelConfig) -> None:
     raise InputError("model.layer_pattern is empty: name at least one layer, for example 'global'.")
   if len(cfg.layer_prefix) > cfg.num_layers:
     raise InputError(f"model.layer_prefix names more than num_layers={cfg.num_layers} layers.")
-  for word in (*cfg.layer_prefix, *cfg.layer_pattern):
+  for name in ("decoder_pattern", "decoder_window", "decoder_embed"):
+    if getattr(cfg, name) and cfg.shape != "encoder_decoder":
+      raise InputError(f"model.{name} has no effect on model.shape={cfg.shape!r}: leave it out.")
+  if cfg.decoder_window is not None and not any(kind.window for kind in cfg.layers("decoder")):
+    raise InputError(
+      f"model.decoder_window={cfg.decoder_window} has no effect: the decoder has no local layer."
+    )
+  every = (*cfg.layer_prefix, *cfg.layer_pattern, *cfg.decoder_pattern)
+  for word in every:
     parts = word.split("+")
     unknown = [p for p in parts if p not in LAYER_WORDS]
     if unknown or ("global" in parts) == ("local" in parts):
@@ -136,7 +154,7 @@ def _check_layers(cfg: ModelConfig) -> None:
       raise InputError("model.layer_pattern has local layers: set model.window, in tokens.")
     if "experts" in parts and not cfg.num_experts:
       raise InputError("model.layer_pattern has expert layers: set model.num_experts.")
-  words = "+".join((*cfg.layer_prefix, *cfg.layer_pattern)).split("+")
+  words = "+".join(every).split("+")
   for name, word in (("window", "local"), ("num_experts", "experts")):
     if getattr(cfg, name) and word not in words:
       raise InputError(

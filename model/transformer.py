@@ -10,10 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from model import positions
-from model.attention import Attention, Context, Where, relative_bias
+from model.attention import Attention, Context, Where, relative_bias, relative_table
 from model.cache import Cache, LayerCache
 from model.config import LayerKind, ModelConfig
-from model.layers import MLP, Embed, Norm, dropout, param
+from model.layers import MLP, Embed, Norm, dropout
 from model.moe import Experts
 from model.sharding import constrain
 
@@ -120,9 +120,8 @@ class Stack(nnx.Module):
       self.position_embed = Embed(cfg, rows, "position", rngs=rngs)
     if cfg.token_types and name == cfg.stacks[0]:
       self.type_embed = Embed(cfg, cfg.token_types, None, rngs=rngs)
-    if cfg.positions == "t5_bias":
-      shape, axes = (cfg.relative_buckets, cfg.num_heads), (None, "heads")
-      self.relative_bias = param(cfg, rngs, shape, axes, role="embedding")
+    if cfg.positions == "t5_bias" and not cfg.relative_bias_per_layer:
+      self.relative_bias = relative_table(cfg, rngs)
     if cfg.embed_norm:
       self.embed_norm = Norm(cfg, rngs=rngs)
     if stacked:
@@ -179,7 +178,9 @@ class Stack(nnx.Module):
       row = jnp.maximum(inputs.pos, 0) + cfg.position_offset
       x += self.position_embed(row)
     if cfg.positions == "sinusoidal":
-      x += positions.sinusoidal(inputs.pos, cfg.d_model).astype(x.dtype)
+      place = inputs.pos + cfg.position_offset
+      waves = positions.sinusoidal(place, cfg.d_model, inclusive=cfg.sinusoid_inclusive)
+      x += waves.astype(x.dtype)
     return self.embed_norm(x) if cfg.embed_norm else x
 
   def _where(self, inputs: Inputs, context: Context | None, *, cached: bool) -> Where:
@@ -188,7 +189,7 @@ class Stack(nnx.Module):
       angles = positions.rotary_angles(pos, cfg, local=False, seg=inputs.seg)
       if cfg.rope_local_theta is not None:
         local = positions.rotary_angles(pos, cfg, local=True, seg=inputs.seg)
-    table = self.relative_bias[...] if cfg.positions == "t5_bias" else None
+    table = self.relative_bias[...] if hasattr(self, "relative_bias") else None
     causal = self.name == "decoder"
     bias = None if cached else relative_bias(cfg, table, pos, pos, causal=causal)
     return Where(

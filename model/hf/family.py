@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from model.config import ModelConfig, architecture
 from model.errors import InputError, nearest
 from model.hf.engine import Row
@@ -124,12 +126,22 @@ class Class:
     rows: of the head.
     base: whether its tensors are named without the family's prefix.
     surplus: pattern of tensors that published checkpoints of it hold and it does not use.
+    prefix: what it puts before the names of the body's tensors.
+    told: settings that the tensors tell, whatever config.json says; of tensors by name.
+    zeros: tensors of zeros, and their shapes, where no parameter is in their place.
   """
 
   settings: Mapping[str, Any]
   rows: tuple[Row, ...] = ()
   base: bool = False
   surplus: str = r"(?!)"
+  prefix: str = ""
+  told: Mapping[str, Callable[[Mapping[str, np.ndarray]], Any]] = dataclasses.field(
+    default_factory=dict
+  )
+  zeros: Mapping[str, Callable[[ModelConfig], tuple[int, ...]]] = dataclasses.field(
+    default_factory=dict
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +158,6 @@ class Family:
     unread: fields of config.json that change nothing that is computed.
     surplus: pattern of tensors with which nothing is computed.
     repeated: tensors that repeat the table of tokens; the last one only where it is tied.
-    zeros: tensors of zeros, and their shapes.
     renamed: older names of parts of tensors, and what they are called now.
     pad: id of padding to write where there is no tokenizer that says it.
   """
@@ -160,9 +171,6 @@ class Family:
   unread: tuple[str, ...] = ()
   surplus: str = r"(?!)"
   repeated: tuple[str, ...] = ()
-  zeros: Mapping[str, Callable[[ModelConfig], tuple[int, ...]]] = dataclasses.field(
-    default_factory=dict
-  )
   renamed: tuple[tuple[str, str], ...] = ()
   pad: int | None = None
 
@@ -215,8 +223,8 @@ class Family:
     ours, differing = _resolved(cfg), {}
     for name in self.classes:
       values = {"architectures": [name], **body}
-      theirs = _resolved(self.read(values)[1])
-      differing[name] = [k for k in ours if ours[k] != theirs[k]]
+      theirs, told = _resolved(self.read(values)[1]), self.classes[name].told
+      differing[name] = [k for k in ours if ours[k] != theirs[k] and k not in told]
       if not differing[name]:
         return name, values
     name = min(differing, key=lambda name: len(differing[name]))
@@ -225,9 +233,18 @@ class Family:
 
   def table(self, name: str) -> tuple[Row, ...]:
     """Rows of a class, under the names that its tensors have in a checkpoint."""
+    rename = lambda row: dataclasses.replace(row, theirs=self._named(name, row.theirs))
+    return (*map(rename, self.rows), *self.classes[name].rows)
+
+  def repeats(self, name: str, cfg: ModelConfig) -> set[str]:
+    """Tensors of a class that repeat the table of tokens."""
+    tied = self.repeated if cfg.tie_embeddings else self.repeated[:-1]
+    return {self._named(name, tensor) for tensor in tied}
+
+  def _named(self, name: str, tensor: str) -> str:
+    """What a class calls a tensor of the body."""
     one = self.classes[name]
-    strip = lambda row: dataclasses.replace(row, theirs=row.theirs.removeprefix(self.prefix))
-    return (*(map(strip, self.rows) if one.base else self.rows), *one.rows)
+    return tensor.removeprefix(self.prefix) if one.base else one.prefix + tensor
 
   def computes_nothing(self, name: str, tensor: str) -> bool:
     """Whether a class does not compute with a tensor of that name."""

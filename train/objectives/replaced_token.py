@@ -178,7 +178,7 @@ def generator_config(cfg: ModelConfig, share: float) -> ModelConfig:
   rotated = cfg.positions not in ("learned", "sinusoidal")  # These are in the embeddings.
   return dataclasses.replace(
     words_config(cfg), **small, head_dim=cfg.head_width, token_types=0, embed_norm=False,
-    positions=cfg.positions if rotated else "none", position_offset=0,
+    positions=cfg.positions if rotated else "none", position_offset=0, sinusoid_inclusive=False,
   )  # fmt: skip
 
 
