@@ -141,7 +141,8 @@ def _check_layers(cfg: ModelConfig) -> None:
     raise InputError(
       f"model.decoder_window={cfg.decoder_window} has no effect: the decoder has no local layer."
     )
-  every = (*cfg.layer_prefix, *cfg.layer_pattern, *cfg.decoder_pattern)
+  shared = (*cfg.layer_prefix, *cfg.layer_pattern)
+  every = (*shared, *cfg.decoder_pattern)
   for word in every:
     parts = word.split("+")
     unknown = [p for p in parts if p not in LAYER_WORDS]
@@ -150,13 +151,14 @@ def _check_layers(cfg: ModelConfig) -> None:
         f"model.layer_pattern: {word!r} must be 'global' or 'local', then '+experts', '+nope' and "
         f"'+unnormed' where wanted.{nearest(unknown[0], LAYER_WORDS) if unknown else ''}"
       )
-    if "local" in parts and cfg.window is None:
+    own = cfg.decoder_window if word in cfg.decoder_pattern else None
+    if "local" in parts and cfg.window is None and (own is None or word in shared):
       raise InputError("model.layer_pattern has local layers: set model.window, in tokens.")
     if "experts" in parts and not cfg.num_experts:
       raise InputError("model.layer_pattern has expert layers: set model.num_experts.")
-  words = "+".join(every).split("+")
-  for name, word in (("window", "local"), ("num_experts", "experts")):
-    if getattr(cfg, name) and word not in words:
+  windowed = shared if cfg.decoder_window else every
+  for name, word, words in (("window", "local", windowed), ("num_experts", "experts", every)):
+    if getattr(cfg, name) and word not in "+".join(words).split("+"):
       raise InputError(
         f"model.{name}={getattr(cfg, name)} has no effect: no word of model.layer_pattern has "
         f"{word!r}."

@@ -176,7 +176,7 @@ FAMILIES = (
   _family("mt5", "MT5", _fields("gated-gelu", 1024, 8, 6, 250_112, TIED)),
   _family(
     "umt5", "UMT5", _fields("gated-gelu", 1024, 8, 6, 250_112, _Output()),
-    relative_bias_per_layer=True,
+    unread=("scalable_attention",), relative_bias_per_layer=True,
   ),
   _family(
     "longt5", "LongT5",

@@ -11,6 +11,8 @@ from model.hf.engine import Row, linear, norm, under
 from model.hf.family import COMMON, Always, Class, Family, Field, Fields, Same
 from model.hf.fields import ACTIVATIONS, QueryScalar, Rotary, layer_pattern
 
+_WINDOW = 4096  # Where none is given; also written where no layer has one.
+
 
 @dataclasses.dataclass(frozen=True)
 class _Windows:
@@ -20,19 +22,21 @@ class _Windows:
   names = ("sliding_window", "layer_types")
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-    n, window = values["num_hidden_layers"], values.get("sliding_window", 4096)
+    n, window = values["num_hidden_layers"], values.get("sliding_window", _WINDOW)
     usual = ["full_attention" if i % 2 else "sliding_attention" for i in range(n)]
     pattern = layer_pattern(values.get("layer_types") or usual, window)["layer_pattern"]
+    local = "local" in pattern
     if self.stack == "encoder":
-      return {"layer_pattern": pattern, **({"window": 2 * window + 1} if window else {})}
-    local = {"decoder_window": window} if "local" in pattern else {}
-    return {"decoder_pattern": pattern, **local}
+      return {"layer_pattern": pattern, **({"window": 2 * window + 1} if local else {})}
+    return {"decoder_pattern": pattern, **({"decoder_window": window} if local else {})}
 
   def write(self, cfg: ModelConfig) -> dict[str, Any]:
     windows = [kind.window for kind in cfg.layers(self.stack)]
     kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    own = cfg.window and cfg.window // 2 if self.stack == "encoder" else cfg.decoder_window
-    return {"sliding_window": own, "layer_types": kinds}
+    window = next((window for window in windows if window), None)
+    if window and self.stack == "encoder":
+      window //= 2
+    return {"sliding_window": window or _WINDOW, "layer_types": kinds}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,11 @@ class _Side:
     return {self.stack: {"model_type": "t5_gemma_module", **inner}}
 
 
+def _cap(theirs: str, ours: str, usual: float) -> Field:
+  """Null is none."""
+  return Field(theirs, ours, lambda values: None if theirs in values else usual)
+
+
 def _side(stack: str, layers: str) -> _Side:
   return _Side(stack, (
     Field("vocab_size", "vocab_size", 256_000), Field("hidden_size", "d_model", 2304),
@@ -72,8 +81,8 @@ def _side(stack: str, layers: str) -> _Side:
     Field("hidden_activation", "activation", "gelu_pytorch_tanh", ACTIVATIONS),
     Field("rms_norm_eps", "norm_eps", 1e-6), Field("attention_bias", "attention_bias", False),
     Field("attention_bias", "attention_out_bias", False),
-    Field("attn_logit_softcapping", "attention_softcap", None), QueryScalar(), Rotary(),
-    Field("final_logit_softcapping", "logit_softcap", None), _Windows(stack),
+    _cap("attn_logit_softcapping", "attention_softcap", 50.0), QueryScalar(), Rotary(),
+    _cap("final_logit_softcapping", "logit_softcap", 30.0), _Windows(stack),
     Always("is_decoder", stack == "decoder"),
   ))  # fmt: skip
 
@@ -103,7 +112,8 @@ def _stack(name: str) -> tuple[Row, ...]:
   )  # fmt: skip
 
 
-_UNREAD = ("dropout_rate", "attention_dropout", "tie_word_embeddings", "cache_implementation")
+_UNREAD = ("dropout_rate", "attention_dropout", "tie_word_embeddings", "cache_implementation",
+           "classifier_dropout_rate")  # fmt: skip
 _WORDS = Row("lm_head.out_proj.weight", "head.proj.w", "v d -> d v")
 _NO_CAP = dict(logit_softcap=None)  # Of labels.
 FAMILIES = (

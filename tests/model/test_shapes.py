@@ -327,6 +327,7 @@ SMALL = {
   "windows": dataclasses.replace(
     BASE, shape="encoder_decoder", positions="rotary", norm="rms", norm_placement="sandwich",
     layer_pattern=("local", "global"), window=4, qk_norm="head", num_decoder_layers=3,
+    decoder_pattern=("global", "local", "local"), decoder_window=3, decoder_embed=True,
   ),
 }  # fmt: skip
 
@@ -425,6 +426,12 @@ def test_what_a_shape_does_not_take_is_refused_by_name():
     (lambda: both(ids, decoder_tokens=ids, segments=ids - 4), "segments for the encoder and"),
     (lambda: dataclasses.replace(BASE, head="language"), "head='language'"),
     (lambda: dataclasses.replace(BASE, num_decoder_layers=2), "num_decoder_layers"),
+    (lambda: dataclasses.replace(BASE, decoder_pattern=("global",)), "decoder_pattern"),
+    (lambda: dataclasses.replace(BASE, decoder_embed=True), "decoder_embed"),
+    (lambda: dataclasses.replace(SMALL["t5"], decoder_window=3), "no local layer"),
+    (lambda: dataclasses.replace(SMALL["bart"], relative_bias_per_layer=True), "per_layer"),
+    (lambda: dataclasses.replace(SMALL["bart"], sinusoid_inclusive=True), "sinusoid_inclusive"),
+    (lambda: dataclasses.replace(SMALL["t5"], position_offset=2), "position_offset"),
   ):
     with pytest.raises(ValueError, match=said):
       call()

@@ -22,6 +22,7 @@ MODELS = {
   "alibi_post_norm": dataclasses.replace(ROTARY, positions="alibi", norm_placement="post"),
   "t5_bias_sandwich_qk_norm": dataclasses.replace(
     ROTARY, positions="t5_bias", norm_placement="sandwich", qk_norm="head", relative_buckets=8,
+    relative_bias_per_layer=True,
   ),
   "experts": dataclasses.replace(
     ROTARY, layer_pattern=("global", "global+experts"), window=None, num_experts=4,
