@@ -38,7 +38,7 @@ CASES = {
   "t5gemma, uncapped, biased, untied": (
     "T5GemmaForConditionalGeneration",
     dict(
-      encoder={**WIDE, "sliding_window": 16},
+      encoder={**WIDE, "layer_types": ["full_attention"] * 2},
       decoder={**WIDE, "layer_types": ["full_attention", "sliding_attention"]},
       vocab_size=97, tie_word_embeddings=False,
     ),
