@@ -51,6 +51,12 @@ class Where:
   ordered: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
+def relative_table(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.Param:
+  """T5's biases by bucket and head."""
+  shape, axes = (cfg.relative_buckets, cfg.num_heads), (None, "heads")
+  return param(cfg, rngs, shape, axes, role="embedding")
+
+
 def relative_bias(
   cfg: ModelConfig, table: Array | None, q_pos: Int[Array, "B T"], kv_pos: Int[Array, "B S"],
   *, causal: bool,
@@ -102,6 +108,8 @@ class Attention(nnx.Module):
         over=1 if each else None, bias=not each,
       )  # fmt: skip
       self.q_norm, self.k_norm = norm(N, "heads"), norm(K, "kv_heads")
+    if cfg.relative_bias_per_layer and not cross:
+      self.relative_bias = relative_table(cfg, rngs)
     if cfg.attention_sinks:
       zeros = jax.nn.initializers.zeros
       self.sinks = param(cfg, rngs, (N,), ("heads",), role="vector", init=zeros)
@@ -120,8 +128,10 @@ class Attention(nnx.Module):
     elif cache is not None and prefix is not None:  # Marked by place, so that slots need no flags.
       last = jnp.max(jnp.where(prefix, where.pos, -1), axis=1, keepdims=True)
       prefix = kv_pos <= last
-    if cache is not None and not self.cross:
-      bias = relative_bias(cfg, where.table, where.pos, kv_pos, causal=causal)
+    own = hasattr(self, "relative_bias")
+    if own or (cache is not None and not self.cross):
+      table = self.relative_bias[...] if own else where.table
+      bias = relative_bias(cfg, table, where.pos, kv_pos, causal=causal)
     run = functools.partial(
       attend, causal=causal, window=None if self.cross else self.kind.window,
       scale=cfg.score_scale, softcap=cfg.attention_softcap,

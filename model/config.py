@@ -51,7 +51,7 @@ class ModelConfig:
   A word of `layer_pattern` describes one layer: `global` or `local` (windowed) attention, then
   `+experts` for a mixture of experts in place of the MLP, `+nope` for no rotary positions and
   `+unnormed` for no norm before attention. The pattern repeats after `layer_prefix` until all
-  layers are named, in the encoder and in the decoder alike.
+  layers are named, in the encoder and in the decoder alike, unless that has a `decoder_pattern`.
   """
 
   # Size.
@@ -69,11 +69,13 @@ class ModelConfig:
   max_positions: int | None = 1024  # The longest sequence; None: no limit.
   layer_prefix: tuple[str, ...] = ()
   layer_pattern: tuple[str, ...] = ("global",)
+  decoder_pattern: tuple[str, ...] = ()  # Encoder–decoders: of the decoder; (): as the encoder.
   layer_sets: int | None = None  # Sets of parameters, each of as many layers in a row (ALBERT: 1).
 
   # Positions.
   positions: str = "rotary"
-  position_offset: int = 0  # Rows of the learned table before position 0 (BART, RoBERTa: 2).
+  position_offset: int = 0  # Learned rows or sinusoids before position 0 (BART, RoBERTa: 2).
+  sinusoid_inclusive: bool = False  # Frequencies reach 1/10,000 (tensor2tensor, fairseq).
   rope_theta: float = 10_000.0
   rope_local_theta: float | None = None  # Base of local layers, unscaled; None: as the others.
   rope_fraction: float = 1.0  # Share of the head width that rotates.
@@ -94,9 +96,11 @@ class ModelConfig:
   relative_buckets: int = 32  # T5.
   relative_max_distance: int = 128  # T5.
   relative_bias: bool = False  # T5's bias beside learned positions (MPNet).
+  relative_bias_per_layer: bool = False  # Each layer has a table, not each stack (umT5).
 
   # Attention.
   window: int | None = None  # Tokens that a local layer sees, the query's own included.
+  decoder_window: int | None = None  # The same of an encoder–decoder's decoder; None: window.
   attention_scale: float | None = None  # None: head_dim ** -0.5.
   attention_softcap: float | None = None
   attention_sinks: bool = False
@@ -114,7 +118,8 @@ class ModelConfig:
   token_types: int = 0  # Rows of the table of token types; 0: none (BERT: 2).
   embed_norm: bool = False
   final_norm: bool = True
-  tie_embeddings: bool = True
+  decoder_embed: bool = False  # Encoder–decoders: the decoder has a table of tokens of its own.
+  tie_embeddings: bool = True  # The head scores against the table of the last stack.
   scale_embeddings: bool = False  # By √d_model.
   embed_scale: float | None = None  # Multiplies embeddings of tokens; None: nothing (Granite).
   residual_scale: float | None = None  # Multiplies what attention and MLP add (Granite).
@@ -274,19 +279,24 @@ class ModelConfig:
 
   def layers(self, stack: str) -> tuple[LayerKind, ...]:
     """The kind of each layer of a stack, first to last."""
-    words = list(self.layer_prefix)
+    prefix, pattern = self._words(stack)
+    words = list(prefix)
     while len(words) < self.depth(stack):
-      words.extend(self.layer_pattern)
+      words.extend(pattern)
     return tuple(_layer_kind(self, stack, w) for w in words[: self.depth(stack)])
 
   def groups(self, stack: str) -> tuple[tuple[tuple[LayerKind, ...], int], ...]:
     """Runs of equal repeats: `(pattern, repeats)` for the prefix, the repeats and the remainder."""
-    kinds = self.layers(stack)
-    start, size = min(len(self.layer_prefix), len(kinds)), len(self.layer_pattern)
+    kinds, (prefix, pattern) = self.layers(stack), self._words(stack)
+    start, size = min(len(prefix), len(kinds)), len(pattern)
     repeats = max(0, (len(kinds) - start) // size)
     middle = start + repeats * size
     parts = ((kinds[:start], 1), (kinds[start : start + size], repeats), (kinds[middle:], 1))
     return tuple((pattern, n) for pattern, n in parts if pattern and n)
+
+  def _words(self, stack: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    own = stack == "decoder" and self.decoder_pattern
+    return ((), self.decoder_pattern) if own else (self.layer_prefix, self.layer_pattern)
 
   def num_params(self) -> int:
     """Parameters that `model.load` of such a checkpoint holds, without vocabulary padding."""
@@ -328,8 +338,9 @@ def architecture(cfg: ModelConfig) -> dict[str, Any]:
 
 def _layer_kind(cfg: ModelConfig, stack: str, word: str) -> LayerKind:
   parts = word.split("+")
+  window = cfg.window if stack == "encoder" else cfg.decoder_window or cfg.window
   return LayerKind(
-    window=cfg.window if "local" in parts else None,
+    window=window if "local" in parts else None,
     experts="experts" in parts,
     rotary=cfg.positions == "rotary" and "nope" not in parts,
     causal=stack == "decoder",

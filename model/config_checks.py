@@ -56,7 +56,7 @@ def _check_choices(cfg: ModelConfig) -> None:
 def _check_sizes(cfg: ModelConfig) -> None:
   optional = ("vocab_size", "num_kv_heads", "head_dim", "max_positions", "window", "d_expert",
               "rope_original_positions", "num_decoder_layers", "num_labels", "d_embed",
-              "layer_sets")  # fmt: skip
+              "layer_sets", "decoder_window")  # fmt: skip
   sizes = ("num_layers", "d_model", "d_ff", "num_heads", "vocab_multiple", "experts_per_token",
            "relative_buckets", "relative_max_distance")  # fmt: skip
   for name in (*sizes, *optional):
@@ -97,10 +97,19 @@ def _check_sizes(cfg: ModelConfig) -> None:
 def _check_positions(cfg: ModelConfig) -> None:
   if cfg.positions in ("learned",) and cfg.max_positions is None:
     raise InputError("model.positions='learned' needs model.max_positions: the table's length.")
-  if cfg.positions != "learned" and cfg.position_offset:
+  if cfg.positions not in ("learned", "sinusoidal") and cfg.position_offset:
     raise InputError(
       f"model.position_offset={cfg.position_offset} has no effect on model.positions="
-      f"{cfg.positions!r}: only a learned table has rows."
+      f"{cfg.positions!r}: only learned and sinusoidal positions are counted from somewhere."
+    )
+  for name, kind in (("sinusoid_inclusive", "sinusoidal"), ("relative_bias_per_layer", "t5_bias")):
+    if getattr(cfg, name) and cfg.positions != kind:
+      raise InputError(
+        f"model.{name} has no effect on model.positions={cfg.positions!r}: it needs {kind!r}."
+      )
+  if cfg.sinusoid_inclusive and (cfg.d_model % 2 or cfg.d_model < 4):
+    raise InputError(
+      f"model.d_model={cfg.d_model} must be even and at least 4 with model.sinusoid_inclusive."
     )
   for name in ("alibi_scaled", "alibi_rounded"):
     if getattr(cfg, name) and cfg.positions != "alibi":
@@ -156,7 +165,16 @@ def _check_layers(cfg: ModelConfig) -> None:
     raise InputError("model.layer_pattern is empty: name at least one layer, for example 'global'.")
   if len(cfg.layer_prefix) > cfg.num_layers:
     raise InputError(f"model.layer_prefix names more than num_layers={cfg.num_layers} layers.")
-  for word in (*cfg.layer_prefix, *cfg.layer_pattern):
+  for name in ("decoder_pattern", "decoder_window", "decoder_embed"):
+    if getattr(cfg, name) and cfg.shape != "encoder_decoder":
+      raise InputError(f"model.{name} has no effect on model.shape={cfg.shape!r}: leave it out.")
+  if cfg.decoder_window is not None and not any(kind.window for kind in cfg.layers("decoder")):
+    raise InputError(
+      f"model.decoder_window={cfg.decoder_window} has no effect: the decoder has no local layer."
+    )
+  shared = (*cfg.layer_prefix, *cfg.layer_pattern)
+  every = (*shared, *cfg.decoder_pattern)
+  for word in every:
     parts = word.split("+")
     unknown = [p for p in parts if p not in LAYER_WORDS]
     if unknown or ("global" in parts) == ("local" in parts):
@@ -164,12 +182,13 @@ def _check_layers(cfg: ModelConfig) -> None:
         f"model.layer_pattern: {word!r} must be 'global' or 'local', then '+experts', '+nope' and "
         f"'+unnormed' where wanted.{nearest(unknown[0], LAYER_WORDS) if unknown else ''}"
       )
-    if "local" in parts and cfg.window is None:
+    own = cfg.decoder_window if word in cfg.decoder_pattern else None
+    if "local" in parts and cfg.window is None and (own is None or word in shared):
       raise InputError("model.layer_pattern has local layers: set model.window, in tokens.")
     if "experts" in parts and not cfg.num_experts:
       raise InputError("model.layer_pattern has expert layers: set model.num_experts.")
   if cfg.layer_sets is not None:
-    if len(cfg.layer_prefix) + len(cfg.layer_pattern) > 1:
+    if max(len(shared), len(cfg.decoder_pattern)) > 1:
       raise InputError(
         f"model.layer_sets={cfg.layer_sets} needs layers of one kind: leave model.layer_prefix out "
         "and name one word in model.layer_pattern."
@@ -180,9 +199,9 @@ def _check_layers(cfg: ModelConfig) -> None:
         f"model.layer_sets={cfg.layer_sets} does not divide {odd[0]} layers: each set of "
         "parameters must serve as many."
       )
-  words = "+".join((*cfg.layer_prefix, *cfg.layer_pattern)).split("+")
-  for name, word in (("window", "local"), ("num_experts", "experts")):
-    if getattr(cfg, name) and word not in words:
+  windowed = shared if cfg.decoder_window else every
+  for name, word, words in (("window", "local", windowed), ("num_experts", "experts", every)):
+    if getattr(cfg, name) and word not in "+".join(words).split("+"):
       raise InputError(
         f"model.{name}={getattr(cfg, name)} has no effect: no word of model.layer_pattern has "
         f"{word!r}."

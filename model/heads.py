@@ -111,6 +111,8 @@ class Network(nnx.Module):
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, stacked: bool = True):
     self.cfg = cfg
     self.embed = Embed(cfg, cfg.padded_vocab, "vocab", rngs=rngs)
+    if cfg.decoder_embed:
+      self.decoder_embed = Embed(cfg, cfg.padded_vocab, "vocab", rngs=rngs)
     if "encoder" in cfg.stacks:
       self.encoder = Stack(cfg, "encoder", rngs=rngs, stacked=stacked)
     if "decoder" in cfg.stacks:
@@ -118,6 +120,11 @@ class Network(nnx.Module):
     self.head = Head(cfg, rngs=rngs)
     if cfg.pair_head:
       self.pair = PairHead(cfg, rngs=rngs)
+
+  @property
+  def _table(self) -> Embed:
+    """The table of tokens of the last stack."""
+    return self.decoder_embed if self.cfg.decoder_embed else self.embed
 
   def encode(
     self, inputs: Inputs, *, key: jax.Array | None = None
@@ -147,7 +154,7 @@ class Network(nnx.Module):
       context, auxes = Context(x, source.pos, source.seg), [aux] if aux else []
     elif cache is None:
       raise InputError("an encoder–decoder needs tokens for its encoder and for its decoder.")
-    x, cache, aux = self.decoder(self.embed, inputs, context=context, cache=cache, key=keys[1])
+    x, cache, aux = self.decoder(self._table, inputs, context=context, cache=cache, key=keys[1])
     return x, cache, join_aux(auxes + ([aux] if aux else []))
 
   def read(self, cache: Cache, source: Inputs) -> Cache:
@@ -157,7 +164,7 @@ class Network(nnx.Module):
 
   def logits(self, x: Float[Array, "... D"], key: jax.Array | None = None) -> Float[Array, "... C"]:
     """What the head says about hidden states of tokens, or about pooled ones of texts."""
-    return self.head(x, self.embed, key)
+    return self.head(x, self._table, key)
 
   def pair_logits(self, x: Float[Array, "... D"]) -> Float[Array, "... 2"]:
     """What the pair head says about hidden states of first tokens."""

@@ -150,7 +150,9 @@ def _original(cfg: ModelConfig) -> int:
   return cfg.rope_original_positions
 
 
-def sinusoidal(pos: Int[Array, "B T"], width: int, dtype=jnp.float32) -> Float[Array, "B T D"]:
+def sinusoidal(
+  pos: Int[Array, "B T"], width: int, dtype=jnp.float32, *, inclusive: bool = False
+) -> Float[Array, "B T D"]:
   """Sinusoids of "Attention Is All You Need", all sines before all cosines.
 
   The paper interleaves sine and cosine; like Transformers' Marian this concatenates them, which is
@@ -160,10 +162,12 @@ def sinusoidal(pos: Int[Array, "B T"], width: int, dtype=jnp.float32) -> Float[A
     pos: positions.
     width: elements of the result; an odd one has one sine more.
     dtype: of the result; computed in at least float32.
+    inclusive: the last frequency is 1/10,000 itself (tensor2tensor); `width` is even.
   """
   sines = (width + 1) // 2
   exact = jnp.promote_types(dtype, jnp.float32)
-  frequency = jnp.asarray(10_000.0 ** (-2 * np.arange(sines) / width), exact)
+  steps = sines - 1 if inclusive else width / 2
+  frequency = jnp.asarray(10_000.0 ** (-np.arange(sines) / steps), exact)
   angle = pos[..., None].astype(exact) * frequency
   both = jnp.concatenate((jnp.sin(angle), jnp.cos(angle[..., : width // 2])), axis=-1)
   return both.astype(dtype)

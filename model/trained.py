@@ -65,8 +65,8 @@ class Model:
       positions: -1 is padding; omitted, they restart in each segment.
       token_types: of an encoder that has them; omitted, they are 0.
       decoder_tokens: what the decoder reads, the token that starts it first: nothing is shifted. A
-        head on whole texts needs none: for labels the decoder reads `tokens` behind its start
-        token, and the encoder alone embeds texts.
+        head on labels or spans needs none: the decoder reads `tokens` behind its start token, and
+        the encoder alone embeds texts.
       decoder_segments, decoder_positions: as `segments` and `positions`.
 
     Returns:
@@ -167,7 +167,7 @@ class Model:
       if (source.seg is None) != (other.seg is None):
         raise InputError("give segments for the encoder and for the decoder, or for neither.")
       return other, source, texts
-    if texts is None or self.config.decoder_start_id is None:
+    if self.config.head_kind == "language" or self.config.decoder_start_id is None:
       raise InputError("an encoder–decoder needs decoder_tokens: what its decoder reads.")
     return shifted(source, self.config.decoder_start_id), source, texts
 

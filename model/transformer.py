@@ -10,10 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from model import positions
-from model.attention import Attention, Context, Where, relative_bias
+from model.attention import Attention, Context, Where, relative_bias, relative_table
 from model.cache import Cache, LayerCache
 from model.config import LayerKind, ModelConfig
-from model.layers import MLP, Embed, Linear, Norm, dropout, param
+from model.layers import MLP, Embed, Linear, Norm, dropout
 from model.moe import Experts
 from model.sharding import constrain
 
@@ -122,9 +122,8 @@ class Stack(nnx.Module):
       self.position_embed = Embed(cfg, rows, "position", rngs=rngs)
     if cfg.token_types and name == cfg.stacks[0]:
       self.type_embed = Embed(cfg, cfg.token_types, None, rngs=rngs)
-    if cfg.bucketed:
-      shape, axes = (cfg.relative_buckets, cfg.num_heads), (None, "heads")
-      self.relative_bias = param(cfg, rngs, shape, axes, role="embedding")
+    if cfg.bucketed and not cfg.relative_bias_per_layer:
+      self.relative_bias = relative_table(cfg, rngs)
     if cfg.embed_norm:
       self.embed_norm = Norm(cfg, rngs=rngs, shape=(cfg.embed_width,))
     if cfg.d_embed is not None:
@@ -195,7 +194,9 @@ class Stack(nnx.Module):
       row = jnp.maximum(inputs.pos, 0) + cfg.position_offset
       x += self.position_embed(row)
     if cfg.positions == "sinusoidal":
-      x += positions.sinusoidal(inputs.pos, cfg.embed_width).astype(x.dtype)
+      place = inputs.pos + cfg.position_offset
+      waves = positions.sinusoidal(place, cfg.embed_width, inclusive=cfg.sinusoid_inclusive)
+      x += waves.astype(x.dtype)
     return self.embed_norm(x) if cfg.embed_norm else x
 
   def _where(self, inputs: Inputs, context: Context | None, *, cached: bool) -> Where:
@@ -204,7 +205,7 @@ class Stack(nnx.Module):
       angles = positions.rotary_angles(pos, cfg, local=False, seg=inputs.seg)
       if cfg.rope_local_theta is not None:
         local = positions.rotary_angles(pos, cfg, local=True, seg=inputs.seg)
-    table = self.relative_bias[...] if cfg.bucketed else None
+    table = self.relative_bias[...] if hasattr(self, "relative_bias") else None
     causal = self.name == "decoder"
     bias = None if cached else relative_bias(cfg, table, pos, pos, causal=causal)
     return Where(

@@ -82,10 +82,12 @@ class Folder:
     family = _family(values.get("model_type"))
     name, cfg = family.read(values)
     self.family = family.model_type
-    self.layout = Layout(cfg, family.table(name), name)
     packed = values.get("quantization_config") is not None  # In the one form that `read` lets pass.
     tensors = mxfp4.unpacked(tensors) if packed else tensors
     self._tensors = _named(family, tensors, name, tied=cfg.tie_embeddings)
+    told = family.classes[name].told.items()
+    cfg = dataclasses.replace(cfg, **{field: tell(self._tensors) for field, tell in told})
+    self.layout = Layout(cfg, family.table(name), name)
     _check(family, name, cfg, self.layout, self._tensors)
     stored = self._tensors[_table(self.layout)].dtype.name
     self.config = dataclasses.replace(cfg, param_dtype=stored)
@@ -141,7 +143,8 @@ def save(source: Source, folder: Path, *, family: str | None = None) -> None:
   cfg, kind = source.config, np.dtype(source.config.param_dtype)
   found, values, layout = _written(cfg, family or source.family)
   shapes = {piece.theirs: (kind, piece.shape) for piece in layout.ordered()}
-  zeros = {name: np.zeros(shape(cfg), kind) for name, shape in found.zeros.items()}
+  empty = found.classes[values["architectures"][0]].zeros.items()
+  zeros = {name: np.zeros(shape(cfg), kind) for name, shape in empty if name not in shapes}
   shapes |= {name: (kind, array.shape) for name, array in zeros.items()}
   write_folder(folder, shapes, itertools.chain(layout.tensors(source.leaf), zeros.items()))
   values |= {"dtype": kind.name, **_token_ids(source.tokenizer, found.pad)}
@@ -224,6 +227,8 @@ def _named(
     array = out.pop(unused)
     if not np.array_equal(out.setdefault(used, array), array) and tied:
       raise InputError(f"{twin} differs from {other}, and config.json says that they are tied.")
+  if family.classes[name].base:
+    return {key.removeprefix(family.prefix): array for key, array in out.items()}
   prefix = family.body_prefix(name)
   if not prefix or any(key.startswith(prefix) for key in out):
     return out
@@ -255,21 +260,19 @@ def _check(
     kind = tensors[whole[0]].dtype.name
     raise InputError(f"{whole[0]} has dtype {kind}, expected a floating one: {len(whole)} such.")
   shapes = {key: array.shape for key, array in tensors.items()}
-  repeated = set(family.repeated) if cfg.tie_embeddings else set(family.repeated[:-1])
-  unread = lambda key: key in repeated or key in family.zeros or family.computes_nothing(name, key)
+  repeated, zeros = family.repeats(name, cfg), family.classes[name].zeros
+  unread = lambda key: key in repeated or key in zeros or family.computes_nothing(name, key)
   layout.check(shapes, unread)
   table = _table(layout)
   for key in repeated & set(tensors):
     if not np.array_equal(tensors[key], tensors[table]):
       raise InputError(f"{key} differs from {table}, and config.json says that they are tied.")
-  for key in set(family.zeros) & set(tensors):
-    if np.any(tensors[key]):
-      raise InputError(f"{key} is not zero: {name} has no such bias here.")
 
 
 def _table(layout: Layout) -> str:
-  """The tensor of theirs that holds the embeddings of tokens."""
-  return layout.of_leaf["embed", "table"][0][0].theirs
+  """The tensor of theirs that holds the embeddings of tokens, which a head may repeat."""
+  own = ("decoder_embed", "table")
+  return layout.of_leaf[own if own in layout.leaves else ("embed", "table")][0][0].theirs
 
 
 def _label_names(cfg: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from model.config import ModelConfig, architecture
 from model.errors import InputError, nearest
 from model.hf.engine import Row
@@ -130,6 +132,8 @@ class Class:
     base: whether its tensors are named without the family's prefix.
     prefix: of the body's tensors; None: the family's.
     surplus: pattern of tensors that published checkpoints of it hold and it does not use.
+    told: settings that the tensors tell, whatever config.json says; of tensors by name.
+    zeros: tensors of zeros, and their shapes, where no parameter is in their place.
   """
 
   settings: Mapping[str, Any]
@@ -137,6 +141,12 @@ class Class:
   base: bool = False
   surplus: str = r"(?!)"
   prefix: str | None = None
+  told: Mapping[str, Callable[[Mapping[str, np.ndarray]], Any]] = dataclasses.field(
+    default_factory=dict
+  )
+  zeros: Mapping[str, Callable[[ModelConfig], tuple[int, ...]]] = dataclasses.field(
+    default_factory=dict
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +165,6 @@ class Family:
     repeated: tensors that repeat the table of tokens; the last one only where it is tied.
     twins: tensors that say the same as another one where tables are tied, and where they are not
       alone are computed with.
-    zeros: tensors of zeros, and their shapes.
     renamed: older names of parts of tensors, and what they are called now.
     stacked: ends of names of tensors that hold all experts, and those of each expert's that lie in
       them one after the other.
@@ -172,9 +181,6 @@ class Family:
   surplus: str = r"(?!)"
   repeated: tuple[str, ...] = ()
   twins: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  zeros: Mapping[str, Callable[[ModelConfig], tuple[int, ...]]] = dataclasses.field(
-    default_factory=dict
-  )
   renamed: tuple[tuple[str, str], ...] = ()
   stacked: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   pad: int | None = None
@@ -227,8 +233,8 @@ class Family:
     ours, differing = _resolved(cfg), {}
     for name in self.classes:
       values = {"architectures": [name], **body}
-      theirs = _resolved(self.read(values)[1])
-      differing[name] = [k for k in ours if ours[k] != theirs[k]]
+      theirs, told = _resolved(self.read(values)[1]), self.classes[name].told
+      differing[name] = [k for k in ours if ours[k] != theirs[k] and k not in told]
       if not differing[name]:
         return name, values
     name = min(differing, key=lambda name: len(differing[name]))
@@ -237,18 +243,24 @@ class Family:
 
   def table(self, name: str) -> tuple[Row, ...]:
     """Rows of a class, under the names that its tensors have in a checkpoint."""
-    one, own = self.classes[name], self.body_prefix(name)
-    named = lambda row: (
-      row
-      if not row.theirs.startswith(self.prefix)
-      else dataclasses.replace(row, theirs=own + row.theirs.removeprefix(self.prefix))
-    )
-    return (*map(named, self.rows), *one.rows)
+    rename = lambda row: dataclasses.replace(row, theirs=self._named(name, row.theirs))
+    return (*map(rename, self.rows), *self.classes[name].rows)
+
+  def repeats(self, name: str, cfg: ModelConfig) -> set[str]:
+    """Tensors of a class that repeat the table of tokens."""
+    tied = self.repeated if cfg.tie_embeddings else self.repeated[:-1]
+    return {self._named(name, tensor) for tensor in tied}
 
   def body_prefix(self, name: str) -> str:
     """What names of the body's tensors begin with in a class."""
     one = self.classes[name]
     return "" if one.base else self.prefix if one.prefix is None else one.prefix
+
+  def _named(self, name: str, tensor: str) -> str:
+    """What a class calls a tensor of the body."""
+    if not tensor.startswith(self.prefix):
+      return tensor
+    return self.body_prefix(name) + tensor.removeprefix(self.prefix)
 
   def computes_nothing(self, name: str, tensor: str) -> bool:
     """Whether a class does not compute with a tensor of that name."""

@@ -219,6 +219,13 @@ def test_sinusoids_equal_transformers_marian_and_the_papers_interleaved_form(wid
   np.testing.assert_allclose(ours[0], theirs, atol=3e-5)
 
 
+def test_inclusive_sinusoids_equal_transformers_m2m_100():
+  ours = np.asarray(sinusoidal(np.arange(700, dtype=np.int32)[None], 16, inclusive=True))
+  m2m = pytest.importorskip("transformers.models.m2m_100.modeling_m2m_100")
+  theirs = m2m.M2M100SinusoidalPositionalEmbedding.get_embedding(700, 16).numpy()
+  np.testing.assert_allclose(ours[0], theirs, atol=1e-4)
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("buckets", "furthest"), [(32, 128), (16, 50), (64, 1000), (8, 20)])
 def test_relative_buckets_equal_transformers_t5_at_every_distance(bidirectional, buckets, furthest):

@@ -327,6 +327,7 @@ SMALL = {
   "windows": dataclasses.replace(
     BASE, shape="encoder_decoder", positions="rotary", norm="rms", norm_placement="sandwich",
     layer_pattern=("local", "global"), window=4, qk_norm="head", num_decoder_layers=3,
+    decoder_pattern=("global", "local", "local"), decoder_window=3, decoder_embed=True,
   ),
   "shared": dataclasses.replace(
     BASE, shape="encoder_decoder", num_decoder_layers=4, layer_sets=2, d_embed=16, head_dense=True,
@@ -434,6 +435,12 @@ def test_what_a_shape_does_not_take_is_refused_by_name():
     (lambda: dataclasses.replace(BASE, d_embed=16), "set model.head_dense"),
     (lambda: dataclasses.replace(SMALL["t5"], relative_bias=True), "beside learned positions"),
     (lambda: dataclasses.replace(BASE, head_dense_bias=False), "no effect without head_dense"),
+    (lambda: dataclasses.replace(BASE, decoder_pattern=("global",)), "decoder_pattern"),
+    (lambda: dataclasses.replace(BASE, decoder_embed=True), "decoder_embed"),
+    (lambda: dataclasses.replace(SMALL["t5"], decoder_window=3), "no local layer"),
+    (lambda: dataclasses.replace(SMALL["bart"], relative_bias_per_layer=True), "per_layer"),
+    (lambda: dataclasses.replace(SMALL["bart"], sinusoid_inclusive=True), "sinusoid_inclusive"),
+    (lambda: dataclasses.replace(SMALL["t5"], position_offset=2), "position_offset"),
   ):
     with pytest.raises(ValueError, match=said):
       call()

@@ -24,6 +24,7 @@ MODELS = {
   ),
   "t5_bias_sandwich_qk_norm": dataclasses.replace(
     ROTARY, positions="t5_bias", norm_placement="sandwich", qk_norm="head", relative_buckets=8,
+    relative_bias_per_layer=True,
   ),
   "shared_layers_narrow_tables_two_positions": dataclasses.replace(
     ROTARY, num_layers=4, layer_sets=2, layer_pattern=("global",), window=None, d_embed=8,

@@ -180,6 +180,7 @@ def generator_config(cfg: ModelConfig, share: float) -> ModelConfig:
   return dataclasses.replace(
     words_config(cfg), **small, head_dim=cfg.head_width, token_types=0, embed_norm=False,
     positions=cfg.positions if rotated else others, position_offset=0, relative_bias=False,
+    sinusoid_inclusive=False,
   )  # fmt: skip
 
 

@@ -53,6 +53,10 @@ def their_scores(theirs, two: bool, doc) -> "torch.Tensor":
     return out.prediction_logits[0]
   if "logits" in out:
     return out.logits[0]
+  if "encoder_last_hidden_state" in out:
+    return out.encoder_last_hidden_state[0, 0]
+  if type(theirs).__name__.endswith("EncoderModel"):
+    return out.last_hidden_state[0, 0]
   if out.get("pooler_output") is not None:
     return out.pooler_output[0]
   reads_all = hf.FAMILIES[theirs.config.model_type].settings["shape"] == "encoder"
