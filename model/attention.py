@@ -13,6 +13,7 @@ from model.attend import attend
 from model.cache import KVCache
 from model.config import LayerKind, ModelConfig
 from model.errors import InputError
+from model.latent import LatentKeysValues, LatentQueries
 from model.layers import Linear, Norm, param, residual_init
 from model.sharding import constrain
 
@@ -68,26 +69,36 @@ def relative_bias(
 
 
 class Attention(nnx.Module):
-  """MHA, GQA, MQA, windowed, bidirectional, cached and cross-attention.
+  """MHA, GQA, MQA, latent, windowed, bidirectional, cached and cross-attention.
 
-  Head counts choose MHA, GQA or MQA; positions, segments, causality and the layer's window choose
-  the mask; a cache makes it incremental. `cross` attends to an encoder's tokens, all of those of
-  the query's segment: there positions, windows and relative biases say nothing.
+  Head counts choose MHA, GQA or MQA, latents what queries, keys and values are made of; positions,
+  segments, causality and the layer's window choose the mask; a cache makes it incremental. `cross`
+  attends to an encoder's tokens, all of those of the query's segment: there positions, windows and
+  relative biases say nothing.
   """
 
   def __init__(self, cfg: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs, cross: bool = False):
-    D, N, K, H = cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_width
+    D, N, K = cfg.d_model, cfg.num_heads, cfg.kv_heads
+    H, V = cfg.head_width, cfg.value_width
     self.cfg, self.kind, self.cross = cfg, kind, cross
-    into = functools.partial(Linear, cfg, rngs=rngs, bias=cfg.attention_bias)
+    self.latent = cfg.kv_latent_dim is not None
+    bias = cfg.attention_bias and not self.latent
+    into = functools.partial(Linear, cfg, rngs=rngs, bias=bias)
     kv_axes = ("embed", "kv_heads", "head_dim")
     # A scale of its own, such as T5's 1, is made good by the queries: scores begin as usual.
     spread = 1.0 if cfg.attention_scale is None else H**-0.5 / cfg.attention_scale
     init = jax.nn.initializers.normal(cfg.init_std * spread)
-    self.q_proj = into((D, N, H), ("embed", "heads", "head_dim"), init=init)
-    self.k_proj = into((D, K, H), kv_axes)
-    self.v_proj = into((D, K, H), kv_axes)
+    if cfg.q_latent_dim is not None:
+      self.q_proj = LatentQueries(cfg, cfg.q_latent_dim, init=init, rngs=rngs)
+    else:
+      self.q_proj = into((D, N, H), ("embed", "heads", "head_dim"), init=init)
+    if cfg.kv_latent_dim is not None:
+      self.kv_proj = LatentKeysValues(cfg, cfg.kv_latent_dim, cfg.rotated_width, rngs=rngs)
+    else:
+      self.k_proj = into((D, K, H), kv_axes)
+      self.v_proj = into((D, K, V), kv_axes)
     self.o_proj = Linear(
-      cfg, (N, H, D), ("heads", "head_dim", "embed"), rngs=rngs, inputs=2,
+      cfg, (N, V, D), ("heads", "head_dim", "embed"), rngs=rngs, inputs=2,
       bias=cfg.attention_out_bias, init=residual_init(cfg),
     )  # fmt: skip
     if cfg.qk_norm != "none":
@@ -109,6 +120,9 @@ class Attention(nnx.Module):
     cfg, causal = self.cfg, self.kind.causal and not self.cross
     q = self._turned(self.q_proj(x), where, "q_norm")
     k, v, kv_pos, kv_seg, cache = self._seen(x, where, cache)
+    absorbed = self.latent and cache is not None
+    if absorbed:
+      q, v = self.kv_proj.absorbed(q), k
     bias, prefix = where.bias, where.bidirectional
     if self.cross:
       bias = prefix = None
@@ -131,13 +145,17 @@ class Attention(nnx.Module):
       bidirectional=prefix,
       sinks=self.sinks[...] if cfg.attention_sinks else None,
     )  # fmt: skip
+    y = self.kv_proj.values(y) if absorbed else y
     return self.o_proj(constrain(y, ("batch", "seq", "heads", None))), cache
 
   def keys_values(
-    self, x: Float[Array, "B S D"], where: Where | Context
-  ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Keys and values of the tokens `x`: what is attended to, and what a cache keeps."""
-    return self._turned(self.k_proj(x), where, "k_norm"), self.v_proj(x)
+    self, x: Float[Array, "B S D"], where: Where | Context, *, kept: bool = False
+  ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+    """Keys and values of the tokens `x`: what is attended to, and (`kept`) what a cache keeps."""
+    if not self.latent:
+      return self._turned(self.k_proj(x), where, "k_norm"), self.v_proj(x)
+    latents = self._turned(self.kv_proj.latents(x), where, "k_norm")
+    return (latents, latents[..., :0]) if kept else self.kv_proj.expanded(latents)
 
   def _seen(self, x: Array, where: Where, cache: KVCache | None):
     """(keys, values, their positions, their segments, the cache after this)."""
@@ -149,7 +167,7 @@ class Attention(nnx.Module):
         raise InputError("cross-attention needs what the encoder has read: give its tokens.")
       return *self.keys_values(context.x, context), context.pos, context.seg, None
     if not self.cross:
-      cache = cache.update(*self.keys_values(x, where), where.pos)
+      cache = cache.update(*self.keys_values(x, where, kept=True), where.pos)
     return cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2), cache.pos, None, cache
 
   def _turned(self, heads: Array, where: Where | Context, norm: str) -> Float[Array, "B T N H"]:
@@ -162,4 +180,8 @@ class Attention(nnx.Module):
     angles = where.local_angles if local else where.angles
     if angles is None:
       return heads
-    return positions.apply_rotary(heads, angles, interleaved=self.cfg.rope_interleaved)
+    still = 0 if self.cfg.rope_head_dim is None else heads.shape[-1] - self.cfg.rope_head_dim
+    turned = positions.apply_rotary(
+      heads[..., still:], angles, interleaved=self.cfg.rope_interleaved
+    )
+    return jnp.concatenate((heads[..., :still], turned), axis=-1) if still else turned

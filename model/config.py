@@ -65,6 +65,7 @@ class ModelConfig:
   num_heads: int = 12
   num_kv_heads: int | None = None  # None: num_heads (MHA); 1 is MQA; a divisor is GQA.
   head_dim: int | None = None  # None: d_model / num_heads.
+  v_head_dim: int | None = None  # Of values; None: as queries and keys.
   max_positions: int | None = 1024  # The longest sequence; None: no limit.
   layer_prefix: tuple[str, ...] = ()
   layer_pattern: tuple[str, ...] = ("global",)
@@ -97,6 +98,12 @@ class ModelConfig:
   attention_out_bias: bool = False
   residual: str = "serial"
 
+  # Latent attention (DeepSeek). Biases are then of what makes latents.
+  kv_latent_dim: int | None = None  # What keys and values are made of; None: no such attention.
+  q_latent_dim: int | None = None  # What queries are made of; None: of the residual stream.
+  rope_head_dim: int | None = None  # The last elements of a head, which turn and keys share.
+  latent_norm_eps: float = 1e-6
+
   # Norms and embeddings.
   norm: str = "rms"
   norm_placement: str = "pre"
@@ -124,6 +131,11 @@ class ModelConfig:
   d_expert: int | None = None  # Width of an expert; None: d_ff.
   router_scores: str = "softmax"
   router_renormalize: bool = True  # The chosen experts' weights sum to 1.
+  router_scale: float = 1.0  # Multiplies these weights.
+  router_bias: bool = False  # Joins scores where experts are chosen (DeepSeek-V3); not trained.
+  router_groups: int = 1  # Of experts; a token's come from the best `router_groups_kept` of them.
+  router_groups_kept: int = 1
+  router_group_best: int = 1  # So many best scores of a group sum to the group's.
   balance_loss: float = 0.01
   router_z_loss: float = 0.001
 
@@ -189,6 +201,17 @@ class ModelConfig:
   def head_width(self) -> int:
     """Width of one head, the default resolved."""
     return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+  @property
+  def value_width(self) -> int:
+    """Width of one head's values, the default resolved."""
+    return self.head_width if self.v_head_dim is None else self.v_head_dim
+
+  @property
+  def rotated_width(self) -> int:
+    """Elements of a head that rotary positions turn."""
+    part = int(self.head_width * self.rope_fraction)
+    return part if self.rope_head_dim is None else self.rope_head_dim
 
   @property
   def expert_width(self) -> int:

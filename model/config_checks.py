@@ -29,6 +29,8 @@ def check(cfg: ModelConfig) -> None:
   _check_sizes(cfg)
   _check_positions(cfg)
   _check_layers(cfg)
+  _check_latents(cfg)
+  _check_router(cfg)
   _check_shape(cfg)
   _check_head(cfg)
 
@@ -55,9 +57,11 @@ def _check_choices(cfg: ModelConfig) -> None:
 
 def _check_sizes(cfg: ModelConfig) -> None:
   optional = ("vocab_size", "num_kv_heads", "head_dim", "max_positions", "window", "d_expert",
-              "rope_original_positions", "num_decoder_layers", "num_labels")  # fmt: skip
+              "rope_original_positions", "num_decoder_layers", "num_labels", "v_head_dim",
+              "kv_latent_dim", "q_latent_dim", "rope_head_dim")  # fmt: skip
   sizes = ("num_layers", "d_model", "d_ff", "num_heads", "vocab_multiple", "experts_per_token",
-           "relative_buckets", "relative_max_distance")  # fmt: skip
+           "relative_buckets", "relative_max_distance", "router_groups", "router_groups_kept",
+           "router_group_best")  # fmt: skip
   for name in (*sizes, *optional):
     value = getattr(cfg, name)
     if value is None and name in optional:
@@ -70,7 +74,8 @@ def _check_sizes(cfg: ModelConfig) -> None:
   positive = ("attention_softcap", "logit_softcap", "attention_scale", "norm_eps", "init_std",
               "init_embed_std", "rope_theta", "rope_local_theta", "rope_factor",
               "rope_attention_factor", "logit_scale", "rope_low_freq_factor",
-              "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow")  # fmt: skip
+              "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow", "latent_norm_eps",
+              "router_scale")  # fmt: skip
   for name in positive:
     value = getattr(cfg, name)
     if value is not None and not 0 < value < float("inf"):
@@ -101,7 +106,7 @@ def _check_positions(cfg: ModelConfig) -> None:
       f"{cfg.positions!r}: only a learned table has rows."
     )
   if cfg.positions == "rotary":
-    rotated = int(cfg.head_width * cfg.rope_fraction)
+    rotated = cfg.rotated_width
     if not 0 < cfg.rope_fraction <= 1 or rotated < 2 or rotated % 2:
       raise InputError(
         f"model.rope_fraction={cfg.rope_fraction} of head_dim={cfg.head_width} rotates {rotated} "
@@ -148,6 +153,56 @@ def _check_layers(cfg: ModelConfig) -> None:
   if cfg.num_experts and cfg.experts_per_token > cfg.num_experts:
     raise InputError(
       f"model.experts_per_token={cfg.experts_per_token} exceeds num_experts={cfg.num_experts}."
+    )
+
+
+def _check_latents(cfg: ModelConfig) -> None:
+  if cfg.kv_latent_dim is None:
+    for name, plain in (("q_latent_dim", None), ("rope_head_dim", None), ("latent_norm_eps", 1e-6)):
+      if getattr(cfg, name) != plain:
+        raise InputError(
+          f"model.{name}={getattr(cfg, name)} has no effect without model.kv_latent_dim: set that."
+        )
+    return
+  if cfg.rope_head_dim is None or not 0 < cfg.rope_head_dim < cfg.head_width:
+    raise InputError(
+      f"model.rope_head_dim={cfg.rope_head_dim} must be a part of head_dim={cfg.head_width}: with "
+      "model.kv_latent_dim so many elements turn, and the others come from the latent."
+    )
+  unfit = [
+    f"{name}={getattr(cfg, name)!r}" for name, fits in (
+      ("positions", cfg.positions == "rotary"), ("rope_fraction", cfg.rope_fraction == 1.0),
+      ("qk_norm", cfg.qk_norm == "none"), ("shape", cfg.shape != "encoder_decoder"),
+      ("num_kv_heads", cfg.kv_heads == cfg.num_heads),
+    ) if not fits
+  ]  # fmt: skip
+  if unfit:
+    raise InputError(
+      f"model.{unfit[0]} does not go with model.kv_latent_dim: latent attention is self-attention "
+      "with rotary positions, norms of its own, and as many keys as queries."
+    )
+
+
+def _check_router(cfg: ModelConfig) -> None:
+  plain = dict(router_scale=1.0, router_bias=False, router_groups=1)
+  told = [name for name, value in plain.items() if getattr(cfg, name) != value]
+  if told and not cfg.num_experts:
+    raise InputError(f"model.{told[0]} has no effect without experts: set model.num_experts.")
+  groups, kept, best = cfg.router_groups, cfg.router_groups_kept, cfg.router_group_best
+  if groups == 1 and (kept, best) != (1, 1):
+    raise InputError(
+      "model.router_groups_kept and router_group_best have no effect without router_groups."
+    )
+  size = cfg.num_experts // groups
+  if groups > 1 and (cfg.num_experts % groups or best > size):
+    raise InputError(
+      f"model.num_experts={cfg.num_experts} must be a multiple of router_groups={groups}, with at "
+      f"least router_group_best={best} in each."
+    )
+  if groups > 1 and not cfg.experts_per_token / size <= kept <= groups:
+    raise InputError(
+      f"model.router_groups_kept={kept} of {groups} groups of {size} experts must have "
+      f"experts_per_token={cfg.experts_per_token} among them."
     )
 
 

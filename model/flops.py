@@ -23,14 +23,14 @@ def model_flops(cfg: ModelConfig, tokens: Mapping[str, float], pairs: Mapping[st
   A multiplication and an addition count as two. Recomputed activations, the embedding lookup,
   norms and element-wise functions are not counted (PaLM, arXiv:2204.02311, appendix B).
   """
-  width = cfg.num_heads * cfg.head_width
+  width = cfg.num_heads * (cfg.head_width + cfg.value_width)
   weights = matmul_params(cfg)
   products = sum(2 * weights[part] * tokens[part] for part in weights)
   seen = 0.0
   for stack in cfg.stacks:
     for kind in cfg.layers(stack):
       seen += pairs[f"{stack}.{kind.window}"] + (pairs["cross"] if kind.cross else 0.0)
-  return 3 * (products + 4 * seen * width)  # QK' and AV.
+  return 3 * (products + 2 * seen * width)  # QK' and AV.
 
 
 @functools.lru_cache

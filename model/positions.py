@@ -28,7 +28,7 @@ def rotary_angles(
   dtype = jnp.promote_types(jax.dtypes.canonicalize_dtype(cfg.compute_dtype), jnp.float32)
   scaled = cfg.rope_scaling != "none" and not (local and cfg.rope_local_theta is not None)
   theta = cfg.rope_local_theta if local and cfg.rope_local_theta is not None else cfg.rope_theta
-  width = int(cfg.head_width * cfg.rope_fraction)
+  width = cfg.rotated_width
   frequency = theta ** (-np.arange(0, width, 2) / width)
   amplitude = 1.0
   if scaled and cfg.rope_scaling == "linear":

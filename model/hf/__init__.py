@@ -15,7 +15,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from model.config import ModelConfig
 from model.errors import InputError, nearest
-from model.hf import decoders, encoder_decoders, encoders, expert_decoders, gpt_decoders
+from model.hf import (
+  decoders,
+  encoder_decoders,
+  encoders,
+  expert_decoders,
+  gpt_decoders,
+  latent_decoders,
+)
 from model.hf.engine import Layout
 from model.hf.family import Family
 from model.hf.safetensors_files import INDEX, SINGLE, open_folder, write_folder
@@ -25,7 +32,14 @@ from model.trained import Model
 
 FAMILIES: dict[str, Family] = {
   family.model_type: family
-  for tables in (decoders, gpt_decoders, expert_decoders, encoders, encoder_decoders)
+  for tables in (
+    decoders,
+    gpt_decoders,
+    expert_decoders,
+    latent_decoders,
+    encoders,
+    encoder_decoders,
+  )
   for family in tables.FAMILIES
 }
 _TORCH = "pytorch_model.bin"

@@ -57,6 +57,13 @@ class Piece:
       return shapes[0]
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
+  @property
+  def fits(self) -> bool:
+    """Whether the places have the pattern's axes: an MLP's row is none of experts."""
+    names = [a for group in _axes(self.pattern.split(" -> ")[1]) for a in group]
+    inner = len(names) - ("c" in names and not self.joined)
+    return all(len(place.shape) == inner for place in self.places)
+
   def _sizes(self, axes: list[tuple[str, ...]], place: Place) -> dict[str, int]:
     names = [a for group in axes for a in group]
     if "c" in names and not self.joined:
@@ -92,7 +99,8 @@ class Row:
   Attributes:
     theirs: name of a tensor; `{i}` is a layer of the stack, `{e}` an expert.
     ours: path of a parameter; `layers` stands for the layer's place in its stack, `{a,b}` for
-      several parameters that theirs holds in one tensor.
+      several parameters that theirs holds in one tensor. It is no row of parameters with other
+      axes.
     pattern, joined: see Piece.
     when: of which configs it is a row, beside those that have its parameters; None: of all.
   """
@@ -171,7 +179,9 @@ class Layout:
       for e in experts:
         index = (*repeat, *(() if e is None else (e,)))
         places = tuple(Place(path, index, self._shape(path, len(index))) for path in paths)
-        yield Piece(row.theirs.format(i=i, e=e), row.pattern, places, row.joined)
+        piece = Piece(row.theirs.format(i=i, e=e), row.pattern, places, row.joined)
+        if piece.fits:
+          yield piece
 
   def _places(self, stack: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(place in the list of stacks, index in the stack) of each layer."""

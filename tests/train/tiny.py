@@ -27,6 +27,13 @@ MODELS = {
     ROTARY, layer_pattern=("global", "global+experts"), window=None, num_experts=4,
     balance_loss=0.0, router_z_loss=0.0,
   ),
+  "latent_grouped_experts": dataclasses.replace(
+    ROTARY, num_kv_heads=None, kv_latent_dim=10, q_latent_dim=6, rope_head_dim=4, v_head_dim=6,
+    rope_interleaved=True, attention_bias=True, layer_prefix=("global",),
+    layer_pattern=("local+experts",), num_experts=8, shared_experts=1, router_scores="sigmoid",
+    router_bias=True, router_scale=2.5, router_groups=4, router_groups_kept=2, router_group_best=2,
+    balance_loss=0.0, router_z_loss=0.0,
+  ),
 }  # fmt: skip
 
 SHAPES = {  # (model, objective, lengths) of those that read text with an encoder.

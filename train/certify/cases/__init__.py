@@ -10,6 +10,7 @@ from train.certify.cases import (
   encoders,
   expert_decoders,
   gpt_decoders,
+  latent_decoders,
 )
 
 Case = tuple[str, dict]
@@ -17,6 +18,7 @@ CASES: dict[str, Case] = {
   **decoders.CASES,
   **gpt_decoders.CASES,
   **expert_decoders.CASES,
+  **latent_decoders.CASES,
   **encoders.CASES,
   **encoder_decoders.CASES,
 }
