@@ -12,6 +12,7 @@ from model import positions
 from model.attend import attend
 from model.cache import KVCache
 from model.config import LayerKind, ModelConfig
+from model.disentangled import Relative, RelativeProjections, disentangled
 from model.errors import InputError
 from model.latent import LatentKeysValues, LatentQueries
 from model.layers import Linear, Norm, param, residual_init
@@ -36,7 +37,8 @@ class Where:
   """Where the tokens of a pass are, and what every layer derives from it once.
 
   `angles` and `local_angles` are rotary; `bias` is the relative bias of a pass without a cache;
-  `table` holds what computes it against a cache's positions. `bidirectional` marks the tokens of
+  `table` holds what computes it against a cache's positions; `relative` is what disentangled
+  attention knows of positions. `bidirectional` marks the tokens of
   prefixes. `ordered` promises, statically, that tokens lie in row order with positions rising by
   one in each segment.
   """
@@ -49,6 +51,7 @@ class Where:
   table: Float[Array, "buckets N"] | None = None
   bidirectional: Bool[Array, "B T"] | None = None
   context: Context | None = None
+  relative: Relative | None = None
   ordered: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
@@ -108,6 +111,8 @@ class Attention(nnx.Module):
         axes=(axis, "head_dim") if whole else ("head_dim",),
       )  # fmt: skip
       self.q_norm, self.k_norm = norm(N, "heads"), norm(K, "kv_heads")
+    if cfg.positions == "disentangled":
+      self.relative = RelativeProjections(cfg, rngs=rngs)
     if cfg.attention_sinks:
       zeros = jax.nn.initializers.zeros
       self.sinks = param(cfg, rngs, (N,), ("heads",), role="vector", init=zeros)
@@ -133,10 +138,14 @@ class Attention(nnx.Module):
       bias = relative_bias(cfg, where.table, where.pos, kv_pos, causal=causal)
     run = functools.partial(
       attend, causal=causal, window=None if self.cross else self.kind.window,
-      scale=cfg.head_width**-0.5 if cfg.attention_scale is None else cfg.attention_scale,
-      softcap=cfg.attention_softcap, ordered=where.ordered and cache is None and not self.cross,
+      scale=cfg.score_scale, softcap=cfg.attention_softcap,
+      ordered=where.ordered and cache is None and not self.cross,
       kernel=cfg.attention_kernel if cache is None else "auto", dropout=cfg.attention_dropout,
     )  # fmt: skip
+    if where.relative is not None:
+      own = None if key is None else jax.random.fold_in(key, 1)
+      heads = self.relative(where.relative, self.q_proj, self.k_proj, own)
+      run = functools.partial(disentangled, run, heads, cfg.score_scale)
     if cfg.remat == "attention":
       run = jax.checkpoint(run)
     y = run(

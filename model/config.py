@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from model.errors import InputError, nearest
 
 SHAPES = ("decoder", "encoder", "encoder_decoder")
-POSITIONS = ("learned", "sinusoidal", "rotary", "t5_bias", "alibi", "none")
+POSITIONS = ("learned", "sinusoidal", "rotary", "t5_bias", "alibi", "disentangled", "none")
 ROPE_SCALINGS = ("none", "linear", "dynamic", "yarn", "llama3")
 NORMS = ("layer", "rms")
 NORM_PLACEMENTS = ("pre", "post", "sandwich", "output")
@@ -85,12 +85,15 @@ class ModelConfig:
   rope_beta_fast: float = 32.0  # YaRN.
   rope_beta_slow: float = 1.0  # YaRN.
   rope_attention_factor: float | None = None  # YaRN; None: 0.1 ln(rope_factor) + 1.
-  relative_buckets: int = 32  # T5.
-  relative_max_distance: int = 128  # T5.
+  relative_buckets: int = 32  # T5, DeBERTa.
+  relative_max_distance: int = 128  # T5, DeBERTa; half the buckets: each distance has one.
+  relative_scores: tuple[str, ...] = ("c2p", "p2c")  # What disentangled attention adds.
+  relative_own_proj: bool = False  # Its positions have projections of their own in each layer.
+  relative_norm: bool = False  # Of its vectors of positions.
 
   # Attention.
   window: int | None = None  # Tokens that a local layer sees, the query's own included.
-  attention_scale: float | None = None  # None: head_dim ** -0.5.
+  attention_scale: float | None = None  # None: (head_dim · terms of a score) ** -0.5.
   attention_softcap: float | None = None
   attention_sinks: bool = False
   qk_norm: str = "none"
@@ -201,6 +204,19 @@ class ModelConfig:
   def head_width(self) -> int:
     """Width of one head, the default resolved."""
     return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+  @property
+  def relative_terms(self) -> tuple[str, ...]:
+    """What relative positions add to a score as products of vectors (`relative_scores`)."""
+    return self.relative_scores if self.positions == "disentangled" else ()
+
+  @property
+  def score_scale(self) -> float:
+    """What scores are multiplied by, the default resolved."""
+    terms = 1 + len(self.relative_terms)
+    return (
+      (self.head_width * terms) ** -0.5 if self.attention_scale is None else self.attention_scale
+    )
 
   @property
   def value_width(self) -> int:

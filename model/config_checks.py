@@ -30,6 +30,7 @@ def check(cfg: ModelConfig) -> None:
   _check_positions(cfg)
   _check_layers(cfg)
   _check_latents(cfg)
+  _check_disentangled(cfg)
   _check_router(cfg)
   _check_shape(cfg)
   _check_head(cfg)
@@ -180,6 +181,40 @@ def _check_latents(cfg: ModelConfig) -> None:
     raise InputError(
       f"model.{unfit[0]} does not go with model.kv_latent_dim: latent attention is self-attention "
       "with rotary positions, norms of its own, and as many keys as queries."
+    )
+
+
+def _check_disentangled(cfg: ModelConfig) -> None:
+  if cfg.positions != "disentangled":
+    plain = dict(relative_scores=("c2p", "p2c"), relative_own_proj=False, relative_norm=False)
+    told = [name for name, value in plain.items() if getattr(cfg, name) != value]
+    if told:
+      raise InputError(
+        f"model.{told[0]}={getattr(cfg, told[0])} has no effect on model.positions="
+        f"{cfg.positions!r}: only on 'disentangled'."
+      )
+    return
+  if not cfg.relative_scores or sorted(set(cfg.relative_scores) & {"c2p", "p2c"}) != sorted(
+    cfg.relative_scores
+  ):
+    raise InputError(
+      f"model.relative_scores={cfg.relative_scores} must name c2p, p2c or both, each once."
+    )
+  if cfg.relative_buckets % 4 or 2 * cfg.relative_max_distance < cfg.relative_buckets:
+    raise InputError(
+      f"model.relative_buckets={cfg.relative_buckets} must be a multiple of 4, and at most twice "
+      f"relative_max_distance={cfg.relative_max_distance}."
+    )
+  unfit = [
+    f"{name}={getattr(cfg, name)!r}" for name, fits in (
+      ("shape", cfg.shape == "encoder"), ("num_kv_heads", cfg.kv_heads == cfg.num_heads),
+      ("qk_norm", cfg.qk_norm == "none"), ("attention_softcap", cfg.attention_softcap is None),
+    ) if not fits
+  ]  # fmt: skip
+  if unfit:
+    raise InputError(
+      f"model.{unfit[0]} does not go with model.positions='disentangled': that is of encoders with "
+      "as many keys as queries, no norms of them and no cap on scores."
     )
 
 

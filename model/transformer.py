@@ -13,6 +13,7 @@ from model import positions
 from model.attention import Attention, Context, Where, relative_bias
 from model.cache import Cache, LayerCache
 from model.config import LayerKind, ModelConfig
+from model.disentangled import RelativeTable
 from model.layers import MLP, Embed, Norm, dropout, param
 from model.moe import Experts
 from model.sharding import constrain
@@ -123,6 +124,8 @@ class Stack(nnx.Module):
     if cfg.positions == "t5_bias":
       shape, axes = (cfg.relative_buckets, cfg.num_heads), (None, "heads")
       self.relative_bias = param(cfg, rngs, shape, axes, role="embedding")
+    if cfg.positions == "disentangled":
+      self.relative = RelativeTable(cfg, rngs=rngs)
     if cfg.embed_norm:
       self.embed_norm = Norm(cfg, rngs=rngs)
     if stacked:
@@ -191,9 +194,11 @@ class Stack(nnx.Module):
     table = self.relative_bias[...] if cfg.positions == "t5_bias" else None
     causal = self.name == "decoder"
     bias = None if cached else relative_bias(cfg, table, pos, pos, causal=causal)
+    relative = self.relative(pos) if cfg.positions == "disentangled" else None
     return Where(
-      pos, inputs.seg, angles, local, bias, table, inputs.bidirectional, context, inputs.ordered
-    )
+      pos, inputs.seg, angles, local, bias, table, inputs.bidirectional, context, relative,
+      inputs.ordered,
+    )  # fmt: skip
 
   def _run_stacked(self, x, where, caches, key):
     """Scans over the repeats of each group, with the places of its pattern unrolled inside."""

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from model.config import ModelConfig
 from model.errors import InputError, nearest
 from model.hf import (
+  deberta,
   decoders,
   encoder_decoders,
   encoders,
@@ -38,6 +39,7 @@ FAMILIES: dict[str, Family] = {
     expert_decoders,
     latent_decoders,
     encoders,
+    deberta,
     encoder_decoders,
   )
   for family in tables.FAMILIES

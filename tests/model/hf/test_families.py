@@ -53,7 +53,10 @@ def their_scores(theirs, two: bool, doc) -> "torch.Tensor":
     return out.prediction_logits[0]
   if "logits" in out:
     return out.logits[0]
-  return out.pooler_output[0] if "pooler_output" in out else out.last_hidden_state[0, -1]
+  if out.get("pooler_output") is not None:
+    return out.pooler_output[0]
+  reads_all = hf.FAMILIES[theirs.config.model_type].settings["shape"] == "encoder"
+  return out.last_hidden_state[0, 0 if reads_all else -1]
 
 
 def more(m, doc) -> dict:

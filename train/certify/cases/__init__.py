@@ -5,6 +5,7 @@ of every day, the others on request.
 """
 
 from train.certify.cases import (
+  deberta,
   decoders,
   encoder_decoders,
   encoders,
@@ -20,5 +21,6 @@ CASES: dict[str, Case] = {
   **expert_decoders.CASES,
   **latent_decoders.CASES,
   **encoders.CASES,
+  **deberta.CASES,
   **encoder_decoders.CASES,
 }
