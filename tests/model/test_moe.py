@@ -87,7 +87,8 @@ def test_the_router_weighs_the_best_scores_as_deepseek_v3_does():
 def test_groups_a_bias_and_a_scale_choose_and_weigh_as_deepseek_does(version):
   torch = pytest.importorskip("torch")
   theirs = pytest.importorskip(f"transformers.models.deepseek_v{version}")
-  sizes = dict(hidden_size=8, n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2)
+  sizes = dict(hidden_size=8, num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=3,
+               n_group=4, topk_group=2)  # fmt: skip
   more = dict(topk_method="group_limited_greedy") if version == 2 else {}
   named = lambda kind: getattr(theirs, f"DeepseekV{version}{kind}")
   source = pytest.importorskip(f"{theirs.__name__}.modeling_deepseek_v{version}")
