@@ -125,9 +125,11 @@ class Attention(nnx.Module):
     cfg, causal = self.cfg, self.kind.causal and not self.cross
     q = self._turned(self.q_proj(x), where, "q_norm")
     k, v, kv_pos, kv_seg, cache = self._seen(x, where, cache)
-    absorbed = self.latent and cache is not None
+    absorbed = self.latent and cache is not None and self.kv_proj.absorbs(x.shape[1])
     if absorbed:
       q, v = self.kv_proj.absorbed(q), k
+    elif self.latent and cache is not None:
+      k, v = self.kv_proj.expanded(k)
     bias, prefix = where.bias, where.bidirectional
     if self.cross:
       bias = prefix = None

@@ -31,18 +31,19 @@ class LatentKeysValues(nnx.Module):
   """Keys and values of all heads from what is kept of a token: a normed latent of width R, and P
   elements behind it that turn with the token's position and end the keys of all heads.
 
-  Of a cache, heads are not made at all. A query is taken to where latents live instead (`absorbed`)
-  and meets what is kept as if that were one head's keys and values; what it gathers there becomes
-  its head's values (`values`).
+  Few queries meet what is kept as if that were one head's keys and values: they are taken to where
+  latents live (`absorbed`), and what they gather there becomes their heads' values (`values`).
   """
 
   def __init__(self, cfg: ModelConfig, width: int, turning: int, *, rngs: nnx.Rngs):
-    D, N, self.width = cfg.d_model, cfg.num_heads, width
+    D, N = cfg.d_model, cfg.num_heads
+    self.width, self.turning = width, turning
     self.still = cfg.head_width - turning  # Elements of a key that come from the latent.
+    self.made = self.still + cfg.value_width
     shape, axes = (D, width + turning), ("embed", "latent")
     self.down_proj = Linear(cfg, shape, axes, rngs=rngs, bias=cfg.attention_bias)
     self.norm = _norm(cfg, width, rngs)
-    self.up_proj = Linear(cfg, (width, N, self.still + cfg.value_width), _HEADS, rngs=rngs)
+    self.up_proj = Linear(cfg, (width, N, self.made), _HEADS, rngs=rngs)
 
   def latents(self, x: Float[Array, "B S D"]) -> Float[Array, "B S 1 R+P"]:
     """What is kept of tokens; the last P elements have still to turn."""
@@ -57,6 +58,11 @@ class LatentKeysValues(nnx.Module):
     heads = self.up_proj(latent[:, :, 0])
     turned = jnp.broadcast_to(turned, (*heads.shape[:3], turned.shape[-1]))
     return jnp.concatenate((heads[..., : self.still], turned), axis=-1), heads[..., self.still :]
+
+  def absorbs(self, queries: int) -> bool:
+    """Whether that is cheaper, for so many queries of each key, than to make its heads."""
+    more = 2 * (self.width + self.turning) - self.made - self.turning  # Per query, key and head.
+    return queries * more < self.width * self.made
 
   def absorbed(self, q: Float[Array, "B T N H"]) -> Float[Array, "B T N R+P"]:
     """Queries whose products with what is kept are those with the heads' keys."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from model import hf
 from model.attention import Attention, Where
 from model.cache import new_cache
 from model.config import ModelConfig
@@ -24,16 +25,18 @@ CFG = ModelConfig(
 )  # fmt: skip
 
 
-def test_a_cache_of_latents_gives_what_expanded_heads_give_and_holds_less():
+@pytest.mark.parametrize(("tokens", "absorbed"), [(9, True), (20, False)])
+def test_a_cache_of_latents_gives_what_expanded_heads_give_and_holds_less(tokens, absorbed):
   attn = Attention(CFG, CFG.layers("decoder")[0], rngs=nnx.Rngs(0))
-  pos = jnp.broadcast_to(jnp.arange(9), (2, 9))
-  x = jax.random.normal(jax.random.key(1), (2, 9, 16))
+  assert attn.kv_proj.absorbs(tokens) == absorbed
+  pos = jnp.broadcast_to(jnp.arange(tokens), (2, tokens))
+  x = jax.random.normal(jax.random.key(1), (2, tokens, 16))
   where = Where(pos, None, rotary_angles(pos, CFG, local=False))
   want, _ = attn(x, where)
-  cache = new_cache(CFG, 2, 9, stacked=False)[0].own
+  cache = new_cache(CFG, 2, tokens, stacked=False)[0].own
   got, cache = attn(x, where, cache=cache)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
-  assert cache.k.shape == (2, 1, 9, 12 + 4) and not cache.v.size
+  assert cache is not None and cache.k.shape == (2, 1, tokens, 12 + 4) and not cache.v.size
 
 
 def test_values_may_be_of_another_width_without_latents():
@@ -95,3 +98,49 @@ def test_eight_devices_equal_one():
 def test_what_does_not_go_with_latents_is_refused_by_name(changes, said):
   with pytest.raises(ValueError, match=said):
     dataclasses.replace(CFG, **changes)
+
+
+YARN = dict(
+  type="yarn", beta_fast=32, beta_slow=1, factor=40, original_max_position_embeddings=4096
+)
+PUBLISHED = {
+  "V2-Lite": (
+    dict(
+      model_type="deepseek_v2", vocab_size=102_400, hidden_size=2048, intermediate_size=10_944,
+      moe_intermediate_size=1408, num_hidden_layers=27, num_attention_heads=16,
+      num_key_value_heads=16, first_k_dense_replace=1, n_routed_experts=64, n_shared_experts=2,
+      num_experts_per_tok=6, n_group=1, topk_group=1, topk_method="greedy", norm_topk_prob=False,
+      q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+      v_head_dim=128, max_position_embeddings=163_840, aux_loss_alpha=0.001, seq_aux=True,
+      scoring_func="softmax", rope_scaling={**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    ),
+    15_706_484_224, 2.45e9,
+  ),
+  "V3": (
+    dict(
+      model_type="deepseek_v3", vocab_size=129_280, hidden_size=7168, intermediate_size=18_432,
+      moe_intermediate_size=2048, num_hidden_layers=61, num_attention_heads=128,
+      num_key_value_heads=128, first_k_dense_replace=3, n_routed_experts=256, n_shared_experts=1,
+      num_experts_per_tok=8, n_group=8, topk_group=4, topk_method="noaux_tc", norm_topk_prob=True,
+      q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+      v_head_dim=128, max_position_embeddings=163_840, routed_scaling_factor=2.5, ep_size=1,
+      moe_layer_freq=1, num_nextn_predict_layers=1, scoring_func="sigmoid",
+      rope_scaling={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
+    671_026_419_200, 36.6e9,
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_have_the_published_counts_and_survive(name):
+  """Parameters, and those that a token is multiplied with; YaRN's factors cancel in the angles."""
+  values, parameters, active = PUBLISHED[name]
+  family = hf.FAMILIES[values["model_type"]]
+  cfg = family.read(values)[1]
+  assert cfg.num_params() == parameters
+  assert sum(matmul_params(cfg).values()) == pytest.approx(active, rel=2e-3)
+  power = 0.1 * values["rope_scaling"]["mscale"] * np.log(40) + 1
+  assert cfg.attention_scale == pytest.approx(192**-0.5 * power**2)
+  assert cfg.rope_attention_factor == 1.0
+  assert family.read(family.write(cfg)[1])[1] == cfg
