@@ -14,7 +14,7 @@ from model.mask import attention_mask
 def attend(
   q: Float[Array, "B T N H"],
   k: Float[Array, "B S K H"],
-  v: Float[Array, "B S K H"],
+  v: Float[Array, "B S K Hv"],
   *,
   q_pos: Int[Array, "B T"],
   kv_pos: Int[Array, "B S"],
@@ -31,7 +31,7 @@ def attend(
   kernel: str,
   dropout: float = 0.0,
   key: jax.Array | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N Hv"]:
   """Softmax attention of every query over the keys that `attention_mask` shows it.
 
   Query heads share key/value heads in groups of N / K. A query that sees nothing, such as padding,
@@ -58,7 +58,7 @@ def attend(
   name, reason = choose_kernel(
     kernel, platform=platform, dtype=q.dtype, q_shape=q.shape, k_shape=k.shape, ordered=ordered,
     softcap=softcap is not None, sinks=sinks is not None, bias=bias is not None, dropout=dropping,
-    prefix=bidirectional is not None, head_limit=head_limit,
+    prefix=bidirectional is not None, widths=v.shape != k.shape, head_limit=head_limit,
   )  # fmt: skip
   _announce(name, reason)
   if name == "splash":
@@ -101,7 +101,7 @@ def _xla(q, k, v, mask, scale: float, *, softcap, sinks, bias, dropped) -> Array
     weights = jnp.where(kept, weights / (1 - rate), 0)
   # In this order XLA need not turn the values around before each step of decoding.
   y = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v)
-  y = jnp.moveaxis(y, 3, 1).reshape(B, T, N, H)
+  y = jnp.moveaxis(y, 3, 1).reshape(B, T, N, v.shape[-1])
   if sinks is not None:
     share = jax.nn.sigmoid(total.reshape(B, N, T) - sinks.astype(exact)[:, None])
     y = y * jnp.moveaxis(share, 1, 2)[..., None]
@@ -144,6 +144,7 @@ def choose_kernel(
   bias: bool = False,
   dropout: bool = False,
   prefix: bool = False,
+  widths: bool = False,
   head_limit: int = 128,
 ) -> tuple[str, str]:
   """The kernel that serves a call, and why: (name, reason).
@@ -155,13 +156,15 @@ def choose_kernel(
     dtype: of queries, keys and values.
     q_shape, k_shape: (B, T, N, H) and (B, S, K, H).
     ordered: see `attend`.
-    softcap, sinks, bias, dropout, prefix: what the call asks for.
+    softcap, sinks, bias, dropout, prefix, widths: what the call asks for.
     head_limit: widest head of this GPU's cuDNN attention.
 
   Raises:
     InputError: if `kernel` names one that cannot serve the call.
   """
-  asked = dict(softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, prefix=prefix)
+  asked = dict(
+    softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, prefix=prefix, widths=widths
+  )  # fmt: skip
   facts = (platform, jnp.dtype(dtype), q_shape, k_shape)
   refusals = {
     "xla": lambda: None,
@@ -196,7 +199,7 @@ def _splash_refusal(platform, dtype, q_shape, k_shape, ordered, asked) -> str | 
     return "masks by index: it serves training, not a pass with a cache or positions of its own"
   if T != S or T % 128:
     return f"takes sequences of a multiple of 128 tokens, not {T} queries and {S} keys"
-  return _feature(asked, ("bias", "dropout", "prefix"))
+  return _feature(asked, ("bias", "dropout", "prefix", "widths"))
 
 
 def _cudnn_refusal(platform, dtype, q_shape, k_shape, head_limit, asked) -> str | None:
@@ -209,7 +212,7 @@ def _cudnn_refusal(platform, dtype, q_shape, k_shape, head_limit, asked) -> str 
     return f"takes heads of a multiple of 8 up to {head_limit} wide on this GPU, not {H}"
   if T % 2 or S % 2:
     return f"takes even lengths, not {T} queries and {S} keys"
-  return _feature(asked, ("softcap", "sinks", "bias", "dropout"))
+  return _feature(asked, ("softcap", "sinks", "bias", "dropout", "widths"))
 
 
 _FEATURES = {
@@ -218,6 +221,7 @@ _FEATURES = {
   "bias": "biases on scores (T5, ALiBi)",
   "dropout": "dropout of probabilities (model.attention_dropout)",
   "prefix": "bidirectional prefixes",
+  "widths": "values of another width than keys (model.v_head_dim)",
 }
 
 

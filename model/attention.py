@@ -12,7 +12,9 @@ from model import positions
 from model.attend import attend
 from model.cache import KVCache
 from model.config import LayerKind, ModelConfig
+from model.disentangled import Relative, RelativeProjections, disentangled
 from model.errors import InputError
+from model.latent import LatentKeysValues, LatentQueries
 from model.layers import Linear, Norm, param, residual_init
 from model.sharding import constrain
 
@@ -35,7 +37,8 @@ class Where:
   """Where the tokens of a pass are, and what every layer derives from it once.
 
   `angles` and `local_angles` are rotary; `bias` is the relative bias of a pass without a cache;
-  `table` holds what computes it against a cache's positions. `bidirectional` marks the tokens of
+  `table` holds what computes it against a cache's positions; `relative` is what disentangled
+  attention knows of positions. `bidirectional` marks the tokens of
   prefixes. `ordered` promises, statically, that tokens lie in row order with positions rising by
   one in each segment.
   """
@@ -48,6 +51,7 @@ class Where:
   table: Float[Array, "buckets N"] | None = None
   bidirectional: Bool[Array, "B T"] | None = None
   context: Context | None = None
+  relative: Relative | None = None
   ordered: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
@@ -76,28 +80,38 @@ def relative_bias(
 
 
 class Attention(nnx.Module):
-  """MHA, GQA, MQA, windowed, bidirectional, cached and cross-attention.
+  """MHA, GQA, MQA, latent, windowed, bidirectional, cached and cross-attention.
 
-  Head counts choose MHA, GQA or MQA; positions, segments, causality and the layer's window choose
-  the mask; a cache makes it incremental. `cross` attends to an encoder's tokens, all of those of
-  the query's segment: there positions, windows and relative biases say nothing.
+  Head counts choose MHA, GQA or MQA, latents what queries, keys and values are made of; positions,
+  segments, causality and the layer's window choose the mask; a cache makes it incremental. `cross`
+  attends to an encoder's tokens, all of those of the query's segment: there positions, windows and
+  relative biases say nothing.
   """
 
   def __init__(self, cfg: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs, cross: bool = False):
-    D, N, K, H = cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_width
+    D, N, K = cfg.d_model, cfg.num_heads, cfg.kv_heads
+    H, V = cfg.head_width, cfg.value_width
     self.cfg, self.kind, self.cross = cfg, kind, cross
     # A cache's keys turn when they are read: their angles hang on how long the text is by then.
     self.late = kind.rotary and cfg.rope_scaling == "longrope" and not cross
-    into = functools.partial(Linear, cfg, rngs=rngs, bias=cfg.attention_bias)
+    self.latent = cfg.kv_latent_dim is not None
+    bias = cfg.attention_bias and not self.latent
+    into = functools.partial(Linear, cfg, rngs=rngs, bias=bias)
     kv_axes = ("embed", "kv_heads", "head_dim")
     # A scale of its own, such as T5's 1, is made good by the queries: scores begin as usual.
     spread = 1.0 if cfg.attention_scale is None else H**-0.5 / cfg.attention_scale
     init = jax.nn.initializers.normal(cfg.init_std * spread)
-    self.q_proj = into((D, N, H), ("embed", "heads", "head_dim"), init=init)
-    self.k_proj = into((D, K, H), kv_axes)
-    self.v_proj = into((D, K, H), kv_axes)
+    if cfg.q_latent_dim is not None:
+      self.q_proj = LatentQueries(cfg, cfg.q_latent_dim, init=init, rngs=rngs)
+    else:
+      self.q_proj = into((D, N, H), ("embed", "heads", "head_dim"), init=init)
+    if cfg.kv_latent_dim is not None:
+      self.kv_proj = LatentKeysValues(cfg, cfg.kv_latent_dim, cfg.rotated_width, rngs=rngs)
+    else:
+      self.k_proj = into((D, K, H), kv_axes)
+      self.v_proj = into((D, K, V), kv_axes)
     self.o_proj = Linear(
-      cfg, (N, H, D), ("heads", "head_dim", "embed"), rngs=rngs, inputs=2,
+      cfg, (N, V, D), ("heads", "head_dim", "embed"), rngs=rngs, inputs=2,
       bias=cfg.attention_out_bias, init=residual_init(cfg),
     )  # fmt: skip
     if cfg.qk_norm != "none":
@@ -110,6 +124,8 @@ class Attention(nnx.Module):
       self.q_norm, self.k_norm = norm(N, "heads"), norm(K, "kv_heads")
     if cfg.relative_bias_per_layer and not cross:
       self.relative_bias = relative_table(cfg, rngs)
+    if cfg.positions == "disentangled":
+      self.relative = RelativeProjections(cfg, rngs=rngs)
     if cfg.attention_sinks:
       zeros = jax.nn.initializers.zeros
       self.sinks = param(cfg, rngs, (N,), ("heads",), role="vector", init=zeros)
@@ -122,6 +138,11 @@ class Attention(nnx.Module):
     cfg, causal = self.cfg, self.kind.causal and not self.cross
     q = self._turned(self.q_proj(x), where, "q_norm")
     k, v, kv_pos, kv_seg, cache = self._seen(x, where, cache)
+    absorbed = self.latent and cache is not None and self.kv_proj.absorbs(x.shape[1])
+    if absorbed:
+      q, v = self.kv_proj.absorbed(q), k
+    elif self.latent and cache is not None:
+      k, v = self.kv_proj.expanded(k)
     bias, prefix = where.bias, where.bidirectional
     if self.cross:
       bias = prefix = None
@@ -138,6 +159,10 @@ class Attention(nnx.Module):
       ordered=where.ordered and cache is None and not self.cross,
       kernel=cfg.attention_kernel if cache is None else "auto", dropout=cfg.attention_dropout,
     )  # fmt: skip
+    if where.relative is not None:
+      own = None if key is None else jax.random.fold_in(key, 1)
+      heads = self.relative(where.relative, self.q_proj, self.k_proj, own)
+      run = functools.partial(disentangled, run, heads, cfg.score_scale)
     if cfg.remat == "attention":
       run = jax.checkpoint(run)
     y = run(
@@ -146,13 +171,17 @@ class Attention(nnx.Module):
       bidirectional=prefix,
       sinks=self.sinks[...] if cfg.attention_sinks else None,
     )  # fmt: skip
+    y = self.kv_proj.values(y) if absorbed else y
     return self.o_proj(constrain(y, ("batch", "seq", "heads", None))), cache
 
   def keys_values(
-    self, x: Float[Array, "B S D"], where: Where | Context
-  ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Keys and values of the tokens `x`: what is attended to, and what a cache keeps."""
-    return self._turned(self.k_proj(x), where, "k_norm"), self.v_proj(x)
+    self, x: Float[Array, "B S D"], where: Where | Context, *, kept: bool = False
+  ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+    """Keys and values of the tokens `x`: what is attended to, and (`kept`) what a cache keeps."""
+    if not self.latent:
+      return self._turned(self.k_proj(x), where, "k_norm"), self.v_proj(x)
+    latents = self._turned(self.kv_proj.latents(x), where, "k_norm")
+    return (latents, latents[..., :0]) if kept else self.kv_proj.expanded(latents)
 
   def _seen(self, x: Array, where: Where, cache: KVCache | None):
     """(keys, values, their positions, their segments, the cache after this)."""
@@ -165,7 +194,7 @@ class Attention(nnx.Module):
       return *self.keys_values(context.x, context), context.pos, context.seg, None
     if not self.cross:
       unturned = dataclasses.replace(where, angles=None, local_angles=None)
-      written = self.keys_values(x, unturned if self.late else where)
+      written = self.keys_values(x, unturned if self.late else where, kept=True)
       cache = cache.update(*written, where.pos)
     keys = cache.k.swapaxes(1, 2)
     if self.late:
@@ -184,4 +213,8 @@ class Attention(nnx.Module):
     angles = where.local_angles if local else where.angles
     if angles is None:
       return heads
-    return positions.apply_rotary(heads, angles, interleaved=self.cfg.rope_interleaved)
+    still = 0 if self.cfg.rope_head_dim is None else heads.shape[-1] - self.cfg.rope_head_dim
+    turned = positions.apply_rotary(
+      heads[..., still:], angles, interleaved=self.cfg.rope_interleaved
+    )
+    return jnp.concatenate((heads[..., :still], turned), axis=-1) if still else turned

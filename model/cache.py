@@ -14,16 +14,18 @@ from model.config import LayerKind, ModelConfig
 class KVCache:
   """Keys and values of one layer, or of a stack of layers with a leading axis.
 
+  Of latent attention, `k` holds what is kept of a token, as one head, and `v` has no width.
+
   A ring: the token at position p lies in slot p % S. It is right as long as S is at least the
   number of tokens that are still to be seen, the ones of one update included.
   """
 
   k: Float[Array, "... B K S H"]  # Heads outermost: no product with a query has to turn it.
-  v: Float[Array, "... B K S H"]
+  v: Float[Array, "... B K S Hv"]
   pos: Int[Array, "... B S"]  # Position of the token in a slot; -1: empty.
 
   def update(
-    self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], pos: Int[Array, "B T"]
+    self, k: Float[Array, "B T K H"], v: Float[Array, "B T K Hv"], pos: Int[Array, "B T"]
   ) -> "KVCache":
     """Writes each token at slot pos % S; padding (position -1) writes nothing."""
     B, S = self.pos.shape
@@ -71,10 +73,13 @@ def new_cache(
   dtype = cfg.compute_dtype if dtype is None else dtype
   chunk = length if chunk is None else chunk
 
+  heads, widths = cfg.kv_heads, (cfg.head_width, cfg.value_width)
+  if cfg.kv_latent_dim is not None:
+    heads, widths = 1, (cfg.kv_latent_dim + cfg.rotated_width, 0)
+
   def slots(S: int, lead: tuple[int, ...]) -> KVCache:
-    shape = (*lead, batch, cfg.kv_heads, S, cfg.head_width)
-    pos = jnp.full((*lead, batch, S), -1, jnp.int32)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), pos)
+    k, v = (jnp.zeros((*lead, batch, heads, S, width), dtype) for width in widths)
+    return KVCache(k, v, jnp.full((*lead, batch, S), -1, jnp.int32))
 
   def empty(kind: LayerKind, lead: tuple[int, ...]) -> LayerCache:
     own = slots(cache_length(kind.window, length, chunk), lead)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from model.errors import InputError, nearest
 
 SHAPES = ("decoder", "encoder", "encoder_decoder")
-POSITIONS = ("learned", "sinusoidal", "rotary", "t5_bias", "alibi", "none")
+POSITIONS = ("learned", "sinusoidal", "rotary", "t5_bias", "alibi", "disentangled", "none")
 ROPE_SCALINGS = ("none", "linear", "dynamic", "yarn", "llama3", "longrope")
 NORMS = ("layer", "rms")
 NORM_PLACEMENTS = ("pre", "post", "sandwich", "output")
@@ -66,6 +66,7 @@ class ModelConfig:
   num_heads: int = 12
   num_kv_heads: int | None = None  # None: num_heads (MHA); 1 is MQA; a divisor is GQA.
   head_dim: int | None = None  # None: d_model / num_heads.
+  v_head_dim: int | None = None  # Of values; None: as queries and keys.
   max_positions: int | None = 1024  # The longest sequence; None: no limit.
   layer_prefix: tuple[str, ...] = ()
   layer_pattern: tuple[str, ...] = ("global",)
@@ -93,21 +94,30 @@ class ModelConfig:
   rope_attention_factor: float | None = None  # YaRN, LongRoPE; None: from rope_factor.
   alibi_scaled: bool = False  # ALiBi is scaled as the scores are (Falcon).
   alibi_rounded: bool = False  # Its terms are rounded to bfloat16 (Falcon).
-  relative_buckets: int = 32  # T5.
-  relative_max_distance: int = 128  # T5.
+  relative_buckets: int = 32  # T5, DeBERTa.
+  relative_max_distance: int = 128  # T5, DeBERTa; half the buckets: each distance has one.
   relative_bias: bool = False  # T5's bias beside learned positions (MPNet).
   relative_bias_per_layer: bool = False  # Each layer has a table, not each stack (umT5).
+  relative_scores: tuple[str, ...] = ("c2p", "p2c")  # What disentangled attention adds.
+  relative_own_proj: bool = False  # Its positions have projections of their own in each layer.
+  relative_norm: bool = False  # Of its vectors of positions.
 
   # Attention.
   window: int | None = None  # Tokens that a local layer sees, the query's own included.
   decoder_window: int | None = None  # The same of an encoder–decoder's decoder; None: window.
-  attention_scale: float | None = None  # None: head_dim ** -0.5.
+  attention_scale: float | None = None  # None: (head_dim · terms of a score) ** -0.5.
   attention_softcap: float | None = None
   attention_sinks: bool = False
   qk_norm: str = "none"  # Of a head, with one scale for all or (each) its own and no bias; of all.
   attention_bias: bool = False  # On q, k, v.
   attention_out_bias: bool = False
   residual: str = "serial"
+
+  # Latent attention (DeepSeek). Biases are then of what makes latents.
+  kv_latent_dim: int | None = None  # What keys and values are made of; None: no such attention.
+  q_latent_dim: int | None = None  # What queries are made of; None: of the residual stream.
+  rope_head_dim: int | None = None  # The last elements of a head, which turn and keys share.
+  latent_norm_eps: float = 1e-6
 
   # Norms and embeddings.
   norm: str = "rms"
@@ -140,9 +150,14 @@ class ModelConfig:
   shared_experts: int = 0  # Experts that every token uses, as one MLP of that many widths.
   shared_gate: bool = False  # Shared experts count as much as a sigmoid of the token (Qwen2-MoE).
   d_expert: int | None = None  # Width of an expert; None: d_ff.
-  router_bias: bool = False
+  router_bias: bool = False  # Of its logits (GPT-OSS).
   router_scores: str = "softmax"
   router_renormalize: bool = True  # The chosen experts' weights sum to 1.
+  router_scale: float = 1.0  # Multiplies these weights.
+  router_choice_bias: bool = False  # Only the choice sees it (DeepSeek-V3); not trained.
+  router_groups: int = 1  # Of experts; a token's come from the best `router_groups_kept` of them.
+  router_groups_kept: int = 1
+  router_group_best: int = 1  # So many best scores of a group sum to the group's.
   balance_loss: float = 0.01
   router_z_loss: float = 0.001
 
@@ -221,9 +236,28 @@ class ModelConfig:
     return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
   @property
+  def relative_terms(self) -> tuple[str, ...]:
+    """What relative positions add to a score as products of vectors (`relative_scores`)."""
+    return self.relative_scores if self.positions == "disentangled" else ()
+
+  @property
   def score_scale(self) -> float:
     """What scores are multiplied by, the default resolved."""
-    return self.head_width**-0.5 if self.attention_scale is None else self.attention_scale
+    terms = 1 + len(self.relative_terms)
+    return (
+      (self.head_width * terms) ** -0.5 if self.attention_scale is None else self.attention_scale
+    )
+
+  @property
+  def value_width(self) -> int:
+    """Width of one head's values, the default resolved."""
+    return self.head_width if self.v_head_dim is None else self.v_head_dim
+
+  @property
+  def rotated_width(self) -> int:
+    """Elements of a head that rotary positions turn."""
+    part = int(self.head_width * self.rope_fraction)
+    return part if self.rope_head_dim is None else self.rope_head_dim
 
   @property
   def expert_width(self) -> int:

@@ -29,6 +29,9 @@ def check(cfg: ModelConfig) -> None:
   _check_sizes(cfg)
   _check_positions(cfg)
   _check_layers(cfg)
+  _check_latents(cfg)
+  _check_disentangled(cfg)
+  _check_router(cfg)
   _check_shape(cfg)
   _check_head(cfg)
 
@@ -56,9 +59,11 @@ def _check_choices(cfg: ModelConfig) -> None:
 def _check_sizes(cfg: ModelConfig) -> None:
   optional = ("vocab_size", "num_kv_heads", "head_dim", "max_positions", "window", "d_expert",
               "rope_original_positions", "num_decoder_layers", "num_labels", "d_embed",
-              "layer_sets", "decoder_window")  # fmt: skip
+              "layer_sets", "decoder_window", "v_head_dim", "kv_latent_dim", "q_latent_dim",
+              "rope_head_dim")  # fmt: skip
   sizes = ("num_layers", "d_model", "d_ff", "num_heads", "vocab_multiple", "experts_per_token",
-           "relative_buckets", "relative_max_distance")  # fmt: skip
+           "relative_buckets", "relative_max_distance", "router_groups", "router_groups_kept",
+           "router_group_best")  # fmt: skip
   for name in (*sizes, *optional):
     value = getattr(cfg, name)
     if value is None and name in optional:
@@ -71,8 +76,8 @@ def _check_sizes(cfg: ModelConfig) -> None:
   positive = ("attention_softcap", "logit_softcap", "attention_scale", "norm_eps", "init_std",
               "init_embed_std", "rope_theta", "rope_local_theta", "rope_factor",
               "rope_attention_factor", "logit_scale", "rope_low_freq_factor",
-              "embed_scale", "residual_scale", "gate_limit",
-              "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow")  # fmt: skip
+              "embed_scale", "residual_scale", "gate_limit", "rope_high_freq_factor",
+              "rope_beta_fast", "rope_beta_slow", "latent_norm_eps", "router_scale")  # fmt: skip
   for name in positive:
     value = getattr(cfg, name)
     if value is not None and not 0 < value < float("inf"):
@@ -125,7 +130,7 @@ def _check_positions(cfg: ModelConfig) -> None:
       f"{cfg.positions!r}: for T5's bias alone use model.positions='t5_bias'."
     )
   if cfg.positions == "rotary":
-    rotated = int(cfg.head_width * cfg.rope_fraction)
+    rotated = cfg.rotated_width
     if not 0 < cfg.rope_fraction <= 1 or rotated < 2 or rotated % 2:
       raise InputError(
         f"model.rope_fraction={cfg.rope_fraction} of head_dim={cfg.head_width} rotates {rotated} "
@@ -150,7 +155,7 @@ def _check_positions(cfg: ModelConfig) -> None:
 
 
 def _check_long_factors(cfg: ModelConfig, name: str) -> None:
-  factors, pairs = getattr(cfg, name), int(cfg.head_width * cfg.rope_fraction) // 2
+  factors, pairs = getattr(cfg, name), cfg.rotated_width // 2
   if cfg.rope_scaling != "longrope":
     if factors is not None:
       raise InputError(f"model.{name} has no effect without model.rope_scaling='longrope'.")
@@ -210,13 +215,96 @@ def _check_layers(cfg: ModelConfig) -> None:
     raise InputError(f"model.mlp_dropout={cfg.mlp_dropout} has no effect on experts: use dropout.")
   if not cfg.gated and (cfg.gate_offset or cfg.gate_limit is not None):
     raise InputError("model.gate_limit and gate_offset have no effect without model.gated.")
-  if cfg.router_bias and not cfg.num_experts:
-    raise InputError("model.router_bias has no effect without model.num_experts.")
   if cfg.shared_gate and not cfg.shared_experts:
     raise InputError("model.shared_gate has no effect without model.shared_experts.")
   if cfg.num_experts and cfg.experts_per_token > cfg.num_experts:
     raise InputError(
       f"model.experts_per_token={cfg.experts_per_token} exceeds num_experts={cfg.num_experts}."
+    )
+
+
+def _check_latents(cfg: ModelConfig) -> None:
+  if cfg.kv_latent_dim is None:
+    for name, plain in (("q_latent_dim", None), ("rope_head_dim", None), ("latent_norm_eps", 1e-6)):
+      if getattr(cfg, name) != plain:
+        raise InputError(
+          f"model.{name}={getattr(cfg, name)} has no effect without model.kv_latent_dim: set that."
+        )
+    return
+  if cfg.rope_head_dim is None or not 0 < cfg.rope_head_dim < cfg.head_width:
+    raise InputError(
+      f"model.rope_head_dim={cfg.rope_head_dim} must be a part of head_dim={cfg.head_width}: with "
+      "model.kv_latent_dim so many elements turn, and the others come from the latent."
+    )
+  unfit = [
+    f"{name}={getattr(cfg, name)!r}" for name, fits in (
+      ("positions", cfg.positions == "rotary"), ("rope_fraction", cfg.rope_fraction == 1.0),
+      ("qk_norm", cfg.qk_norm == "none"), ("shape", cfg.shape != "encoder_decoder"),
+      ("num_kv_heads", cfg.kv_heads == cfg.num_heads),
+      ("rope_scaling", cfg.rope_scaling != "longrope"),
+    ) if not fits
+  ]  # fmt: skip
+  if unfit:
+    raise InputError(
+      f"model.{unfit[0]} does not go with model.kv_latent_dim: latent attention is self-attention "
+      "with rotary positions that turn once, norms of its own, and as many keys as queries."
+    )
+
+
+def _check_disentangled(cfg: ModelConfig) -> None:
+  if cfg.positions != "disentangled":
+    plain = dict(relative_scores=("c2p", "p2c"), relative_own_proj=False, relative_norm=False)
+    told = [name for name, value in plain.items() if getattr(cfg, name) != value]
+    if told:
+      raise InputError(
+        f"model.{told[0]}={getattr(cfg, told[0])} has no effect on model.positions="
+        f"{cfg.positions!r}: only on 'disentangled'."
+      )
+    return
+  if not cfg.relative_scores or sorted(set(cfg.relative_scores) & {"c2p", "p2c"}) != sorted(
+    cfg.relative_scores
+  ):
+    raise InputError(
+      f"model.relative_scores={cfg.relative_scores} must name c2p, p2c or both, each once."
+    )
+  if cfg.relative_buckets % 4 or 2 * cfg.relative_max_distance < cfg.relative_buckets:
+    raise InputError(
+      f"model.relative_buckets={cfg.relative_buckets} must be a multiple of 4, and at most twice "
+      f"relative_max_distance={cfg.relative_max_distance}."
+    )
+  unfit = [
+    f"{name}={getattr(cfg, name)!r}" for name, fits in (
+      ("shape", cfg.shape == "encoder"), ("num_kv_heads", cfg.kv_heads == cfg.num_heads),
+      ("qk_norm", cfg.qk_norm == "none"), ("attention_softcap", cfg.attention_softcap is None),
+    ) if not fits
+  ]  # fmt: skip
+  if unfit:
+    raise InputError(
+      f"model.{unfit[0]} does not go with model.positions='disentangled': that is of encoders with "
+      "as many keys as queries, no norms of them and no cap on scores."
+    )
+
+
+def _check_router(cfg: ModelConfig) -> None:
+  plain = dict(router_scale=1.0, router_bias=False, router_choice_bias=False, router_groups=1)
+  told = [name for name, value in plain.items() if getattr(cfg, name) != value]
+  if told and not cfg.num_experts:
+    raise InputError(f"model.{told[0]} has no effect without experts: set model.num_experts.")
+  groups, kept, best = cfg.router_groups, cfg.router_groups_kept, cfg.router_group_best
+  if groups == 1 and (kept, best) != (1, 1):
+    raise InputError(
+      "model.router_groups_kept and router_group_best have no effect without router_groups."
+    )
+  size = cfg.num_experts // groups
+  if groups > 1 and (cfg.num_experts % groups or best > size):
+    raise InputError(
+      f"model.num_experts={cfg.num_experts} must be a multiple of router_groups={groups}, with at "
+      f"least router_group_best={best} in each."
+    )
+  if groups > 1 and not cfg.experts_per_token / size <= kept <= groups:
+    raise InputError(
+      f"model.router_groups_kept={kept} of {groups} groups of {size} experts must have "
+      f"experts_per_token={cfg.experts_per_token} among them."
     )
 
 

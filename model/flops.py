@@ -23,14 +23,15 @@ def model_flops(cfg: ModelConfig, tokens: Mapping[str, float], pairs: Mapping[st
   A multiplication and an addition count as two. Recomputed activations, the embedding lookup,
   norms and element-wise functions are not counted (PaLM, arXiv:2204.02311, appendix B).
   """
-  width = cfg.num_heads * cfg.head_width
+  terms = 1 + len(cfg.relative_terms)
+  width = cfg.num_heads * (cfg.head_width * terms + cfg.value_width)
   weights = matmul_params(cfg)
   products = sum(2 * weights[part] * tokens[part] for part in weights)
   seen = 0.0
   for stack in cfg.stacks:
     for kind in cfg.layers(stack):
       seen += pairs[f"{stack}.{kind.window}"] + (pairs["cross"] if kind.cross else 0.0)
-  return 3 * (products + 4 * seen * width)  # QK' and AV.
+  return 3 * (products + 2 * seen * width)  # QK' and its like, and AV.
 
 
 @functools.lru_cache
@@ -39,7 +40,7 @@ def matmul_params(cfg: ModelConfig) -> dict[str, float]:
 
   All matrices, of experts the share that a token goes through; the embedding only where it is also
   the head. Keys and values of cross-attention belong to the encoder's tokens. Padding of the
-  vocabulary is left out.
+  vocabulary is left out, and what is multiplied with vectors of positions, once a batch.
   """
   net = abstract(cfg)
   flat = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(net, nnx.Param)))[0]
@@ -49,7 +50,7 @@ def matmul_params(cfg: ModelConfig) -> dict[str, float]:
     totals["head"] += cfg.embed_width * cfg.real_vocab
   for (path, leaf), info in zip(flat, infos, strict=True):
     names = [str(part.key) for part in path]
-    if info.role == "matrix" and names[0] in totals:
+    if info.role == "matrix" and names[0] in totals and "relative" not in names:
       fed = "encoder" if "cross_attn" in names and names[-2] in ("k_proj", "v_proj") else names[0]
       uses = cfg.layer_uses(names[0]) if info.axes[0] == "layers" else 1
       totals[fed] += info.count(leaf.shape, cfg.real_vocab) * _share(cfg, info) * uses

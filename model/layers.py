@@ -49,10 +49,15 @@ def param(
   role: str = "matrix",
   inputs: int = 1,
   init: Initializer | None = None,
+  least: Any = None,
 ) -> nnx.Param:
-  """Declares a parameter: shape, logical axes, role and initializer (None: normal, `init_std`)."""
+  """Declares a parameter: shape, logical axes, role and initializer (None: normal, `init_std`).
+
+  It has the config's dtype for parameters, or `least` where that is wider.
+  """
   init = jax.nn.initializers.normal(cfg.init_std) if init is None else init
-  value = init(rngs.params(), shape, jnp.float32).astype(cfg.param_dtype)
+  dtype = cfg.param_dtype if least is None else jnp.promote_types(cfg.param_dtype, least)
+  value = init(rngs.params(), shape, jnp.float32).astype(dtype)
   return nnx.Param(value, axes=axes, role=role, inputs=inputs)
 
 
@@ -110,6 +115,12 @@ class Linear(nnx.Module):
       y = jnp.tensordot(x, w, self.inputs)
     return y + self.b[...].astype(self.dtype) if hasattr(self, "b") else y
 
+  def matrix(self) -> Float[Array, "..."]:
+    """The weights in the compute dtype, with the axes of `shape`, turned or not."""
+    w = self.w[...].astype(self.dtype)
+    last = tuple(range(w.ndim - self.inputs, w.ndim))
+    return jnp.moveaxis(w, last, tuple(range(self.inputs))) if self.turned else w
+
 
 def turn(module: Any, params: dict) -> dict:
   """Turns all Linear below `module`, whose parameters are `params`; returns the new parameters."""
@@ -148,8 +159,10 @@ class Norm(nnx.Module):
   def __init__(
     self, cfg: ModelConfig, *, rngs: nnx.Rngs, shape: tuple[int, ...] | None = None,
     axes: tuple[str, ...] = ("embed",), over: int | None = None, bias: bool = True,
+    eps: float | None = None,
   ):  # fmt: skip
-    self.kind, self.eps, self.offset = cfg.norm, cfg.norm_eps, float(cfg.norm_offset)
+    self.kind, self.offset = cfg.norm, float(cfg.norm_offset)
+    self.eps = cfg.norm_eps if eps is None else eps
     shape = (cfg.d_model,) if shape is None else shape
     self.dims = tuple(range(-(over or len(shape)), 0))
     start = jax.nn.initializers.constant(1.0 - self.offset)

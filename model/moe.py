@@ -25,7 +25,14 @@ class Router(nnx.Module):
       zeros = jax.nn.initializers.zeros
       self.b = param(cfg, rngs, (cfg.num_experts,), ("expert",), role="vector", init=zeros)
     self.per_token, self.scores = cfg.experts_per_token, cfg.router_scores
-    self.renormalize = cfg.router_renormalize
+    self.renormalize, self.scale = cfg.router_renormalize, cfg.router_scale
+    self.groups, self.kept = cfg.router_groups, cfg.router_groups_kept
+    self.group_best = cfg.router_group_best
+    if cfg.router_choice_bias:
+      zeros = jax.nn.initializers.zeros
+      self.bias = param(
+        cfg, rngs, (cfg.num_experts,), ("expert",), role="vector", init=zeros, least=jnp.float32
+      )
 
   def __call__(
     self, x: Float[Array, "B T D"]
@@ -47,10 +54,27 @@ class Router(nnx.Module):
     else:
       scores = jax.nn.sigmoid(logits)
       probs = scores / scores.sum(axis=-1, keepdims=True)
-    weights, chosen = jax.lax.top_k(scores, self.per_token)
+    chosen = self._chosen(scores)
+    weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if self.renormalize:
       weights = weights / weights.sum(axis=-1, keepdims=True)
-    return logits, probs, weights, chosen
+    return logits, probs, weights * self.scale, chosen
+
+  def _chosen(self, scores: Float[Array, "B T E"]) -> Int[Array, "B T k"]:
+    """Numbers of the experts with the best scores, in the best groups of experts where asked for.
+
+    Sources: groups, DeepSeek-V2 (arXiv:2405.04434, section 2.2.2); a bias that only the choice
+    sees, so that no gradient reaches it: arXiv:2408.15664.
+    """
+    if hasattr(self, "bias"):
+      scores = scores + self.bias[...].astype(scores.dtype)
+    if self.groups > 1:
+      grouped = scores.reshape(*scores.shape[:-1], self.groups, -1)
+      best = jax.lax.top_k(grouped, self.group_best)[0].sum(axis=-1)
+      kept = jax.lax.top_k(best, self.kept)[1]
+      stays = jnp.any(kept[..., None, :] == jnp.arange(self.groups)[:, None], axis=-1)
+      scores = jnp.where(stays[..., None], grouped, -jnp.inf).reshape(scores.shape)
+    return jax.lax.top_k(scores, self.per_token)[1]
 
 
 class ExpertMatrix(nnx.Module):

@@ -34,7 +34,7 @@ def rotary_angles(
   dtype = jnp.promote_types(jax.dtypes.canonicalize_dtype(cfg.compute_dtype), jnp.float32)
   scaled = cfg.rope_scaling != "none" and not (local and cfg.rope_local_theta is not None)
   theta = cfg.rope_local_theta if local and cfg.rope_local_theta is not None else cfg.rope_theta
-  width = int(cfg.head_width * cfg.rope_fraction)
+  width = cfg.rotated_width
   frequency = theta ** (-np.arange(0, width, 2) / width)
   amplitude = 1.0
   if scaled and cfg.rope_scaling == "linear":
@@ -212,6 +212,28 @@ def relative_bias_buckets(
   if bidirectional:
     result += jnp.where(ahead > 0, buckets, 0)
   return result.astype(jnp.int32)
+
+
+def signed_buckets(
+  q_pos: Int[Array, "B T"], kv_pos: Int[Array, "B S"], *, num_buckets: int, max_distance: int
+) -> Int[Array, "B T S"]:
+  """DeBERTa's bucket of each key's distance from each query, int32 in [0, num_buckets).
+
+  Distance 0 has the middle one, keys before the query those above it. The nearer half of each side
+  has a bucket for each distance, far ones share logarithmically growing ones up to `max_distance`;
+  where there are as many buckets as distances, none is shared.
+  """
+  side = num_buckets // 2
+  near, distances = side // 2, np.arange(max_distance + 1)
+  bucket = distances
+  if side < max_distance:  # In float32, as Transformers computes them.
+    ratio = np.log((np.maximum(distances, near) / near).astype(np.float32))
+    ratio /= np.log(np.float32((max_distance - 1) / near))
+    far = np.ceil(ratio * np.float32(near - 1)).astype(np.int32) + near
+    bucket = np.where(distances <= near, distances, far)
+  behind = q_pos[:, :, None] - kv_pos[:, None, :]
+  bucket = jnp.asarray(bucket, jnp.int32)[jnp.minimum(jnp.abs(behind), max_distance)]
+  return jnp.clip(side + jnp.sign(behind) * bucket, 0, num_buckets - 1).astype(jnp.int32)
 
 
 def alibi_slopes(num_heads: int, dtype=jnp.float32) -> Float[Array, "N"]:

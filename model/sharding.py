@@ -23,6 +23,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
   "heads": "tensor",
   "kv_heads": "tensor",
   "head_dim": None,
+  "latent": None,
   "mlp": "tensor",
   "expert": None,
   "position": None,

@@ -13,6 +13,7 @@ from model import positions
 from model.attention import Attention, Context, Where, relative_bias, relative_table
 from model.cache import Cache, LayerCache
 from model.config import LayerKind, ModelConfig
+from model.disentangled import RelativeTable
 from model.layers import MLP, Embed, Linear, Norm, dropout
 from model.moe import Experts
 from model.sharding import constrain
@@ -124,6 +125,8 @@ class Stack(nnx.Module):
       self.type_embed = Embed(cfg, cfg.token_types, None, rngs=rngs)
     if cfg.bucketed and not cfg.relative_bias_per_layer:
       self.relative_bias = relative_table(cfg, rngs)
+    if cfg.positions == "disentangled":
+      self.relative = RelativeTable(cfg, rngs=rngs)
     if cfg.embed_norm:
       self.embed_norm = Norm(cfg, rngs=rngs, shape=(cfg.embed_width,))
     if cfg.d_embed is not None:
@@ -208,9 +211,11 @@ class Stack(nnx.Module):
     table = self.relative_bias[...] if hasattr(self, "relative_bias") else None
     causal = self.name == "decoder"
     bias = None if cached else relative_bias(cfg, table, pos, pos, causal=causal)
+    relative = self.relative(pos) if cfg.positions == "disentangled" else None
     return Where(
-      pos, inputs.seg, angles, local, bias, table, inputs.bidirectional, context, inputs.ordered
-    )
+      pos, inputs.seg, angles, local, bias, table, inputs.bidirectional, context, relative,
+      inputs.ordered,
+    )  # fmt: skip
 
   def _run_stacked(self, x, where, caches, key):
     """Scans over the repeats of each group, with the places of its pattern unrolled inside."""

@@ -19,11 +19,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from model.config import ModelConfig
 from model.errors import InputError, nearest
 from model.hf import (
+  deberta,
   decoders,
   encoder_decoders,
   encoders,
   expert_decoders,
   gpt_decoders,
+  latent_decoders,
   layer_norm_decoders,
   mxfp4,
   relative_encoders,
@@ -38,8 +40,8 @@ from model.tokenizer import Tokenizer
 from model.trained import Model
 
 _TABLES = (
-  decoders, gpt_decoders, layer_norm_decoders, expert_decoders, encoders, relative_encoders,
-  encoder_decoders,
+  decoders, gpt_decoders, layer_norm_decoders, expert_decoders, latent_decoders, encoders,
+  relative_encoders, deberta, encoder_decoders,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {
   family.model_type: family for tables in _TABLES for family in tables.FAMILIES
@@ -142,7 +144,8 @@ def save(source: Source, folder: Path, *, family: str | None = None) -> None:
   """
   cfg, kind = source.config, np.dtype(source.config.param_dtype)
   found, values, layout = _written(cfg, family or source.family)
-  shapes = {piece.theirs: (kind, piece.shape) for piece in layout.ordered()}
+  dtype = lambda piece: np.dtype(layout.leaves[piece.places[0].path].dtype)
+  shapes = {piece.theirs: (dtype(piece), piece.shape) for piece in layout.ordered()}
   empty = found.classes[values["architectures"][0]].zeros.items()
   zeros = {name: np.zeros(shape(cfg), kind) for name, shape in empty if name not in shapes}
   shapes |= {name: (kind, array.shape) for name, array in zeros.items()}

@@ -59,6 +59,13 @@ class Piece:
       return shapes[0]
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
+  @property
+  def fits(self) -> bool:
+    """Whether the places have the pattern's axes: an MLP's row is none of experts."""
+    names = [a for group in _axes(self.pattern.split(" -> ")[1]) for a in group]
+    inner = len(names) - ("c" in names and not self.joined)
+    return all(len(place.shape) == inner for place in self.places)
+
   def _sizes(self, axes: list[tuple[str, ...]], place: Place) -> dict[str, int]:
     names = [a for group in axes for a in group]
     if "c" in names and not self.joined:
@@ -99,7 +106,8 @@ class Row:
     theirs: name of a tensor; `{i}` is a layer of the stack that has its own parameters, `{e}` a
       place along the parameter's first axis: an expert, or a head.
     ours: path of a parameter; `layers` stands for the layer's place in its stack, `{a,b}` for
-      several parameters that theirs holds in one tensor.
+      several parameters that theirs holds in one tensor. It is no row of parameters with other
+      axes.
     pattern, joined: see Piece; `parts` counts them.
     when: of which configs it is a row, beside those that have its parameters; None: of all.
   """
@@ -132,12 +140,6 @@ def under(theirs: str, ours: str, *rows: Row) -> tuple[Row, ...]:
 def _axes(side: str) -> list[tuple[str, ...]]:
   """`(n h) d` -> [("n", "h"), ("d",)]."""
   return [tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", side)]
-
-
-def _rank(row: Row) -> int:
-  """Axes of what a row says of one parameter."""
-  names = [a for group in _axes(row.pattern.split(" -> ")[1]) for a in group]
-  return len(names) - ("c" in names and not row.joined)
 
 
 class Layout:
@@ -184,11 +186,11 @@ class Layout:
       first = self.leaves[paths[0]].shape[len(repeat) :][:1]
       for e in range(*first) if "{e}" in row.theirs else [None]:
         index = (*repeat, *(() if e is None else (e,)))
-        if len(self.leaves[paths[0]].shape) - len(index) != _rank(row):
-          continue  # An MLP where the row is of experts, or the other way round.
         places = tuple(Place(path, index, self._shape(path, len(index))) for path in paths)
         parts = 1 if row.parts is None else row.parts(self._cfg)
-        yield Piece(row.theirs.format(i=i, e=e), row.pattern, places, row.joined, parts)
+        piece = Piece(row.theirs.format(i=i, e=e), row.pattern, places, row.joined, parts)
+        if piece.fits:
+          yield piece
 
   def _places(self, stack: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(place in the list of stacks, index in the stack) of each layer."""

@@ -145,6 +145,28 @@ def _plain(value: Any) -> bool | float | tuple[float, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Longest:
+  """`max_position_embeddings`: the longest text, or with dynamic scaling the longest without it."""
+
+  names = ("max_position_embeddings",)
+
+  def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    longest = values.get("max_position_embeddings")
+    if longest is None:
+      raise InputError("config.json has no max_position_embeddings.")
+    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if "dynamic" in (scaling.get("rope_type"), scaling.get("type")):
+      longest = int(longest * scaling.get("factor", 1))
+    return {"max_positions": longest}
+
+  def write(self, cfg: ModelConfig) -> dict[str, Any]:
+    dynamic = cfg.rope_scaling == "dynamic"
+    return {
+      "max_position_embeddings": cfg.rope_original_positions if dynamic else cfg.max_positions
+    }
+
+
+@dataclasses.dataclass(frozen=True)
 class TwoRotaries:
   """Rotary positions of their own for local layers: two fields of published folders, or
   `rope_parameters` by type of layer.

@@ -370,6 +370,7 @@ def test_auto_takes_the_devices_kernel_where_it_can_serve_the_call():
     ("splash", "tpu", dict(bias=True), "biases"),
     ("splash", "tpu", dict(dropout=True), "dropout"),
     ("splash", "tpu", dict(prefix=True), "prefixes"),
+    ("splash", "tpu", dict(widths=True), "another width"),
     ("cudnn", "cpu", dict(), "NVIDIA"),
     ("cudnn", "nvidia", dict(dtype="float32"), "float32"),
     ("cudnn", "nvidia", dict(H=256), "256"),
@@ -379,6 +380,7 @@ def test_auto_takes_the_devices_kernel_where_it_can_serve_the_call():
     ("cudnn", "nvidia", dict(sinks=True), "sinks"),
     ("cudnn", "nvidia", dict(bias=True), "biases"),
     ("cudnn", "nvidia", dict(dropout=True), "dropout"),
+    ("cudnn", "nvidia", dict(widths=True), "another width"),
     ("flash", "cpu", dict(), "not known"),
   ],
 )

@@ -96,6 +96,53 @@ def test_the_router_weighs_the_best_scores_as_deepseek_v3_does():
   close(probs, scores / scores.sum(-1, keepdims=True))
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_groups_a_bias_and_a_scale_choose_and_weigh_as_deepseek_does(version):
+  torch = pytest.importorskip("torch")
+  theirs = pytest.importorskip(f"transformers.models.deepseek_v{version}")
+  sizes = dict(hidden_size=8, num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=3,
+               n_group=4, topk_group=2)  # fmt: skip
+  more = dict(topk_method="group_limited_greedy") if version == 2 else {}
+  named = lambda kind: getattr(theirs, f"DeepseekV{version}{kind}")
+  source = pytest.importorskip(f"{theirs.__name__}.modeling_deepseek_v{version}")
+  gate = getattr(source, f"DeepseekV{version}TopkRouter")(
+    named("Config")(**sizes, **more, routed_scaling_factor=2.5)
+  )
+  grouped = dict(num_experts=8, experts_per_token=3, router_groups=4, router_groups_kept=2,
+                 router_scale=2.5)  # fmt: skip
+  ours = (
+    dict(router_renormalize=False) if version == 2
+    else dict(router_scores="sigmoid", router_choice_bias=True, router_group_best=2)
+  )  # fmt: skip
+  router, (x, _) = noised(config(**grouped, **ours), "ragged").router, inputs(rows=40)
+  tensor = lambda a: torch.tensor(np.asarray(a))
+  with torch.no_grad():
+    gate.weight.copy_(tensor(router.w[...].T))
+    if version == 3:
+      gate.e_score_correction_bias.copy_(tensor(router.bias[...]))
+    want = gate(tensor(x))
+  logits, _, weights, chosen = jax.jit(Router.__call__)(router, x)
+  shares = lambda w, e: (np.eye(8)[np.asarray(e)] * np.asarray(w)[..., None]).sum(-2).reshape(-1, 8)
+  close(logits.reshape(-1, 8), want[0].numpy())
+  close(shares(weights, chosen), shares(*want[1:]))
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    (dict(router_groups_kept=2), "router_groups_kept"),
+    (dict(router_groups=3), "router_groups=3"),
+    (dict(router_groups=2, router_group_best=3), "router_group_best=3"),
+    (dict(router_groups=4, router_groups_kept=1), "router_groups_kept=1"),
+    (dict(num_experts=0, layer_pattern=("global",), router_bias=True), "router_bias"),
+  ],
+  ids=str,
+)
+def test_groups_that_cannot_be_are_refused_by_name(changes, said):
+  with pytest.raises(ValueError, match=said):
+    config(**changes)
+
+
 def test_padding_changes_no_output_no_gradient_and_no_sum():
   moe, (x, valid) = noised(config(**SETTINGS["plain"], shared_experts=1), "ragged"), inputs()
   garbage = jnp.where(valid[..., None], x, jnp.nan)

@@ -12,6 +12,7 @@ from model.positions import (
   apply_rotary,
   relative_bias_buckets,
   rotary_angles,
+  signed_buckets,
   sinusoidal,
 )
 
@@ -236,6 +237,22 @@ def test_relative_buckets_equal_transformers_t5_at_every_distance(bidirectional,
   ours = relative_bias_buckets(q_pos, kv_pos, **sizes)
   theirs = t5._relative_position_bucket(torch.tensor(kv_pos - q_pos), **sizes)
   np.testing.assert_array_equal(ours[:, 0], theirs.numpy())
+  assert ours.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+  ("buckets", "furthest"), [(512, 512), (64, 200), (64, 513), (8, 12), (8, 4), (400, 200)]
+)
+def test_signed_buckets_equal_transformers_deberta_at_every_distance(buckets, furthest):
+  torch = pytest.importorskip("torch")
+  deberta = pytest.importorskip("transformers.models.deberta_v2.modeling_deberta_v2")
+  side = buckets // 2
+  text = torch.zeros(1, 1400, 1)
+  size = side if side < furthest else -1
+  theirs = deberta.build_relative_position(text, text, bucket_size=size, max_position=furthest)[0]
+  pos = np.arange(1400, dtype=np.int32)[None]
+  ours = signed_buckets(pos, pos, num_buckets=buckets, max_distance=furthest)[0]
+  np.testing.assert_array_equal(ours, np.clip(theirs.numpy() + side, 0, buckets - 1))
   assert ours.dtype == np.int32
 
 

@@ -36,6 +36,14 @@ MODELS = {
     gate_limit=0.5, gate_offset=1.0, embed_scale=3.0, residual_scale=0.5, rope_scaling="longrope",
     rope_original_positions=1, rope_short_factors=(1.0,) * 4, rope_long_factors=(1.0, 2.0, 3.0, 4),
   ),
+  "latent_grouped_experts": dataclasses.replace(
+    ROTARY, num_kv_heads=None, kv_latent_dim=10, q_latent_dim=6, rope_head_dim=4, v_head_dim=6,
+    rope_interleaved=True, attention_bias=True, layer_prefix=("global",),
+    layer_pattern=("local+experts",), num_experts=8, shared_experts=1, router_scores="sigmoid",
+    router_choice_bias=True, router_scale=2.5, router_groups=4, router_groups_kept=2,
+    router_group_best=2,
+    balance_loss=0.0, router_z_loss=0.0,
+  ),
 }  # fmt: skip
 
 SHAPES = {  # (model, objective, lengths) of those that read text with an encoder.

@@ -32,6 +32,9 @@ def pair(request, tmp_path_factory):
     for p in theirs.parameters():  # Norms too: a scale of one would hide a mistake.
       if p.requires_grad:
         torch.nn.init.normal_(p, std=0.2)
+    for name, buffer in theirs.named_buffers():
+      if name.endswith("e_score_correction_bias"):
+        torch.nn.init.normal_(buffer, std=0.2)
   folder = tmp_path_factory.mktemp("theirs")
   theirs.save_pretrained(folder)
   return theirs, folder, model.load(folder)

@@ -5,11 +5,13 @@ of every day, the others on request.
 """
 
 from train.certify.cases import (
+  deberta,
   decoders,
   encoder_decoders,
   encoders,
   expert_decoders,
   gpt_decoders,
+  latent_decoders,
 )
 
 Case = tuple[str, dict]
@@ -17,7 +19,9 @@ CASES: dict[str, Case] = {
   **decoders.CASES,
   **gpt_decoders.CASES,
   **expert_decoders.CASES,
+  **latent_decoders.CASES,
   **encoders.CASES,
+  **deberta.CASES,
   **encoder_decoders.CASES,
 }
 
