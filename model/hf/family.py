@@ -40,7 +40,7 @@ class Field:
       values where it hangs on them; REQUIRED: nothing.
     values: what theirs is called here; None: the same.
     minus: what ours is less than theirs, of numbers.
-    older: other names that it has in published folders.
+    older: another name of it.
   """
 
   theirs: str
@@ -48,11 +48,11 @@ class Field:
   default: Any = REQUIRED
   values: Mapping[Any, Any] | None = None
   minus: int = 0
-  older: tuple[str, ...] = ()
+  older: str | None = None
 
   @property
   def names(self) -> tuple[str, ...]:
-    return (self.theirs, *self.older)
+    return (self.theirs,) if self.older is None else (self.theirs, self.older)
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
     told = {name: values[name] for name in self.names if values.get(name) is not None}

@@ -14,7 +14,7 @@ from model.hf.fields import ACTIVATIONS, Rotary
 from model.hf.gpt_decoders import BIASED, GPT, INTERLEAVED, classes
 
 UNTIED = Field("tie_word_embeddings", "tie_embeddings", False)
-WIDTH = Field("hidden_size", "d_model", 64, older=("n_embed",))  # Of BLOOM.
+WIDTH = Field("hidden_size", "d_model", 64, older="n_embed")  # Of BLOOM.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _grouped(theirs: str, ours: str) -> tuple[Row, ...]:
   return tuple(dataclasses.replace(row, joined=True, parts=heads) for row in rows)
 
 
-FALCON_WIDTH = Field("hidden_size", "d_model", 4544, older=("n_embed",))
+FALCON_WIDTH = Field("hidden_size", "d_model", 4544, older="n_embed")
 FALCON_BIASES = ("attention_bias", "attention_out_bias", "mlp_bias")
 
 
@@ -147,8 +147,8 @@ FAMILIES = (
      "activation": "gelu_tanh"},
     (
       Field("vocab_size", "vocab_size", 250_880), WIDTH, FourTimes(),
-      Field("n_layer", "num_layers", 2, older=("num_hidden_layers",)),
-      Field("n_head", "num_heads", 8, older=("num_attention_heads",)),
+      Field("n_layer", "num_layers", 2, older="num_hidden_layers"),
+      Field("n_head", "num_heads", 8, older="num_attention_heads"),
       Field("layer_norm_epsilon", "norm_eps", 1e-5), TIED,
       Always("apply_residual_connection_post_layernorm", False), Always("slow_but_exact", False),
       Field("hidden_dropout", "dropout", 0.0), Field("attention_dropout", "attention_dropout", 0.0),
