@@ -42,7 +42,7 @@ def _check_choices(cfg: ModelConfig) -> None:
     norm_placement=NORM_PLACEMENTS, residual=RESIDUALS, qk_norm=QK_NORMS, activation=ACTIVATIONS,
     remat=REMAT, attention_kernel=ATTENTION_KERNELS, expert_kernel=EXPERT_KERNELS, dtype=DTYPES,
     param_dtype=PARAM_DTYPES, router_scores=("softmax", "sigmoid"), head_activation=ACTIVATIONS,
-    problem=PROBLEMS,
+    problem=PROBLEMS, conv_activation=ACTIVATIONS,
   )  # fmt: skip
   for name, allowed in (("head", HEADS), ("pooling", POOLINGS)):
     if getattr(cfg, name) is not None:
@@ -59,7 +59,7 @@ def _check_choices(cfg: ModelConfig) -> None:
 def _check_sizes(cfg: ModelConfig) -> None:
   optional = ("vocab_size", "num_kv_heads", "head_dim", "max_positions", "window", "d_expert",
               "rope_original_positions", "num_decoder_layers", "num_labels", "v_head_dim",
-              "kv_latent_dim", "q_latent_dim", "rope_head_dim")  # fmt: skip
+              "kv_latent_dim", "q_latent_dim", "rope_head_dim", "conv_width")  # fmt: skip
   sizes = ("num_layers", "d_model", "d_ff", "num_heads", "vocab_multiple", "experts_per_token",
            "relative_buckets", "relative_max_distance", "router_groups", "router_groups_kept",
            "router_group_best")  # fmt: skip
@@ -134,16 +134,24 @@ def _check_layers(cfg: ModelConfig) -> None:
     parts = word.split("+")
     unknown = [p for p in parts if p not in LAYER_WORDS]
     if unknown or ("global" in parts) == ("local" in parts):
+      near = nearest(unknown[0], LAYER_WORDS) if unknown else ""
       raise InputError(
-        f"model.layer_pattern: {word!r} must be 'global' or 'local', then '+experts', '+nope' and "
-        f"'+unnormed' where wanted.{nearest(unknown[0], LAYER_WORDS) if unknown else ''}"
+        f"model.layer_pattern: {word!r} must be 'global' or 'local', then '+experts', '+nope', "
+        f"'+unnormed' and '+conv' where wanted.{near}"
       )
     if "local" in parts and cfg.window is None:
       raise InputError("model.layer_pattern has local layers: set model.window, in tokens.")
     if "experts" in parts and not cfg.num_experts:
       raise InputError("model.layer_pattern has expert layers: set model.num_experts.")
   words = "+".join((*cfg.layer_prefix, *cfg.layer_pattern)).split("+")
-  for name, word in (("window", "local"), ("num_experts", "experts")):
+  if cfg.conv_width is None and ("conv" in words or cfg.conv_activation != "tanh"):
+    raise InputError("model.layer_pattern's '+conv' and conv_activation need model.conv_width.")
+  if cfg.conv_width is not None and (cfg.conv_width % 2 == 0 or cfg.shape != "encoder"):
+    raise InputError(
+      f"model.conv_width={cfg.conv_width} must be odd, on model.shape='encoder' and not on "
+      f"{cfg.shape!r}: it looks as far ahead as back."
+    )
+  for name, word in (("window", "local"), ("num_experts", "experts"), ("conv_width", "conv")):
     if getattr(cfg, name) and word not in words:
       raise InputError(
         f"model.{name}={getattr(cfg, name)} has no effect: no word of model.layer_pattern has "

@@ -97,7 +97,8 @@ class Row:
   """A line of a table, for all layers and experts.
 
   Attributes:
-    theirs: name of a tensor; `{i}` is a layer of the stack, `{e}` an expert.
+    theirs: name of a tensor; `{i}` is a layer of the stack, `{e}` an expert. Without
+      `{i}` it belongs to the one layer that has the parameter.
     ours: path of a parameter; `layers` stands for the layer's place in its stack, `{a,b}` for
       several parameters that theirs holds in one tensor. It is no row of parameters with other
       axes.
@@ -170,7 +171,7 @@ class Layout:
     choice = re.search(r"\{([a-z_,]*)\}", row.ours)
     ours = [row.ours.replace(choice[0], c) for c in choice[1].split(",")] if choice else [row.ours]
     stack = ours[0].split(".")[0]
-    layers = self._places(stack) if "{i}" in row.theirs else [((), ())]
+    layers = self._places(stack) if ".layers." in row.ours else [((), ())]
     experts = range(self._cfg.num_experts) if "{e}" in row.theirs else [None]
     for i, (at, repeat) in enumerate(layers):
       paths = [_path(name, at) for name in ours]
