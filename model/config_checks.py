@@ -202,11 +202,9 @@ def _check_disentangled(cfg: ModelConfig) -> None:
         f"{cfg.positions!r}: only on 'disentangled'."
       )
     return
-  if not cfg.relative_scores or sorted(set(cfg.relative_scores) & {"c2p", "p2c"}) != sorted(
-    cfg.relative_scores
-  ):
+  if cfg.relative_scores not in (("c2p",), ("p2c",), ("c2p", "p2c")):
     raise InputError(
-      f"model.relative_scores={cfg.relative_scores} must name c2p, p2c or both, each once."
+      f"model.relative_scores={cfg.relative_scores} must be ('c2p',), ('p2c',) or ('c2p', 'p2c')."
     )
   if cfg.relative_buckets % 4 or 2 * cfg.relative_max_distance < cfg.relative_buckets:
     raise InputError(

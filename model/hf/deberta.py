@@ -28,15 +28,15 @@ class Disentangled:
         )
     terms = values.get("pos_att_type") or []
     terms = terms.split("|") if isinstance(terms, str) else terms
-    longest = values.get("max_relative_positions", -1)
+    longest = values.get("max_relative_positions") or -1
     longest = longest if longest > 0 else values.get("max_position_embeddings", 512)
-    buckets = values.get("position_buckets", -1)
+    buckets = values.get("position_buckets") or -1
     if buckets >= longest:
       raise InputError(
         f"config.json: position_buckets={buckets} is not supported, only less than the largest "
         f"distance, {longest}, or -1."
       )
-    norm = values.get("norm_rel_ebd", "none").strip().lower()
+    norm = (values.get("norm_rel_ebd") or "none").strip().lower()
     if norm not in ("none", "layer_norm"):
       raise InputError(
         f"config.json: norm_rel_ebd={norm!r} is not known, expected none or layer_norm."
