@@ -24,7 +24,7 @@ ATTENTION_KERNELS = ("auto", "xla", "cudnn", "splash")
 EXPERT_KERNELS = ("ragged", "dense")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PARAM_DTYPES = ("float32", "bfloat16", "float16", "float64")
-LAYER_WORDS = ("global", "local", "experts", "nope", "unnormed")
+LAYER_WORDS = ("global", "local", "experts", "nope", "unnormed", "conv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,8 @@ class LayerKind:
 
   `window` counts the tokens a query sees, itself included where attention is causal (None: all).
   `cross` layers also attend to what an encoder has read. `normed` is False where attention takes
-  the residual stream as it is, though others norm it before (the first layer of ModernBERT).
+  the residual stream as it is, though others norm it before (the first layer of ModernBERT). `conv`
+  adds a convolution of what the layer reads to what it gives (the first layer of DeBERTa-v2).
   """
 
   window: int | None
@@ -42,6 +43,7 @@ class LayerKind:
   causal: bool
   cross: bool
   normed: bool
+  conv: bool
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -49,9 +51,10 @@ class ModelConfig:
   """A transformer. Sizes count elements, lengths count tokens.
 
   A word of `layer_pattern` describes one layer: `global` or `local` (windowed) attention, then
-  `+experts` for a mixture of experts in place of the MLP, `+nope` for no rotary positions and
-  `+unnormed` for no norm before attention. The pattern repeats after `layer_prefix` until all
-  layers are named, in the encoder and in the decoder alike, unless that has a `decoder_pattern`.
+  `+experts` for a mixture of experts in place of the MLP, `+nope` for no rotary positions,
+  `+unnormed` for no norm before attention and `+conv` for a convolution beside the layer. The
+  pattern repeats after `layer_prefix` until all layers are named, in the encoder and in the decoder
+  alike, unless that has a `decoder_pattern`.
   """
 
   # Size.
@@ -112,6 +115,8 @@ class ModelConfig:
   attention_bias: bool = False  # On q, k, v.
   attention_out_bias: bool = False
   residual: str = "serial"
+  conv_width: int | None = None  # Tokens that a convolution beside a layer sees, an odd number.
+  conv_activation: str = "tanh"
 
   # Latent attention (DeepSeek). Biases are then of what makes latents.
   kv_latent_dim: int | None = None  # What keys and values are made of; None: no such attention.
@@ -380,4 +385,5 @@ def _layer_kind(cfg: ModelConfig, stack: str, word: str) -> LayerKind:
     causal=stack == "decoder",
     cross=stack == "decoder" and cfg.shape == "encoder_decoder",
     normed="unnormed" not in parts,
+    conv="conv" in parts,
   )

@@ -42,7 +42,7 @@ def _check_choices(cfg: ModelConfig) -> None:
     norm_placement=NORM_PLACEMENTS, residual=RESIDUALS, qk_norm=QK_NORMS, activation=ACTIVATIONS,
     remat=REMAT, attention_kernel=ATTENTION_KERNELS, expert_kernel=EXPERT_KERNELS, dtype=DTYPES,
     param_dtype=PARAM_DTYPES, router_scores=("softmax", "sigmoid"), head_activation=ACTIVATIONS,
-    problem=PROBLEMS,
+    problem=PROBLEMS, conv_activation=ACTIVATIONS,
   )  # fmt: skip
   for name, allowed in (("head", HEADS), ("pooling", POOLINGS)):
     if getattr(cfg, name) is not None:
@@ -60,7 +60,7 @@ def _check_sizes(cfg: ModelConfig) -> None:
   optional = ("vocab_size", "num_kv_heads", "head_dim", "max_positions", "window", "d_expert",
               "rope_original_positions", "num_decoder_layers", "num_labels", "d_embed",
               "layer_sets", "decoder_window", "v_head_dim", "kv_latent_dim", "q_latent_dim",
-              "rope_head_dim")  # fmt: skip
+              "rope_head_dim", "conv_width")  # fmt: skip
   sizes = ("num_layers", "d_model", "d_ff", "num_heads", "vocab_multiple", "experts_per_token",
            "relative_buckets", "relative_max_distance", "router_groups", "router_groups_kept",
            "router_group_best")  # fmt: skip
@@ -183,9 +183,10 @@ def _check_layers(cfg: ModelConfig) -> None:
     parts = word.split("+")
     unknown = [p for p in parts if p not in LAYER_WORDS]
     if unknown or ("global" in parts) == ("local" in parts):
+      near = nearest(unknown[0], LAYER_WORDS) if unknown else ""
       raise InputError(
-        f"model.layer_pattern: {word!r} must be 'global' or 'local', then '+experts', '+nope' and "
-        f"'+unnormed' where wanted.{nearest(unknown[0], LAYER_WORDS) if unknown else ''}"
+        f"model.layer_pattern: {word!r} must be 'global' or 'local', then '+experts', '+nope', "
+        f"'+unnormed' and '+conv' where wanted.{near}"
       )
     own = cfg.decoder_window if word in cfg.decoder_pattern else None
     if "local" in parts and cfg.window is None and (own is None or word in shared):
@@ -204,8 +205,17 @@ def _check_layers(cfg: ModelConfig) -> None:
         f"model.layer_sets={cfg.layer_sets} does not divide {odd[0]} layers: each set of "
         "parameters must serve as many."
       )
+  convolved = "conv" in "+".join(every).split("+")
+  if cfg.conv_width is None and (convolved or cfg.conv_activation != "tanh"):
+    raise InputError("model.layer_pattern's '+conv' and conv_activation need model.conv_width.")
+  if cfg.conv_width is not None and (cfg.conv_width % 2 == 0 or cfg.shape != "encoder"):
+    raise InputError(
+      f"model.conv_width={cfg.conv_width} must be odd, on model.shape='encoder' and not on "
+      f"{cfg.shape!r}: it looks as far ahead as back."
+    )
   windowed = shared if cfg.decoder_window else every
-  for name, word, words in (("window", "local", windowed), ("num_experts", "experts", every)):
+  for name, word, words in (("window", "local", windowed), ("num_experts", "experts", every),
+                            ("conv_width", "conv", every)):  # fmt: skip
     if getattr(cfg, name) and word not in "+".join(words).split("+"):
       raise InputError(
         f"model.{name}={getattr(cfg, name)} has no effect: no word of model.layer_pattern has "
@@ -261,11 +271,9 @@ def _check_disentangled(cfg: ModelConfig) -> None:
         f"{cfg.positions!r}: only on 'disentangled'."
       )
     return
-  if not cfg.relative_scores or sorted(set(cfg.relative_scores) & {"c2p", "p2c"}) != sorted(
-    cfg.relative_scores
-  ):
+  if cfg.relative_scores not in (("c2p",), ("p2c",), ("c2p", "p2c")):
     raise InputError(
-      f"model.relative_scores={cfg.relative_scores} must name c2p, p2c or both, each once."
+      f"model.relative_scores={cfg.relative_scores} must be ('c2p',), ('p2c',) or ('c2p', 'p2c')."
     )
   if cfg.relative_buckets % 4 or 2 * cfg.relative_max_distance < cfg.relative_buckets:
     raise InputError(

@@ -91,7 +91,7 @@ class Linear(nnx.Module):
     self,
     cfg: ModelConfig,
     shape: tuple[int, ...],
-    axes: tuple[str, ...],
+    axes: tuple[str | None, ...],
     *,
     rngs: nnx.Rngs,
     inputs: int = 1,

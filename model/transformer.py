@@ -13,6 +13,7 @@ from model import positions
 from model.attention import Attention, Context, Where, relative_bias, relative_table
 from model.cache import Cache, LayerCache
 from model.config import LayerKind, ModelConfig
+from model.convolution import Convolution
 from model.disentangled import RelativeTable
 from model.layers import MLP, Embed, Linear, Norm, dropout
 from model.moe import Experts
@@ -66,13 +67,15 @@ class Block(nnx.Module):
       self.mlp_norm = Norm(cfg, rngs=rngs)
     if after:
       self.mlp_post_norm = Norm(cfg, rngs=rngs)
+    if kind.conv and cfg.conv_width is not None:
+      self.conv = Convolution(cfg, cfg.conv_width, rngs=rngs)
 
   def __call__(
     self, x: Float[Array, "B T D"], where: Where, *,
     cache: LayerCache | None = None, key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], LayerCache | None, Aux]:  # fmt: skip
     keys = (None,) * 6 if key is None else jax.random.split(key, 6)
-    x = constrain(x, ("batch", "seq", None))
+    start = x = constrain(x, ("batch", "seq", None))
     normed = self._norm("attn_norm", x)
     own, cross = (None, None) if cache is None else (cache.own, cache.cross)
     y, own = self.attn(normed, where, cache=own, key=keys[0])
@@ -84,11 +87,19 @@ class Block(nnx.Module):
         y, _ = self.cross_attn(normed, where, cache=cross, key=keys[3])
         x = self._add(x, y, "cross_attn_post_norm", keys[4])
       y, aux = self._mlp(self._norm("mlp_norm", x), where, keys[5])
-      return self._add(x, y, "mlp_post_norm", keys[2]), cache, aux
+      x = self._add(x, y, "mlp_post_norm", keys[2])
+      return self._beside(start, x, where, key), cache, aux
     both = normed if self.cfg.residual == "parallel" else self._norm("mlp_norm", x)
     z, aux = self._mlp(both, where, keys[5])
     x = self._add(x, y, "attn_post_norm", keys[1])
-    return self._add(x, z, "mlp_post_norm", keys[2]), cache, aux
+    x = self._add(x, z, "mlp_post_norm", keys[2])
+    return self._beside(start, x, where, key), cache, aux
+
+  def _beside(self, x: Array, y: Array, where: Where, key: jax.Array | None) -> Array:
+    """What the block made of `x`, with the convolution where it has one."""
+    if not hasattr(self, "conv"):
+      return y
+    return self.conv(x, y, where.pos, where.seg, _fold(key, 6))
 
   def _norm(self, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return getattr(self, name)(x) if hasattr(self, name) else x

@@ -28,15 +28,15 @@ class Disentangled:
         )
     terms = values.get("pos_att_type") or []
     terms = terms.split("|") if isinstance(terms, str) else terms
-    longest = values.get("max_relative_positions", -1)
+    longest = values.get("max_relative_positions") or -1
     longest = longest if longest > 0 else values.get("max_position_embeddings", 512)
-    buckets = values.get("position_buckets", -1)
+    buckets = values.get("position_buckets") or -1
     if buckets >= longest:
       raise InputError(
         f"config.json: position_buckets={buckets} is not supported, only less than the largest "
         f"distance, {longest}, or -1."
       )
-    norm = values.get("norm_rel_ebd", "none").strip().lower()
+    norm = (values.get("norm_rel_ebd") or "none").strip().lower()
     if norm not in ("none", "layer_norm"):
       raise InputError(
         f"config.json: norm_rel_ebd={norm!r} is not known, expected none or layer_norm."
@@ -93,6 +93,26 @@ class HeadActivation:
     return Field(self.names[0], "head_activation", "gelu", ACTIVATIONS).write(cfg)
 
 
+@dataclasses.dataclass(frozen=True)
+class ConvBeside:
+  """A convolution beside the first layer."""
+
+  names = ("conv_kernel_size", "conv_act")
+
+  def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    width = values.get(self.names[0], 0)
+    if not width:
+      return {}
+    act = Field(self.names[1], "conv_activation", "tanh", ACTIVATIONS).read(values)
+    return {"conv_width": width, **act, "layer_prefix": ("global+conv",)}
+
+  def write(self, cfg: ModelConfig) -> dict[str, Any]:
+    if cfg.conv_width is None:
+      return {}
+    act = Field(self.names[1], "conv_activation", "tanh", ACTIVATIONS).write(cfg)
+    return {self.names[0]: cfg.conv_width, **act}
+
+
 def _width(values: Mapping[str, Any]) -> int:
   return values.get("hidden_size", 1536)
 
@@ -110,7 +130,7 @@ FAMILIES = (
       Field("max_position_embeddings", "max_positions", 512), Disentangled(),
       Field("hidden_dropout_prob", "dropout", 0.1),
       Field("attention_probs_dropout_prob", "attention_dropout", 0.1),
-      Always("tie_word_embeddings", True), Always("conv_kernel_size", 0),
+      Always("tie_word_embeddings", True), ConvBeside(), Always("conv_groups", 1),
     ),
     (
       Row("deberta.embeddings.word_embeddings.weight", "embed.table", "v d -> v d"),
@@ -121,6 +141,8 @@ FAMILIES = (
       ),
       Row("deberta.encoder.rel_embeddings.weight", "encoder.relative.embed.table", "r d -> r d"),
       *norm("deberta.encoder.LayerNorm", "encoder.relative.norm"),
+      *linear("deberta.encoder.conv.conv", "encoder.layers.conv.proj", "e d k -> k d e", "e -> e"),
+      *norm("deberta.encoder.conv.LayerNorm", "encoder.layers.conv.norm"),
       *under(
         "deberta.encoder.layer.{i}", "encoder.layers",
         *linear("attention.self.query_proj", "attn.q_proj", HEADS, HEAD_BIAS),
@@ -146,7 +168,7 @@ FAMILIES = (
     },
     "deberta.", pad=0,
     # `legacy` says under which names the same masked-LM head lies: both are read.
-    unread=("legacy", "pooler_dropout", "cls_dropout", "conv_act", "conv_groups", "padding_idx",
+    unread=("legacy", "pooler_dropout", "cls_dropout", "padding_idx",
             "summary_type", "summary_use_proj", "summary_activation", "summary_last_dropout"),
     surplus=r"(deberta\.)?embeddings\.position_(ids|embeddings\.weight)",
     repeated=("cls.predictions.decoder.weight",),

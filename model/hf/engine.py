@@ -104,7 +104,8 @@ class Row:
 
   Attributes:
     theirs: name of a tensor; `{i}` is a layer of the stack that has its own parameters, `{e}` a
-      place along the parameter's first axis: an expert, or a head.
+      place along the parameter's first axis: an expert, or a head. Without `{i}` it belongs to the
+      one layer that has the parameter.
     ours: path of a parameter; `layers` stands for the layer's place in its stack, `{a,b}` for
       several parameters that theirs holds in one tensor. It is no row of parameters with other
       axes.
@@ -178,7 +179,7 @@ class Layout:
     choice = re.search(r"\{([a-z_,]*)\}", row.ours)
     ours = [row.ours.replace(choice[0], c) for c in choice[1].split(",")] if choice else [row.ours]
     stack = ours[0].split(".")[0]
-    layers = self._places(stack) if "{i}" in row.theirs else [((), ())]
+    layers = self._places(stack) if ".layers." in row.ours else [((), ())]
     for i, (at, repeat) in enumerate(layers):
       paths = [_path(name, at) for name in ours]
       if not all(path in self.leaves for path in paths):

@@ -146,12 +146,20 @@ def _plain(value: Any) -> bool | float | tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Longest:
-  """`max_position_embeddings`: the longest text, or with dynamic scaling the longest without it."""
+  """`max_position_embeddings`: the longest text, or with dynamic scaling the longest without it.
 
-  names = ("max_position_embeddings",)
+  Attributes:
+    default: what is assumed without it; None: it is needed.
+  """
+
+  default: int | None = None
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return ("max_position_embeddings",)
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-    longest = values.get("max_position_embeddings")
+    longest = values.get("max_position_embeddings", self.default)
     if longest is None:
       raise InputError("config.json has no max_position_embeddings.")
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}

@@ -10,7 +10,7 @@ from model.errors import InputError
 from model.hf.decoders import BUFFERS, DOWN, HEAD_BIAS, HEADS, OUT, TIED, UP, labels
 from model.hf.engine import Row, linear, norm, under
 from model.hf.family import Always, Class, Family, Field, Same
-from model.hf.fields import ACTIVATIONS, Rotary, layer_pattern
+from model.hf.fields import ACTIVATIONS, Longest, Rotary, layer_pattern
 
 GPT = dict(shape="decoder", norm="layer", gated=False, mlp_bias=True)
 BIASED = dict(attention_bias=True, attention_out_bias=True)
@@ -194,7 +194,7 @@ FAMILIES = (
       Field("vocab_size", "vocab_size", 50_432), Field("hidden_size", "d_model", 6144),
       Field("num_hidden_layers", "num_layers", 44), Field("num_attention_heads", "num_heads", 64),
       Field("intermediate_size", "d_ff", 24_576),
-      Field("max_position_embeddings", "max_positions", 2048),
+      Longest(2048),
       Field("hidden_act", "activation", "gelu", ACTIVATIONS),
       Field("layer_norm_eps", "norm_eps", 1e-5),
       Field("tie_word_embeddings", "tie_embeddings", False),

@@ -10,7 +10,7 @@ from model.hf import decoders
 from model.hf.decoders import BUFFERS, DOWN, HEAD_BIAS, HEADS, LLAMA_ROWS, OUT, TIED, UP, kv_heads
 from model.hf.engine import Row, linear, norm, under
 from model.hf.family import Always, Family, Field, Same
-from model.hf.fields import ACTIVATIONS, Rotary
+from model.hf.fields import ACTIVATIONS, Longest, Rotary
 from model.hf.gpt_decoders import BIASED, GPT, INTERLEAVED, classes
 
 UNTIED = Field("tie_word_embeddings", "tie_embeddings", False)
@@ -90,7 +90,7 @@ FAMILIES = (
       Field("vocab_size", "vocab_size", 51_200), Field("hidden_size", "d_model", 2048),
       Field("intermediate_size", "d_ff", 8192), Field("num_hidden_layers", "num_layers", 24),
       Field("num_attention_heads", "num_heads", 32), kv_heads(None),
-      Field("max_position_embeddings", "max_positions", 2048),
+      Longest(2048),
       Field("hidden_act", "activation", "gelu_new", ACTIVATIONS),
       Field("layer_norm_eps", "norm_eps", 1e-5), UNTIED,
       Field("qk_layernorm", "qk_norm", False, {False: "none", True: "head"}),
@@ -122,7 +122,7 @@ FAMILIES = (
       Field("vocab_size", "vocab_size", 50_304), Field("hidden_size", "d_model", 2560),
       Field("intermediate_size", "d_ff", 6912), Field("num_hidden_layers", "num_layers", 32),
       Field("num_attention_heads", "num_heads", 32), kv_heads(32),
-      Field("max_position_embeddings", "max_positions", 4096),
+      Longest(4096),
       Field("hidden_act", "activation", "silu", ACTIVATIONS),
       Field("layer_norm_eps", "norm_eps", 1e-5), UNTIED,
       Field("use_qkv_bias", "attention_bias", False),
@@ -179,7 +179,7 @@ FAMILIES = (
       Field("vocab_size", "vocab_size", 65_024), FALCON_WIDTH,
       Field("num_hidden_layers", "num_layers", 32), Field("num_attention_heads", "num_heads", 71),
       Field("ffn_hidden_size", "d_ff", lambda v: 4 * FALCON_WIDTH.read(v)["d_model"]),
-      FalconLayers(), Field("max_position_embeddings", "max_positions", 2048),
+      FalconLayers(), Longest(2048),
       Field("activation", "activation", "gelu", ACTIVATIONS),
       Field("layer_norm_epsilon", "norm_eps", 1e-5), TIED,
       Field("alibi", "positions", False, {False: "rotary", True: "alibi"}),

@@ -25,6 +25,7 @@ CFG = ModelConfig(
   embed_norm=True, final_norm=False, activation="gelu", gated=False, attention_bias=True,
   relative_buckets=8, relative_max_distance=12, relative_norm=True, init_std=0.3,
 )  # fmt: skip
+CONV = dataclasses.replace(CFG, layer_prefix=("global+conv",), conv_width=3)
 OWN = dataclasses.replace(CFG, relative_own_proj=True, layer_pattern=("local", "global"), window=9)
 
 
@@ -47,7 +48,7 @@ def batch(rows):
   return tokens, jnp.broadcast_to(jnp.arange(24), (rows, 24))
 
 
-@pytest.mark.parametrize("cfg", [CFG, OWN], ids=["shared", "own"])
+@pytest.mark.parametrize("cfg", [CONV, OWN], ids=["shared", "own"])
 def test_padded_and_packed_texts_have_the_scores_of_each_alone(cfg):
   m = Model(cfg, init_params(cfg, jax.random.key(0)))
   rng = np.random.default_rng(0)
@@ -111,6 +112,10 @@ def test_flops_count_every_term_of_a_score_and_no_projection_of_positions():
     (dict(num_kv_heads=2), "num_kv_heads=2"),
     (dict(qk_norm="full"), "qk_norm='full'"),
     (dict(attention_softcap=3.0), "attention_softcap=3.0"),
+    (dict(layer_pattern=("global+conv",)), "conv_width"),
+    (dict(conv_width=3), "conv_width=3 has no effect"),
+    (dict(conv_width=2, layer_pattern=("global+conv",)), "conv_width=2"),
+    (dict(conv_activation="relu"), "conv_width"),
   ],
   ids=str,
 )
@@ -148,7 +153,8 @@ def test_the_head_of_published_folders_is_read_under_its_newer_name(tmp_path):
 @pytest.mark.parametrize(
   ("change", "said"),
   [
-    (dict(conv_kernel_size=3), "conv_kernel_size=3"),
+    (dict(conv_kernel_size=4), "conv_width=4"),
+    (dict(conv_kernel_size=3, conv_groups=2), "conv_groups=2"),
     (dict(position_biased_input=True), "position_biased_input=True"),
     (dict(relative_attention=False), "relative_attention=False"),
     (dict(position_buckets=256), "position_buckets=256"),

@@ -13,6 +13,10 @@ CASES = {
     "DebertaV2ForMaskedLM",
     {**DEBERTA, "type_vocab_size": 2, "hidden_act": "relu"},
   ),
+  "deberta-v2, a convolution": (
+    "DebertaV2ForMaskedLM",
+    {**V3, "conv_kernel_size": 3, "conv_act": "gelu", "attention_head_size": 8},
+  ),
   "deberta-v2, c2p": (
     "DebertaV2ForMaskedLM", {**V3, "pos_att_type": "c2p", "max_relative_positions": -1},
   ),
