@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from model.errors import InputError
+from model.hf.safetensors_files import forget
 
 _SIZES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _VALUES = np.concatenate((_SIZES, -_SIZES))  # By the four bits: a sign, two of exponent, one more.
@@ -47,6 +48,8 @@ class Packed:
       values = _VALUES[pairs.reshape(*scales.shape, -1)]
       exponents = scales.astype(np.int32)[..., None] - _BIAS
       expert[...] = np.ldexp(values, exponents).reshape(len(blocks), -1).T
+    forget(self.blocks)
+    forget(self.scales)
     return out if dtype is None else out.astype(dtype)
 
 
