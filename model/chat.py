@@ -6,7 +6,7 @@ builds is measured, so that none runs or grows without end. Settings, functions 
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -92,26 +92,6 @@ def _rendered(compiled: Any, values: dict[str, Any]) -> tuple[str, list[tuple[in
 def overlapping(offsets: Iterable[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
   """1 for each token that shares a character with a span."""
   return [int(any(a < end and b > start for start, end in spans)) for a, b in offsets]
-
-
-def turn_end(
-  draw: Callable[[list[dict[str, str]]], str], encode: Callable[[str], list[int]],
-  special: frozenset[int],
-) -> int | None:  # fmt: skip
-  """The special token that a template writes behind an answer; None if there is none.
-
-  Args:
-    draw: messages -> text; encode: text -> ids.
-    special: ids of special tokens.
-  """
-  question, answer = {"role": "user", "content": "a"}, "ANSWER"
-  try:
-    text = draw([question, {"role": "assistant", "content": answer}])
-  except InputError:
-    return None
-  _, found, rest = text.rpartition(answer)
-  ids = encode(rest.lstrip()) if found else []
-  return ids[0] if ids and ids[0] in special else None
 
 
 def _conversation(messages: Any) -> list[dict[str, Any]]:

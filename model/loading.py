@@ -54,7 +54,9 @@ def _from_folder(path: str | Path, dtype: str | None, mesh: jax.sharding.Mesh | 
   cfg = _here(source.config, dtype or source.config.param_dtype)
   tokenizer = None if source.tokenizer is None else Tokenizer.load(source.tokenizer)
   params = source.params(_wanted(cfg, mesh))
-  return Model(cfg, params, tokenizer, source.labels, source.family)
+  return Model(
+    cfg, params, tokenizer, source.labels, source.family, source.end_ids, source.text_limit
+  )
 
 
 def _from_workdir(path: str, dtype: str | None, mesh: Any, part: str) -> Model:
@@ -68,7 +70,10 @@ def _from_workdir(path: str, dtype: str | None, mesh: Any, part: str) -> Model:
   labels = config.get("data", {}).get("labels")
   tokenizer = Tokenizer.load(folder) if folder.is_dir() else None
   labels = None if labels is None else tuple(labels)
-  return Model(cfg, state[part], tokenizer, labels, config.get("family"))
+  ends = tuple(config.get("end_ids", ()))
+  return Model(
+    cfg, state[part], tokenizer, labels, config.get("family"), ends, config.get("text_limit")
+  )
 
 
 def _here(cfg: ModelConfig, dtype: str) -> ModelConfig:
@@ -114,7 +119,8 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
     hf.save(m, folder, family=family or m.family)
     return
   labels = None if m.labels is None else list(m.labels)
-  config = {"model": m.config.to_dict(), "data": {"labels": labels}, "family": m.family}
+  config = {"model": m.config.to_dict(), "data": {"labels": labels}, "family": m.family,
+            "end_ids": list(m.end_ids), "text_limit": m.text_limit}  # fmt: skip
   meta = {"config": config}
   (folder / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
   if m.tokenizer is not None:

@@ -15,12 +15,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from model.config import ModelConfig
 from model.errors import InputError, nearest
-from model.hf import decoders, encoder_decoders, encoders, expert_decoders, gpt_decoders
+from model.hf import (
+  decoders,
+  encoder_decoders,
+  encoders,
+  expert_decoders,
+  generation,
+  gpt_decoders,
+  sentences,
+)
 from model.hf.engine import Layout
 from model.hf.family import Family
 from model.hf.safetensors_files import INDEX, SINGLE, open_folder, write_folder
 from model.hf.torch_files import open_torch_file
-from model.tokenizer import Tokenizer
+from model.tokenizer_files import holds_tokenizer
 from model.trained import Model
 
 FAMILIES: dict[str, Family] = {
@@ -29,7 +37,6 @@ FAMILIES: dict[str, Family] = {
   for family in tables.FAMILIES
 }
 _TORCH = "pytorch_model.bin"
-_TOKENIZERS = ("tokenizer.json", "vocab.json", "encoder.json")
 
 
 def is_folder(path: str | Path) -> bool:
@@ -47,6 +54,8 @@ class Folder:
     family: `model_type` of its config.json.
     labels: names of the classes, where its head has them.
     tokenizer: where it lies; None: the folder has none.
+    end_ids: tokens that end what the model writes.
+    text_limit: tokens of the longest text that it embeds, where the folder says it.
   """
 
   def __init__(self, path: str | Path):
@@ -59,15 +68,19 @@ class Folder:
     values = _config(folder)
     family = _family(values.get("model_type"))
     name, cfg = family.read(values)
+    pooled = sentences.read(folder)
+    self.text_limit = None if pooled is None else pooled.limit
+    cfg = cfg if pooled is None else pooled.embedding(cfg)
     self.family = family.model_type
     self.layout = Layout(cfg, family.table(name), name)
     self._tensors = _named(family, _open(folder), name)
-    _check(family, name, cfg, self.layout, self._tensors)
+    heads = {row.theirs for one in family.classes.values() for row in one.rows}
+    _check(family, name, cfg, self.layout, self._tensors, heads if pooled is not None else set())
     stored = self._tensors[_table(self.layout)].dtype.name
     self.config = dataclasses.replace(cfg, param_dtype=stored)
     self.labels = _label_names(cfg, values)
-    has = any((folder / one).is_file() for one in _TOKENIZERS)
-    self.tokenizer = folder if has or len(list(folder.glob("*.model"))) == 1 else None
+    self.tokenizer = folder if holds_tokenizer(folder) else None
+    self.end_ids = generation.read_ends(folder, values, cfg)
 
   def params(self, wanted: dict) -> dict:
     """Parameters, each read when the one before is where it belongs.
@@ -83,7 +96,8 @@ class Folder:
 
 
 def save(m: Model, folder: Path, *, family: str | None = None) -> None:
-  """Writes config.json, safetensors and the tokenizer as Transformers reads them.
+  """Writes config.json, generation_config.json, safetensors and the tokenizer as Transformers reads
+  them; with an embedding head, how sentence-transformers pools too.
 
   Args:
     family: `model_type` of config.json; None: the first that the model is one of.
@@ -102,20 +116,29 @@ def save(m: Model, folder: Path, *, family: str | None = None) -> None:
   shapes |= {name: (kind, array.shape) for name, array in zeros.items()}
   tensors = layout.tensors(lambda leaf: np.asarray(leaves[leaf]))
   write_folder(folder, shapes, itertools.chain(tensors, zeros.items()))
-  values |= {"dtype": kind.name, **_token_ids(m.tokenizer, found.pad)}
+  ids = generation.token_ids(m, found.pad)
+  ends = ids.get("eos_token_id")
+  values |= {"dtype": kind.name, **ids}
+  if isinstance(ends, list):  # Older classes take one number here.
+    own = None if m.tokenizer is None else m.tokenizer.eos_id
+    values["eos_token_id"] = own if own in ends else ends[0]
   if m.labels is not None:
     values |= {"id2label": {str(i): one for i, one in enumerate(m.labels)},
                "label2id": {one: i for i, one in enumerate(m.labels)}}  # fmt: skip
   (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+  if m.config.head_kind == "language":
+    generation.write(folder, m, ids)
   if m.tokenizer is not None:
-    m.tokenizer.save(folder)
+    m.tokenizer.save(folder, token_types=bool(m.config.token_types))
+  if sentences.are_told(m.config, m.text_limit, found):
+    sentences.write(folder, m.config, m.text_limit)
 
 
 def _written(cfg: ModelConfig, family: str | None) -> tuple[Family, dict[str, Any], Layout]:
   reasons = []
   for one in FAMILIES.values() if family is None else [_family(family)]:
     try:
-      name, values = one.write(cfg)
+      name, values = one.write(sentences.body(cfg, one))
       return one, values, Layout(cfg, one.table(name), name)
     except InputError as error:
       reasons.append(str(error))
@@ -165,8 +188,10 @@ def _named(family: Family, tensors: Mapping[str, np.ndarray], name: str) -> dict
 
 
 def _check(
-  family: Family, name: str, cfg: ModelConfig, layout: Layout, tensors: Mapping[str, np.ndarray]
-) -> None:
+  family: Family, name: str, cfg: ModelConfig, layout: Layout, tensors: Mapping[str, np.ndarray],
+  heads: set[str],
+) -> None:  # fmt: skip
+  """Compares with the tensors of a folder; `heads` are those of heads that the model leaves out."""
   whole = [key for key, array in tensors.items() if not jnp.issubdtype(array.dtype, jnp.floating)]
   whole = [key for key in whole if not family.computes_nothing(name, key)]
   if whole:
@@ -174,7 +199,8 @@ def _check(
     raise InputError(f"{whole[0]} has dtype {kind}, expected a floating one: {len(whole)} such.")
   shapes = {key: array.shape for key, array in tensors.items()}
   repeated = set(family.repeated) if cfg.tie_embeddings else set(family.repeated[:-1])
-  unread = lambda key: key in repeated or key in family.zeros or family.computes_nothing(name, key)
+  spare = repeated | set(family.zeros) | heads
+  unread = lambda key: key in spare or family.computes_nothing(name, key)
   layout.check(shapes, unread)
   table = _table(layout)
   for key in repeated & set(tensors):
@@ -195,10 +221,3 @@ def _label_names(cfg: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...]
   if cfg.num_labels is None or not isinstance(names, dict):
     return None
   return tuple(names[key] for key in sorted(names, key=int))
-
-
-def _token_ids(tokenizer: Tokenizer | None, pad: int | None) -> dict[str, int | None]:
-  if tokenizer is None:  # What Transformers assumes might lie outside of the vocabulary.
-    return {"pad_token_id": pad}
-  ids = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-  return {f"{role}_token_id": i for role, i in ids.items() if i is not None}

