@@ -1,0 +1,92 @@
+"""Chats on the command line and the tokens that end an answer, as a folder names them."""
+
+import dataclasses
+import json
+
+import pytest
+
+import infer
+import model
+from infer.chat import as_messages, turn_ends
+from model.errors import InputError
+from tests import commands
+from tests.infer import tiny
+
+TEMPLATE = (
+  "{% for m in messages %}{{ '<bos>' ~ m.role ~ ': ' ~ m.content ~ '<mask>\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}<bos>assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatty():
+  m = tiny.model(layer_pattern=("global",), window=None)
+  m.tokenizer.config["chat_template"] = TEMPLATE
+  return m
+
+
+def test_a_chat_is_the_template_and_ends_where_the_turn_does(chatty, tmp_path):
+  model.save(chatty, tmp_path / "run")
+  done = commands.run(
+    "infer", f"--checkpoint={tmp_path / 'run'}", "--chat", "--prompt=Hi", "--prompt=é?", "--json",
+    "--max_new_tokens=30", "--temperature=0.9", "--stop=zz", f"--cache_dir={tmp_path / 'cache'}",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  prompts = [
+    [257, *f"user: {text}".encode(), 259, 10, 257, *b"assistant: "] for text in ("Hi", "é?")
+  ]
+  assert as_messages(chatty, ["Hi", "é?"]) == prompts and turn_ends(chatty) == [259]
+  want = infer.generate(chatty, prompts, max_new_tokens=30, temperature=0.9, stop=["zz", 259])
+  got = [json.loads(line) for line in done.stdout.splitlines()]
+  assert [values["tokens"] for values in got] == [c.tokens for c in want]
+
+
+def test_a_chat_without_a_template_says_so(tmp_path):
+  m = tiny.model()
+  with pytest.raises(InputError, match="no chat template"):
+    as_messages(m, ["Hi"])
+  with pytest.raises(InputError, match="has none"):
+    as_messages(dataclasses.replace(m, tokenizer=None), ["Hi"])
+  model.save(m, tmp_path / "run")
+  done = commands.run("infer", f"--checkpoint={tmp_path / 'run'}", "--chat", "--prompt=Hi")
+  assert done.returncode == 2
+  assert done.stderr.splitlines()[-1].startswith("error: the tokenizer has no chat template")
+
+
+def test_generation_ends_at_any_of_the_tokens_that_a_folder_names(chatty, tmp_path):
+  free = infer.generate(chatty, "Hi", max_new_tokens=40, temperature=0.9, seed=1)[0].tokens
+  ends = (free[5], free[12])
+  m = dataclasses.replace(chatty, end_ids=ends)
+  model.save(m, tmp_path / "orbax")
+  model.save(m, tmp_path / "hf", format="hf")
+  told = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+  assert told == {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": list(ends)}
+  first = min(i for i, token in enumerate(free) if token in ends)
+  for path in (tmp_path / "orbax", tmp_path / "hf"):
+    loaded = model.load(path)
+    assert loaded.end_ids == ends
+    c = infer.generate(loaded, "Hi", max_new_tokens=40, temperature=0.9, seed=1)[0]
+    assert (c.tokens, c.finish_reason) == (free[: first + 1], "stop")
+
+
+@pytest.mark.slow
+def test_transformers_reads_the_end_tokens_the_template_and_the_tokenizer(chatty, tmp_path):
+  m, ends = dataclasses.replace(chatty, end_ids=(258, 259)), [258, 259]
+  model.save(m, tmp_path / "hf", format="hf")
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+  assert theirs.generation_config.eos_token_id == ends
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+  chat = [{"role": "user", "content": "Hi"}]
+  assert tokenizer.apply_chat_template(chat, return_dict=False) == m.tokenizer.apply_chat_template(
+    chat
+  )
+  assert set(tokenizer("Hi")) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("value", ["x", [1, "x"], True])
+def test_end_tokens_that_are_no_ids_are_refused(chatty, tmp_path, value):
+  model.save(chatty, tmp_path / "hf", format="hf")
+  (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+  with pytest.raises(InputError, match="eos_token_id="):
+    model.load(tmp_path / "hf")
