@@ -25,18 +25,23 @@ def chatty():
   return m
 
 
-def test_a_chat_is_the_template_and_ends_where_the_turn_does(chatty, tmp_path):
+PROMPTS = [[257, *f"user: {text}".encode(), 259, 10, 257, *b"assistant: "] for text in ("Hi", "é?")]
+
+
+def test_a_chat_is_what_the_template_makes_of_it_and_ends_where_a_turn_does(chatty):
+  assert as_messages(chatty, ["Hi", "é?"]) == PROMPTS
+  assert turn_ends(chatty) == [259]
+
+
+@pytest.mark.slow
+def test_the_command_answers_messages(chatty, tmp_path):
   model.save(chatty, tmp_path / "run")
   done = commands.run(
     "infer", f"--checkpoint={tmp_path / 'run'}", "--chat", "--prompt=Hi", "--prompt=é?", "--json",
     "--max_new_tokens=30", "--temperature=0.9", "--stop=zz", f"--cache_dir={tmp_path / 'cache'}",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  prompts = [
-    [257, *f"user: {text}".encode(), 259, 10, 257, *b"assistant: "] for text in ("Hi", "é?")
-  ]
-  assert as_messages(chatty, ["Hi", "é?"]) == prompts and turn_ends(chatty) == [259]
-  want = infer.generate(chatty, prompts, max_new_tokens=30, temperature=0.9, stop=["zz", 259])
+  want = infer.generate(chatty, PROMPTS, max_new_tokens=30, temperature=0.9, stop=["zz", 259])
   got = [json.loads(line) for line in done.stdout.splitlines()]
   assert [values["tokens"] for values in got] == [c.tokens for c in want]
 
