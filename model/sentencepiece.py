@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from model.errors import InputError
 from model.tokenizer_kinds import Kind, check_reads
@@ -13,6 +13,7 @@ from model.tokenizer_vocabularies import set_ends, texts_of
 _UNIGRAM, _BPE = 1, 2  # ModelType of sentencepiece_model.proto.
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # SentencePiece.Type.
 _SPACE = "▁"
+_UNSPELLABLE = "\U0010ffff\ufdd1"  # Noncharacters, before pieces that no text is cut into.
 
 
 def convert(
@@ -101,6 +102,43 @@ def _t5_cuts(backend: tokenizers.Tokenizer, proto: Any, config: Mapping[str, Any
 
 
 _CUTS = {"Llama": _llama_cuts, "Gemma": _gemma_cuts, "T5": _t5_cuts}
+
+
+def convert_marian(
+  data: bytes, vocabulary: Mapping[str, Any], *, name: str, config: Mapping[str, Any]
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+  """The tokenizer of a Marian folder: the source's pieces, with ids of a vocabulary that has the
+  target's too; those are decoded, and no text is cut into them.
+
+  Args:
+    data: content of source.spm.
+    vocabulary: vocab.json.
+    name, config: as in `convert`.
+
+  Raises:
+    InputError: if one of them is not what Marian writes.
+  """
+  proto = _parse(data, name)
+  roles = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"} | texts_of(config)
+  special = {roles[role] for role in ("eos_token", "unk_token", "pad_token")}
+  tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+  if [vocabulary[t] for t in tokens] != list(range(len(tokens))) or not special <= set(tokens):
+    raise InputError(f"{name}: vocab.json must number {', '.join(special)} and others from 0.")
+  if config.get("separate_vocabs") or proto.trainer_spec.model_type != _UNIGRAM:
+    raise InputError(f"{name}: only one vocabulary of unigram models is supported for Marian.")
+  scores = {p.piece: float(f"{p.score:.9g}") for p in proto.pieces if p.type in (_NORMAL, _USER)}
+  shown = lambda token: token if token in scores or token in special else _UNSPELLABLE + token
+  pieces = [(shown(token), scores.get(token, 0.0)) for token in tokens]
+  backend = tokenizers.Tokenizer(models.Unigram(pieces, vocabulary[roles["unk_token"]]))
+  _own_cuts(backend, proto, config)
+  shows = decoders.Replace(_UNSPELLABLE, "")
+  backend.decoder = decoders.Sequence([shows, _decoder(proto.normalizer_spec)])
+  backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+  end = (roles["eos_token"], vocabulary[roles["eos_token"]])
+  backend.post_processor = processors.TemplateProcessing(
+    single=f"$A {end[0]}", pair=f"$A $B:0 {end[0]}", special_tokens=[end]
+  )
+  return backend, roles
 
 
 def _parse(data: bytes, name: str) -> Any:

@@ -240,7 +240,8 @@ class Tokenizer:
     A folder may also hold BERT's vocab.txt, or GPT-2's vocabulary and merges (vocab.json and
     merges.txt, or encoder.json and vocab.bpe), read as its tokenizer_config.json or the kind of its
     model says. A bare SentencePiece model gets the beginning and the end of text that it declares;
-    tokenizer_config.json may switch them off (`add_bos_token`, `add_eos_token`).
+    tokenizer_config.json may switch them off (`add_bos_token`, `add_eos_token`). Marian's pair of
+    models is read for its source language.
 
     Raises:
       InputError: if nothing is there, or it is damaged.

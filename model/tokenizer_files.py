@@ -24,7 +24,7 @@ _USUAL_NAMES = {
 }
 _ORDER = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # In which new special tokens get ids.
 _MERGES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-_WORDS = "vocab.txt"
+_WORDS, _MARIAN = "vocab.txt", "source.spm"
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 # Fields that say where a tokenizer was or how to run code of its own, or that tokenizer.json says.
 _NOT_KEPT = ("tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "auto_map",
@@ -71,6 +71,11 @@ def _from_folder(folder: Path, config: dict[str, Any], kind: Kind) -> Read:
   for vocabulary, merges in _MERGES:
     if (folder / vocabulary).is_file() and (folder / merges).is_file():
       return from_merges(_read_json(folder / vocabulary), folder / merges, config, kind)
+  if (folder / _MARIAN).is_file() and (folder / "vocab.json").is_file():
+    from model.sentencepiece import convert_marian
+
+    file, vocabulary = folder / _MARIAN, _read_json(folder / "vocab.json")
+    return convert_marian(file.read_bytes(), vocabulary, name=str(file), config=config)
   if (folder / _WORDS).is_file():
     return from_words(folder / _WORDS, config, kind)
   found = sorted(folder.glob("*.model"))

@@ -136,7 +136,7 @@ class Model:
     for i, one in enumerate(ids):
       if not one or (limit is not None and len(one) > limit):
         raise InputError(
-          f"text {i} has {len(one)} tokens: between 1 and the model's {limit} are needed."
+          f"text {i} has {len(one)} tokens: at least 1 and at most {limit} are needed."
         )
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out: Any = np.zeros((len(ids), self.config.d_model), np.float32)

@@ -11,6 +11,7 @@ from model.hf.family import Family
 
 _MODULES, _POOLING, _NORMALIZE = "modules.json", "1_Pooling", "2_Normalize"
 _LENGTH, _PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.json"
+_TOKENIZER, _NO_LIMIT = "tokenizer_config.json", 1 << 31  # Larger lengths stand for none.
 _MODES = {"cls": "first", "cls_token": "first", "mean": "mean", "mean_tokens": "mean",
           "lasttoken": "last"}  # fmt: skip
 
@@ -58,7 +59,11 @@ def read(folder: Path) -> Sentences | None:
   if prompts.get("default_prompt_name") is not None:
     raise InputError(f"{folder / _PROMPTS}: a default prompt before each text is not supported.")
   pooling = _pooling(folder / modules[1][1] / "config.json")
-  return Sentences(pooling, "Normalize" in kinds, length.get("max_seq_length"))
+  if length.get("transformer_task") not in (None, "feature-extraction"):
+    raise InputError(f"{folder / _LENGTH}: transformer_task must be feature-extraction.")
+  limit = length.get("max_seq_length") or _json(folder / _TOKENIZER).get("model_max_length")
+  limit = int(limit) if limit is not None and limit < _NO_LIMIT else None
+  return Sentences(pooling, "Normalize" in kinds, limit)
 
 
 def _pooling(path: Path) -> str:

@@ -42,7 +42,7 @@ def test_similarities_are_the_published_ones(minilm):
   assert m.config.pooling == "mean" and m.config.normalize and m.text_limit == 256
   vectors = m.embed(TEXTS)
   np.testing.assert_allclose(vectors @ vectors.T, PUBLISHED, atol=1e-3)
-  with pytest.raises(InputError, match="and the model's 256"):
+  with pytest.raises(InputError, match="at most 256"):
     m.embed("word " * 300)
 
 
@@ -62,6 +62,25 @@ def test_a_sentence_transformer_is_written_as_one(minilm, tmp_path):
   model.save(m, tmp_path / "orbax")
   np.testing.assert_array_equal(model.load(tmp_path / "orbax").embed(TEXTS), m.embed(TEXTS))
   assert model.load(tmp_path / "orbax").text_limit == 256
+
+
+def test_newer_folders_say_the_same_in_other_words(minilm, tmp_path):
+  shutil.copytree(minilm[0], tmp_path / "new")
+  names = {"Transformer": "base.modules.transformer", "Normalize": "base.modules.normalize",
+           "Pooling": "sentence_transformer.modules.pooling"}  # fmt: skip
+  modules = json.loads((minilm[0] / "modules.json").read_text())
+  for one in modules:
+    kind = one["type"].split(".")[-1]
+    one["type"] = f"sentence_transformers.{names[kind]}.{kind}"
+  tokenizer = json.loads((minilm[0] / "tokenizer_config.json").read_text())
+  for name, values in (
+    ("modules", modules), ("sentence_bert_config", {"transformer_task": "feature-extraction"}),
+    ("1_Pooling/config", {"embedding_dimension": 384, "pooling_mode": "mean"}),
+    ("tokenizer_config", {**tokenizer, "model_max_length": 256}),
+  ):  # fmt: skip
+    (tmp_path / "new" / f"{name}.json").write_text(json.dumps(values))
+  new = model.load(tmp_path / "new")
+  assert (new.config, new.text_limit) == (minilm[1].config, 256)
 
 
 REFUSED = {
