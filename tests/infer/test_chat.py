@@ -7,7 +7,9 @@ import pytest
 
 import infer
 import model
+from infer.batch import end_ids
 from infer.chat import as_messages, turn_ends
+from infer.settings import Settings
 from model.errors import InputError
 from tests import commands
 from tests.infer import tiny
@@ -58,20 +60,21 @@ def test_a_chat_without_a_template_says_so(tmp_path):
   assert done.stderr.splitlines()[-1].startswith("error: the tokenizer has no chat template")
 
 
-def test_generation_ends_at_any_of_the_tokens_that_a_folder_names(chatty, tmp_path):
-  free = infer.generate(chatty, "Hi", max_new_tokens=40, temperature=0.9, seed=1)[0].tokens
-  ends = (free[5], free[12])
-  m = dataclasses.replace(chatty, end_ids=ends)
+def test_the_tokens_that_a_folder_names_end_an_answer_in_place_of_the_tokenizers(chatty, tmp_path):
+  assert end_ids(chatty, Settings()) == {258}
+  m = dataclasses.replace(chatty, end_ids=(10, 259))
   model.save(m, tmp_path / "orbax")
   model.save(m, tmp_path / "hf", format="hf")
   told = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
-  assert told == {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": list(ends)}
-  first = min(i for i, token in enumerate(free) if token in ends)
+  assert told == {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": [10, 259]}
   for path in (tmp_path / "orbax", tmp_path / "hf"):
     loaded = model.load(path)
-    assert loaded.end_ids == ends
-    c = infer.generate(loaded, "Hi", max_new_tokens=40, temperature=0.9, seed=1)[0]
-    assert (c.tokens, c.finish_reason) == (free[: first + 1], "stop")
+    assert loaded.end_ids == (10, 259)
+    assert end_ids(loaded, Settings(stop=[65])) == {10, 65, 259}
+  (tmp_path / "hf" / "generation_config.json").unlink()
+  config = json.loads((tmp_path / "hf" / "config.json").read_text())
+  (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "eos_token_id": 7}))
+  assert model.load(tmp_path / "hf").end_ids == (7,)
 
 
 @pytest.mark.slow
