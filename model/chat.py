@@ -90,8 +90,13 @@ def _rendered(compiled: Any, values: dict[str, Any]) -> tuple[str, list[tuple[in
 
 
 def overlapping(offsets: Iterable[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-  """1 for each token that shares a character with a span."""
-  return [int(any(a < end and b > start for start, end in spans)) for a, b in offsets]
+  """1 for each token that shares a character with a span; both are in order."""
+  found, at = [], 0
+  for begin, end in offsets:
+    while at < len(spans) and begin >= spans[at][1]:
+      at += 1
+    found.append(int(at < len(spans) and end > spans[at][0]))
+  return found
 
 
 def _conversation(messages: Any) -> list[dict[str, Any]]:

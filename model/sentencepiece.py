@@ -121,8 +121,9 @@ def convert_marian(
   proto = _parse(data, name)
   roles = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"} | texts_of(config)
   special = {roles[role] for role in ("eos_token", "unk_token", "pad_token")}
-  tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
-  if [vocabulary[t] for t in tokens] != list(range(len(tokens))) or not special <= set(tokens):
+  numbered = {i: token for token, i in vocabulary.items()}
+  tokens = [numbered.get(i, "") for i in range(len(vocabulary))]
+  if "" in tokens or not special <= set(vocabulary):
     raise InputError(f"{name}: vocab.json must number {', '.join(special)} and others from 0.")
   if config.get("separate_vocabs") or proto.trainer_spec.model_type != _UNIGRAM:
     raise InputError(f"{name}: only one vocabulary of unigram models is supported for Marian.")

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, normalizers
 
 from model.errors import InputError
 from model.tokenizer_kinds import Kind, kind_of
-from model.tokenizer_vocabularies import from_merges, from_words, texts_of
+from model.tokenizer_vocabularies import from_merges, from_words, read_text, texts_of
 
 # Names by which a bare tokenizer.json shows what a special token is for.
 _USUAL_NAMES = {
@@ -101,7 +101,7 @@ def _config(folder: Path) -> dict[str, Any]:
   if (folder / _TEMPLATE).is_file():
     templates["default"] = folder / _TEMPLATE
   if templates:
-    read = {name: path.read_text(encoding="utf-8") for name, path in templates.items()}
+    read = {name: read_text(path) for name, path in templates.items()}
     named = [{"name": name, "template": text} for name, text in read.items()]
     config["chat_template"] = read["default"] if list(read) == ["default"] else named
   return config
@@ -159,10 +159,13 @@ def _added(
   Raises:
     InputError: if a token gets another id than the folder says.
   """
-  numbered = {
-    int(i): AddedToken(**{k: v for k, v in token.items() if k != "__type"})
-    for i, token in config.get("added_tokens_decoder", {}).items()
-  }  # fmt: skip
+  try:
+    numbered = {
+      int(i): AddedToken(**{k: v for k, v in token.items() if k != "__type"})
+      for i, token in config.get("added_tokens_decoder", {}).items()
+    }
+  except (TypeError, ValueError, AttributeError) as error:
+    raise InputError(f"{name}: added_tokens_decoder is damaged: {error}.") from None
   backend.add_tokens([token for _, token in sorted(numbered.items())])
   for i, token in numbered.items():
     if backend.token_to_id(token.content) != i:

@@ -29,7 +29,7 @@ def from_words(
   if config.get("do_basic_tokenize") is False or config.get("never_split"):
     raise InputError(f"{path}: do_basic_tokenize=false and never_split are not supported.")
   roles = _bert_like(kind).roles | texts_of(config)
-  lines = path.read_text(encoding="utf-8").split("\n")
+  lines = read_text(path).split("\n")
   tokens = [line.rstrip() for line in (lines if lines[-1] else lines[:-1])]
   vocabulary = {token: i for i, token in enumerate(tokens)}
   _check_known(path, vocabulary, {r: roles[f"{r}_token"] for r in ("unk", "cls", "sep")})
@@ -61,7 +61,7 @@ def from_merges(
     InputError: if the files are damaged or do not fit together, or for another class.
   """
   check_reads(kind, str(merges), kind.merges)
-  lines = merges.read_text(encoding="utf-8").split("\n")
+  lines = read_text(merges).split("\n")
   lines = [line.rstrip("\r") for line in lines if line and not line.startswith("#version")]
   if any(line.count(" ") != 1 for line in lines):
     raise InputError(f"{merges} is damaged: each line must hold two tokens.")
@@ -93,6 +93,18 @@ def from_merges(
   else:
     set_ends(backend, config, own, roles)
   return backend, roles
+
+
+def read_text(path: Path) -> str:
+  """A file's text.
+
+  Raises:
+    InputError: if it is none.
+  """
+  try:
+    return path.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise InputError(f"{path} is not UTF-8 text: {error}.") from None
 
 
 def texts_of(config: Mapping[str, Any]) -> dict[str, str]:

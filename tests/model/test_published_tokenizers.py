@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from model.errors import InputError
 from model.tokenizer import Tokenizer
 from tests.model.strings import strings
 from tests.weights import fetch, shared
@@ -206,3 +207,25 @@ def test_a_sentencepiece_model_of_no_class_is_read_as_sentencepiece_does(setting
   assert len(texts) > 1500
   for text, ids in zip(texts, theirs.encode(texts), strict=True):
     assert ours.encode_document(text) == ids, text
+
+
+REFUSED = {
+  "another class's model": (dict(tokenizer_class="XLMRobertaTokenizer"), "XLMRobertaTokenizer"),
+  "another class's words": (dict(tokenizer_class="BertJapaneseTokenizer"), "BertJapanese"),
+  "words that are not split": (dict(do_basic_tokenize=False), "do_basic_tokenize"),
+  "no such token": (dict(sep_token="<sep>"), "no '<sep>', the sep_token"),
+  "another id": (dict(added_tokens_decoder={"9": {"content": "<x>"}}), "'<x>' has id 9"),
+  "a damaged token": (dict(added_tokens_decoder={"x": {}}), "added_tokens_decoder is damaged"),
+  "a damaged file": (dict(), "not UTF-8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_would_be_read_wrongly_is_refused_in_one_line(tmp_path, what):
+  config, said = REFUSED[what]
+  data = b"\xff" if what == "a damaged file" else b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n"
+  (tmp_path / ("x.model" if "model" in what else "vocab.txt")).write_bytes(data)
+  write(tmp_path, tokenizer_config=config)
+  with pytest.raises(InputError, match=said) as caught:
+    Tokenizer.load(tmp_path)
+  assert "\n" not in str(caught.value)
