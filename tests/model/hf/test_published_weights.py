@@ -3,11 +3,14 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 import model
+from model.config import ModelConfig
 from model.errors import InputError
+from model.heads import init_params
 from model.trained import padded
 from tests.weights import fetch, shared
 
@@ -81,6 +84,39 @@ def test_newer_folders_say_the_same_in_other_words(minilm, tmp_path):
     (tmp_path / "new" / f"{name}.json").write_text(json.dumps(values))
   new = model.load(tmp_path / "new")
   assert (new.config, new.text_limit) == (minilm[1].config, 256)
+
+
+BERT = dict(
+  shape="encoder", positions="learned", norm="layer", norm_placement="post", norm_eps=1e-12,
+  gated=False, embed_norm=True, final_norm=False, mlp_bias=True, attention_bias=True,
+  attention_out_bias=True, activation="gelu",
+)  # fmt: skip
+EMBEDDERS = {
+  "llama": (dict(pooling="last", normalize=True), True),
+  "gpt2": (dict(positions="learned", norm="layer", gated=False, mlp_bias=True, attention_bias=True,
+                attention_out_bias=True, activation="gelu_tanh", pooling="mean"), True),
+  "bert": (dict(**BERT, token_types=2), True),
+  "roberta": (dict(**BERT, token_types=1, position_offset=2, pooling="mean"), True),
+  "distilbert": (dict(**BERT, pooling="first", normalize=True), True),
+  "distilbert alone": (dict(**BERT), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_what_embeds_texts_is_written_with_how_it_does(name, tmp_path):
+  settings, told = EMBEDDERS[name]
+  cfg = ModelConfig(
+    vocab_size=128, num_layers=1, d_model=16, d_ff=24, num_heads=2, max_positions=32,
+    head="embedding", **settings,
+  )  # fmt: skip
+  m = model.Model(cfg, init_params(cfg, jax.random.key(0)))
+  model.save(m, tmp_path / "hf", format="hf", family=name.split()[0])
+  again = model.load(tmp_path / "hf")
+  assert (tmp_path / "hf" / "modules.json").is_file() == told
+  assert again.config.normalize == cfg.normalize and not again.config.head_dense
+  stack = cfg.text_stack
+  assert again.config.pooling_of(stack) == cfg.pooling_of(stack)
+  assert jax.tree.all(jax.tree.map(np.array_equal, again.params, m.params))
 
 
 REFUSED = {
