@@ -22,6 +22,7 @@ from typing import Any
 from absl import flags
 
 from infer.batch import text_of
+from infer.chat import as_messages, turn_ends
 from infer.generate import Completion, generate, stream
 from infer.heads import TASKS, check_head
 from infer.settings import Settings
@@ -39,6 +40,9 @@ _PROMPT = flags.DEFINE_multi_string(
 )
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "File with one prompt a line.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object a line for each prompt.")
+_CHAT = flags.DEFINE_bool(
+  "chat", False, "Each prompt is a message to answer, in the checkpoint's chat template."
+)
 _STREAM = flags.DEFINE_bool(
   "stream", None, "Print text as it comes, one prompt after the other (default: on a terminal)."
 )
@@ -74,7 +78,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "File for the vectors, as a NumPy 
 
 # The flags that each task reads besides those that all read.
 _READ = {
-  "generate": ("stream", "max_new_tokens", "min_new_tokens", "stop", "temperature", "top_k",
+  "generate": ("chat", "stream", "max_new_tokens", "min_new_tokens", "stop", "temperature", "top_k",
                "top_p", "min_p", "seed", "logprobs"),
   "fill-mask": ("top",),
   "classify": ("text_pair",),
@@ -168,7 +172,10 @@ def _tell(m: Model, asked: Asked) -> None:
     print(json.dumps(values, ensure_ascii=False) if _JSON.value else "\n".join(lines))
 
 
-def _generate(m: Model, prompts: list[str], settings: dict[str, Any]) -> None:
+def _generate(m: Model, prompts: list[Any], settings: dict[str, Any]) -> None:
+  if _CHAT.value:
+    prompts = as_messages(m, prompts)
+    settings = settings | {"stop": [*settings["stop"], *turn_ends(m)]}
   live = sys.stdout.isatty() and len(prompts) == 1 if _STREAM.value is None else _STREAM.value
   if live and not _JSON.value:
     _print_pieces(m, prompts, Settings(**settings).seeds(len(prompts)), settings)
@@ -176,7 +183,7 @@ def _generate(m: Model, prompts: list[str], settings: dict[str, Any]) -> None:
     _print_whole(m, prompts, settings)
 
 
-def _print_pieces(m: Model, prompts: list[str], seeds: list[int], settings: dict) -> None:
+def _print_pieces(m: Model, prompts: list[Any], seeds: list[int], settings: dict) -> None:
   for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
     if i:
       print("---")
@@ -185,7 +192,7 @@ def _print_pieces(m: Model, prompts: list[str], seeds: list[int], settings: dict
     print(flush=True)
 
 
-def _print_whole(m: Model, prompts: list[str], settings: dict) -> None:
+def _print_whole(m: Model, prompts: list[Any], settings: dict) -> None:
   for i, completion in enumerate(generate(m, prompts, **settings)):
     if _JSON.value:
       print(json.dumps(as_json(completion, m), ensure_ascii=False))

@@ -158,9 +158,11 @@ def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[li
 
 
 def end_ids(m: "Model", settings: Settings) -> frozenset[int]:
-  """Tokens that end a sequence: the settings' stop ids, and the tokenizer's end token, or where it
-  names none what its template closes a text with.
+  """Tokens that end a sequence: the settings' stop ids, and the model's, or where it has none the
+  tokenizer's end token, or where that names none what its template closes a text with.
   """
+  if m.end_ids:
+    return frozenset([*settings.stop_ids(), *m.end_ids])
   if m.tokenizer is None:
     return frozenset(settings.stop_ids())
   eos = m.tokenizer.eos_id

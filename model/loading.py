@@ -1,7 +1,6 @@
 """Models from any checkpoint PATH, and back to disk."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from model import checkpoint, hf, sharding
 from model.config import PARAM_DTYPES, ModelConfig
 from model.errors import InputError
 from model.heads import abstract
+from model.hf.source import Source
 from model.layers import param_info
 from model.tokenizer import Tokenizer
 from model.trained import Model
@@ -59,8 +59,12 @@ def _check_dtype(dtype: str | None) -> None:
 def _from_folder(path: str | Path, dtype: str | None, mesh: jax.sharding.Mesh | None) -> Model:
   source = hf.Folder(path)
   cfg = _here(source.config, dtype or source.config.param_dtype)
+  return _model(source, cfg, source.params(_wanted(cfg, mesh)))
+
+
+def _model(source: hf.Folder | Source, cfg: ModelConfig, params: dict) -> Model:
   return Model(
-    cfg, source.params(_wanted(cfg, mesh)), source.tokenizer, source.labels, source.family
+    cfg, params, source.tokenizer, source.labels, source.family, source.end_ids, source.text_limit
   )
 
 
@@ -68,10 +72,10 @@ def _from_workdir(path: str, dtype: str | None, mesh: Any, part: str) -> Model:
   source = _workdir(path, dtype)
   wanted = {part: _wanted(source.config, mesh)}
   state = checkpoint.restore_params(path, wanted, cast=True, leave_out=TRAINED_BESIDE).state
-  return Model(source.config, state[part], source.tokenizer, source.labels, source.family)
+  return _model(source, source.config, state[part])
 
 
-def _workdir(path: str, dtype: str | None) -> hf.Source:
+def _workdir(path: str, dtype: str | None) -> Source:
   """What a workdir holds; its parameters are read when they are asked for."""
   workdir, step = checkpoint.resolve(path)
   folder = workdir / "checkpoints" / str(step)
@@ -90,7 +94,9 @@ def _workdir(path: str, dtype: str | None) -> hf.Source:
     return np.asarray(jax.tree.leaves(state)[0])
 
   labels = None if labels is None else tuple(labels)
-  return hf.Source(cfg, leaf, tokenizer, labels, config.get("family"))
+  ends = tuple(config.get("end_ids", ()))
+  limit = config.get("text_limit")
+  return Source(cfg, leaf, tokenizer, labels, config.get("family"), ends, limit)
 
 
 def _here(cfg: ModelConfig, dtype: str) -> ModelConfig:
@@ -132,10 +138,12 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
     kind = next(iter(leaves.values())).dtype.name
     cfg = dataclasses.replace(m.config, param_dtype=kind)
     leaf = lambda path: np.asarray(leaves[path])
-    hf.save(hf.Source(cfg, leaf, m.tokenizer, m.labels, m.family), folder, family=family)
+    told = (m.tokenizer, m.labels, m.family, m.end_ids, m.text_limit)
+    hf.save(Source(cfg, leaf, *told), folder, family=family)
     return
   labels = None if m.labels is None else list(m.labels)
-  config = {"model": m.config.to_dict(), "data": {"labels": labels}, "family": m.family}
+  config = {"model": m.config.to_dict(), "data": {"labels": labels}, "family": m.family,
+            "end_ids": list(m.end_ids), "text_limit": m.text_limit}  # fmt: skip
   meta = {"config": config}
   (folder / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
   if m.tokenizer is not None:
@@ -169,8 +177,10 @@ def convert(
   if hf.is_folder(path):
     found = hf.Folder(path)
     cfg = _here(found.config, dtype or found.config.param_dtype)
-    leaf = functools.partial(found.leaf, dtype=cfg.param_dtype)
-    source = hf.Source(cfg, leaf, found.tokenizer, found.labels, found.family)
+    shapes: Any = flatten_dict(_wanted(cfg, None))
+    leaf = lambda path: found.leaf(path, shapes[path].dtype)
+    told = (found.tokenizer, found.labels, found.family, found.end_ids, found.text_limit)
+    source = Source(cfg, leaf, *told)
   else:
     source = _workdir(str(path), dtype)
   hf.save(source, _new(folder, format), family=family)

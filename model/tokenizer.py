@@ -5,8 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
+from model import chat
+from model.documents import groups_of, parts_of, without_special
 from model.errors import InputError
-from model.tokenizer_files import read_tokenizer
+from model.tokenizer_files import read_tokenizer, write_tokenizer
 
 _ROLES = ("pad", "bos", "eos", "mask", "unk", "cls", "sep")
-_LONG = 1 << 18  # Characters from which a document is encoded in parts, to bound memory.
-_GROUP = 1 << 21  # Characters that are encoded at a time.
-_WINDOW = 256  # Characters on each side of a cut that must encode alike cut and whole.
-_UNSPELLABLE = "\U0010ffff\ufdd0"  # Noncharacters, in place of special tokens in documents.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +153,10 @@ class Tokenizer:
     Raises:
       InputError: as `encode`.
     """
-    parts = [self._parts(text) for text in texts]
-    ids = self._encode_parts([part for one in parts for part in one])
+    encode = lambda some: self._encode(self._literal, some, False)
+    parts = [parts_of(text, encode) for text in texts]
+    groups = groups_of([part for one in parts for part in one])
+    ids = (np.array(found, np.int32) for group in groups for found in encode(group))
     prefix, suffix = (np.array(ends, np.int32) for ends in self.affixes)
     return [np.concatenate([prefix, *(next(ids) for _ in one), suffix]) for one in parts]
 
@@ -176,41 +175,73 @@ class Tokenizer:
     spans = lambda e: np.array(e.offsets, np.int32).reshape(-1, 2)
     return [(np.array(e.ids, np.int32), spans(e)) for e in found]
 
-  def _encode_parts(self, parts: Sequence[str]) -> Iterator[Int32[np.ndarray, "_"]]:
-    group, size = [], 0
-    for i, part in enumerate(parts):
-      group.append(part)
-      size += len(part)
-      if size >= _GROUP or i == len(parts) - 1:
-        for ids in self._encode(self._literal, group, False):
-          yield np.array(ids, np.int32)
-        group, size = [], 0
-
   def decode(self, ids: Sequence[int]) -> str:
     """Text of `ids` without special tokens."""
     return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
-  def save(self, directory: str | Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, which Transformers opens too."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    self.backend.save(str(directory / "tokenizer.json"))
-    defaults = {
-      "tokenizer_class": "PreTrainedTokenizerFast",
-      "clean_up_tokenization_spaces": False,
-      "model_max_length": int(1e30),
-    }
-    names = {f"{role}_token": token for role, token in self.special.items()}
-    config = json.dumps(defaults | names | self.config, indent=2, ensure_ascii=False)
-    (directory / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+  def apply_chat_template(
+    self, conversation: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None, *,
+    documents: Sequence[Mapping[str, Any]] | None = None, chat_template: str | None = None,
+    add_generation_prompt: bool = False, continue_final_message: bool = False,
+    tokenize: bool = True, return_assistant_tokens_mask: bool = False, **variables: Any,
+  ) -> str | list[int] | dict[str, list[int]]:  # fmt: skip
+    """Messages as the model reads them, from the template that came with the tokenizer.
+
+    Args:
+      conversation: objects with `role` and `content` (text, or what the template makes of it).
+      tools, documents: what the template may offer to the model, as JSON.
+      chat_template: another template, or the name of one of several.
+      add_generation_prompt: end where the assistant begins to write.
+      continue_final_message: end where the content of the last message ends.
+      tokenize: token ids instead of text.
+      return_assistant_tokens_mask: `{"input_ids", "assistant_masks"}`; a mask is 1 for what the
+        assistant wrote: what the template has between `{% generation %}` and `{% endgeneration %}`.
+      **variables: of the template.
+
+    Raises:
+      InputError: if there is no template, it fails or refuses the messages, or does what no
+        template may.
+    """
+    if return_assistant_tokens_mask and (not tokenize or continue_final_message):
+      raise InputError(
+        "return_assistant_tokens_mask is told of tokens, and of whole messages: leave out "
+        f"{'tokenize=False' if not tokenize else 'continue_final_message'}."
+      )
+    names = {k: v for k, v in self.config.items() if k.endswith("_token") and isinstance(v, str)}
+    names |= {f"{role}_token": token for role, token in self.special.items()}
+    text, written = chat.render(
+      chat.choose(self.config.get("chat_template"), chat_template, tools is not None), conversation,
+      {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt,
+       **names, **variables},
+      unfinished=continue_final_message, marked=return_assistant_tokens_mask,
+    )  # fmt: skip
+    if not tokenize:
+      return text
+    encode = functools.partial(self.backend.encode_batch, add_special_tokens=False)
+    found = _encodings(self.backend, [text], encode)[0]
+    if not return_assistant_tokens_mask:
+      return found.ids
+    return {"input_ids": found.ids, "assistant_masks": chat.overlapping(found.offsets, written)}
+
+  def save(self, directory: str | Path, *, token_types: bool | None = None) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, which Transformers opens too.
+
+    Args:
+      token_types: whether the model reads token types, so that Transformers gives it some; None:
+        nothing is said.
+    """
+    write_tokenizer(self.backend, self.config, self.special, Path(directory), token_types)
 
   @classmethod
   def load(cls, path: str | Path) -> "Tokenizer":
     """Reads a tokenizer.json, a SentencePiece .model, a folder that holds one of them, or a .gguf.
 
-    A folder may also hold GPT-2's vocabulary and merges (vocab.json and merges.txt, or
-    encoder.json and vocab.bpe). A bare SentencePiece model gets the beginning and the end of text
-    that it declares; tokenizer_config.json may switch them off (`add_bos_token`, `add_eos_token`).
+    A folder may also hold BERT's vocab.txt, or GPT-2's vocabulary and merges (vocab.json and
+    merges.txt, or encoder.json and vocab.bpe), read as its tokenizer_config.json or the kind of its
+    model says. A bare SentencePiece model gets the beginning and the end of text that it declares;
+    tokenizer_config.json may switch them off (`add_bos_token`, `add_eos_token`). Marian's pair of
+    models is read for its source language.
 
     Raises:
       InputError: if nothing is there, or it is damaged.
@@ -233,46 +264,11 @@ class Tokenizer:
 
   @functools.cached_property
   def _literal(self) -> tokenizers.Tokenizer:
-    """The same tokenizer, to which special tokens in a text are ordinary characters.
-
-    A unigram or whole-word vocabulary would still find their spelling, so it is changed.
-    """
-    form = json.loads(self.backend.to_str())
-    special = {t["content"] for t in form["added_tokens"] if t["special"]}
-    hide = lambda token: _UNSPELLABLE + token if token in special else token
-    model = form["model"]
-    if model["type"] == "Unigram":
-      model["vocab"] = [[hide(token), score] for token, score in model["vocab"]]
-    else:
-      model["vocab"] = {hide(token): i for token, i in model["vocab"].items()}
-      if model.get("unk_token") is not None:
-        model["unk_token"] = hide(model["unk_token"])
-    for token in form["added_tokens"]:
-      token["content"] = hide(token["content"])
-    literal = tokenizers.Tokenizer.from_str(json.dumps(form))
-    literal.encode_special_tokens = True
-    return literal
+    return without_special(self.backend)
 
   def _encode(self, backend, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
     fast = functools.partial(backend.encode_batch_fast, add_special_tokens=add_special_tokens)
     return [e.ids for e in _encodings(backend, list(texts), fast)]
-
-  def _parts(self, text: str) -> list[str]:
-    """`text` cut at line ends, where the whole is known to encode as its parts do."""
-    parts, start = [], 0
-    while len(text) - start > _LONG:
-      places = re.compile(r"(?<=\S)\n(?=\S)").finditer(text, start + _LONG // 2, start + _LONG)
-      cut = next((m.end() for m in places if self._separable(text, m.end())), None)
-      if cut is None:
-        break
-      parts.append(text[start:cut])
-      start = cut
-    return [*parts, text[start:]]
-
-  def _separable(self, text: str, cut: int) -> bool:
-    left, right = text[cut - _WINDOW : cut], text[cut : cut + _WINDOW]
-    whole, before, after = self._encode(self._literal, [left + right, left, right], False)
-    return whole == before + after
 
 
 def _encodings(backend, inputs: list, encode: Callable[[list], list]) -> list:

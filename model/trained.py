@@ -33,6 +33,8 @@ class Model:
   tokenizer: Tokenizer | None = None
   labels: tuple[str, ...] | None = None  # Names of the classes, for heads that have them.
   family: str | None = None  # As what kind of models Hugging Face has it, where it came from there.
+  end_ids: tuple[int, ...] = ()  # Tokens that end what it writes; (): the tokenizer's.
+  text_limit: int | None = None  # Tokens of the longest text to embed; None: as many as positions.
 
   @functools.cached_property
   def graphdef(self) -> nnx.GraphDef:
@@ -129,11 +131,12 @@ class Model:
     if self.tokenizer is None or not texts:
       raise InputError("embed needs a tokenizer and at least one text.")
     ids = self.tokenizer.encode_batch(texts)
-    limit = self.config.max_positions
+    limits = [n for n in (self.text_limit, self.config.max_positions) if n is not None]
+    limit = min(limits, default=None)
     for i, one in enumerate(ids):
       if not one or (limit is not None and len(one) > limit):
         raise InputError(
-          f"text {i} has {len(one)} tokens: between 1 and the model's {limit} positions are needed."
+          f"text {i} has {len(one)} tokens: at least 1 and at most {limit} are needed."
         )
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out: Any = np.zeros((len(ids), self.config.d_model), np.float32)

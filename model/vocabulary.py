@@ -152,6 +152,7 @@ def _unigram(size: int, extra: int, texts: Iterable[str]) -> Tokenizer:
   import sentencepiece
 
   from model.sentencepiece import convert
+  from model.tokenizer_kinds import UNNAMED
 
   if size <= extra:
     raise InputError(f"unigram:{size} is too small: {extra} special tokens must fit beside text.")
@@ -165,7 +166,7 @@ def _unigram(size: int, extra: int, texts: Iterable[str]) -> Tokenizer:
   except (RuntimeError, OSError) as error:
     reason = str(error).split("]")[-1].strip() or str(error)
     raise InputError(f"unigram:{size} cannot be trained on this corpus: {reason}") from None
-  backend, roles = convert(target.getvalue(), name="the model", add_bos=True, add_eos=True)
+  backend, roles = convert(target.getvalue(), name="the model", config={}, kind=UNNAMED)
   return Tokenizer(backend, roles)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,23 @@ from model.hf import (
   encoder_decoders,
   encoders,
   expert_decoders,
+  generation,
   gpt_decoders,
   latent_decoders,
   layer_norm_decoders,
   mxfp4,
   relative_encoders,
+  sentences,
 )
 from model.hf.engine import Layout
 from model.hf.engine import Path as LeafPath
 from model.hf.family import Family
 from model.hf.gguf_models import read as read_gguf
 from model.hf.safetensors_files import INDEX, SINGLE, forget, open_folder, write_folder
+from model.hf.source import Source
 from model.hf.torch_files import open_torch_file
 from model.tokenizer import Tokenizer
+from model.tokenizer_files import holds_tokenizer
 from model.trained import Model
 
 _TABLES = (
@@ -47,7 +51,6 @@ FAMILIES: dict[str, Family] = {
   family.model_type: family for tables in _TABLES for family in tables.FAMILIES
 }
 _TORCH = "pytorch_model.bin"
-_TOKENIZERS = ("tokenizer.json", "vocab.json", "encoder.json")
 
 
 def is_folder(path: str | Path) -> bool:
@@ -71,6 +74,8 @@ class Folder:
     family: `model_type` of its config.json.
     labels: names of the classes, where its head has them.
     tokenizer: None: the folder has none.
+    end_ids: tokens that end what the model writes.
+    text_limit: tokens of the longest text that it embeds, where the folder says it.
   """
 
   def __init__(self, path: str | Path):
@@ -83,6 +88,9 @@ class Folder:
     values, tensors, has = _read(folder)
     family = _family(values.get("model_type"))
     name, cfg = family.read(values)
+    pooled = sentences.read(folder)
+    self.text_limit = None if pooled is None else pooled.limit
+    cfg = cfg if pooled is None else pooled.embedding(cfg)
     self.family = family.model_type
     packed = values.get("quantization_config") is not None  # In the one form that `read` lets pass.
     tensors = mxfp4.unpacked(tensors) if packed else tensors
@@ -90,11 +98,13 @@ class Folder:
     told = family.classes[name].told.items()
     cfg = dataclasses.replace(cfg, **{field: tell(self._tensors) for field, tell in told})
     self.layout = Layout(cfg, family.table(name), name)
-    _check(family, name, cfg, self.layout, self._tensors)
+    heads = {row.theirs for one in family.classes.values() for row in one.rows}
+    _check(family, name, cfg, self.layout, self._tensors, heads if pooled is not None else set())
     stored = self._tensors[_table(self.layout)].dtype.name
     self.config = dataclasses.replace(cfg, param_dtype=stored)
     self.labels = _label_names(cfg, values)
     self.tokenizer = Tokenizer.load(folder) if has else None
+    self.end_ids = generation.read_ends(folder, values, cfg)
 
   def leaf(self, path: LeafPath, dtype: Any) -> np.ndarray:
     """One parameter."""
@@ -114,25 +124,9 @@ class Folder:
     return unflatten_dict({path: place(path, like) for path, like in likes.items()})
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """A model whose parameters are read one after the other.
-
-  Attributes:
-    config: of the model; its `param_dtype` is that of all parameters.
-    leaf: a parameter by its path.
-    family: `model_type` of the config.json that it came from, or None.
-  """
-
-  config: ModelConfig
-  leaf: Callable[[LeafPath], np.ndarray]
-  tokenizer: Tokenizer | None
-  labels: tuple[str, ...] | None
-  family: str | None
-
-
 def save(source: Source, folder: Path, *, family: str | None = None) -> None:
-  """Writes safetensors, the tokenizer and, at last, config.json as Transformers reads them.
+  """Writes safetensors, the tokenizer, generation_config.json and, at last, config.json as
+  Transformers reads them; with an embedding head, how sentence-transformers pools too.
 
   No more is held than the parameters that one tensor of theirs is made of, and that tensor.
 
@@ -150,12 +144,21 @@ def save(source: Source, folder: Path, *, family: str | None = None) -> None:
   zeros = {name: np.zeros(shape(cfg), kind) for name, shape in empty if name not in shapes}
   shapes |= {name: (kind, array.shape) for name, array in zeros.items()}
   write_folder(folder, shapes, itertools.chain(layout.tensors(source.leaf), zeros.items()))
-  values |= {"dtype": kind.name, **_token_ids(source.tokenizer, found.pad)}
+  ids = generation.token_ids(source, found.pad)
+  if cfg.head_kind == "language":
+    generation.write(folder, source, ids)
+  if source.tokenizer is not None:
+    source.tokenizer.save(folder, token_types=bool(cfg.token_types))
+  if sentences.are_told(cfg, source.text_limit, found):
+    sentences.write(folder, cfg, source.text_limit)
+  ends = ids.get("eos_token_id")
+  values |= {"dtype": kind.name, **ids}
+  if isinstance(ends, list):  # Older classes take one number here.
+    own = None if source.tokenizer is None else source.tokenizer.eos_id
+    values["eos_token_id"] = own if own in ends else ends[0]
   if source.labels is not None:
     values |= {"id2label": {str(i): one for i, one in enumerate(source.labels)},
                "label2id": {one: i for i, one in enumerate(source.labels)}}  # fmt: skip
-  if source.tokenizer is not None:
-    source.tokenizer.save(folder)
   (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -172,7 +175,7 @@ def _written(cfg: ModelConfig, family: str | None) -> tuple[Family, dict[str, An
   reasons = []
   for one in FAMILIES.values() if family is None else [_family(family)]:
     try:
-      name, values = one.write(cfg)
+      name, values = one.write(sentences.body(cfg, one))
       return one, values, Layout(cfg, one.table(name), name)
     except InputError as error:
       reasons.append(str(error))
@@ -210,8 +213,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Any], bool]:
   """(config.json, tensors, whether a tokenizer is there) of a folder or of a GGUF file."""
   if _is_gguf(path):
     return read_gguf(path)
-  has = any((path / one).is_file() for one in _TOKENIZERS)
-  return _config(path), _open(path), has or len(list(path.glob("*.model"))) == 1
+  return _config(path), _open(path), holds_tokenizer(path)
 
 
 def _named(
@@ -255,8 +257,10 @@ def _apart(family: Family, key: str, array: np.ndarray) -> dict[str, np.ndarray]
 
 
 def _check(
-  family: Family, name: str, cfg: ModelConfig, layout: Layout, tensors: Mapping[str, np.ndarray]
-) -> None:
+  family: Family, name: str, cfg: ModelConfig, layout: Layout, tensors: Mapping[str, np.ndarray],
+  heads: set[str],
+) -> None:  # fmt: skip
+  """Compares with the tensors of a folder; `heads` are those of heads that the model leaves out."""
   whole = [key for key, array in tensors.items() if not jnp.issubdtype(array.dtype, jnp.floating)]
   whole = [key for key in whole if not family.computes_nothing(name, key)]
   if whole:
@@ -264,7 +268,8 @@ def _check(
     raise InputError(f"{whole[0]} has dtype {kind}, expected a floating one: {len(whole)} such.")
   shapes = {key: array.shape for key, array in tensors.items()}
   repeated, zeros = family.repeats(name, cfg), family.classes[name].zeros
-  unread = lambda key: key in repeated or key in zeros or family.computes_nothing(name, key)
+  spare = {*repeated, *zeros, *heads}
+  unread = lambda key: key in spare or family.computes_nothing(name, key)
   layout.check(shapes, unread)
   table = _table(layout)
   for key in repeated & set(tensors):
@@ -283,10 +288,3 @@ def _label_names(cfg: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...]
   if cfg.num_labels is None or not isinstance(names, dict):
     return None
   return tuple(names[key] for key in sorted(names, key=int))
-
-
-def _token_ids(tokenizer: Tokenizer | None, pad: int | None) -> dict[str, int | None]:
-  if tokenizer is None:  # What Transformers assumes might lie outside of the vocabulary.
-    return {"pad_token_id": pad}
-  ids = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-  return {f"{role}_token_id": i for role, i in ids.items() if i is not None}

@@ -10,7 +10,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from model.errors import InputError
 from model.hf.gguf_files import File, open_file
-from model.sentencepiece import convert, set_template
+from model.sentencepiece import convert
+from model.tokenizer_kinds import UNNAMED
+from model.tokenizer_vocabularies import set_ends
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # Of tokenizer.ggml.token_type.
 _ROLES = {
@@ -180,7 +182,9 @@ def _byte_level(read: _Vocabulary) -> tuple[tokenizers.Tokenizer, dict[str, Any]
   backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
   users = [t for t in read.of(_USER) if t not in special]
   backend.add_tokens([AddedToken(t, special=False, normalized=False) for t in users])
-  set_template(backend, *_ends(read, begins=words.begins))
+  bos, eos = _ends(read, begins=words.begins)
+  roles = {role: t for role, t in (("bos_token", bos), ("eos_token", eos)) if t is not None}
+  set_ends(backend, {}, UNNAMED, roles)
   return backend, {}
 
 
@@ -224,7 +228,8 @@ def _sentencepiece(read: _Vocabulary) -> tuple[tokenizers.Tokenizer, dict[str, A
   normalizer.escape_whitespaces = True
   bos, eos = _ends(read, begins="bos" in read.roles)
   data = proto.SerializeToString()
-  return convert(data, name=str(read.path), add_bos=bos is not None, add_eos=eos is not None)
+  config = {"add_bos_token": bos is not None, "add_eos_token": eos is not None}
+  return convert(data, name=str(read.path), config=config, kind=UNNAMED)
 
 
 def _scores(read: _Vocabulary) -> list[float]:

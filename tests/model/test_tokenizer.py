@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
+from model import documents
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from model.vocabulary import build_tokenizer, parse_spec
@@ -207,14 +208,12 @@ def test_a_tokenizer_file_is_used_with_its_own_template_and_never_truncates(tmp_
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe:300", "wordpiece:200", "unigram:120"])
 def test_a_long_document_encodes_as_a_whole_although_it_is_cut(built, spec, monkeypatch):
-  import model.tokenizer
-
   t = built[spec]
   text = "\n".join(LINES * 30)
   whole = t.encode_document(text)
-  monkeypatch.setattr(model.tokenizer, "_LONG", 2000)
-  monkeypatch.setattr(model.tokenizer, "_GROUP", 5000)
-  assert len(t._parts(text)) > 3
+  monkeypatch.setattr(documents, "LONG", 2000)
+  monkeypatch.setattr(documents, "GROUP", 5000)
+  assert len(documents.parts_of(text, lambda some: t._encode(t._literal, some, False))) > 3
   assert t.encode_document(text) == whole
 
 
