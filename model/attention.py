@@ -38,9 +38,8 @@ class Where:
 
   `angles` and `local_angles` are rotary; `bias` is the relative bias of a pass without a cache;
   `table` holds what computes it against a cache's positions; `relative` is what disentangled
-  attention knows of positions. `bidirectional` marks the tokens of
-  prefixes. `ordered` promises, statically, that tokens lie in row order with positions rising by
-  one in each segment.
+  attention knows of positions. `bidirectional` marks the tokens of prefixes. `ordered` promises,
+  statically, that tokens lie in row order with positions rising by one in each segment.
   """
 
   pos: Int[Array, "B T"]
