@@ -180,7 +180,8 @@ FAMILIES = (
         norm_placement="sandwich", **GEMMA),
   llama("gemma3_text", {"Gemma3ForCausalLM": LANGUAGE, "Gemma3TextModel": BODY,
                         "Gemma3TextForSequenceClassification": TEXTS},
-        kv_heads(4), WIDE, TIED, *BIASES, BOTH_WAYS, *CAPS, QueryScalar(), GEMMA_ACTIVATION,
+        kv_heads(4), WIDE, TIED, *BIASES, BOTH_WAYS, QueryScalar(), GEMMA_ACTIVATION,
+        Always("attn_logit_softcapping", None), CAPS[1],  # Theirs reads the second only.
         LayerTypes(("sliding_window", 4096), ("sliding_window_pattern", 6), 5),
         TwoRotaries(("rope_theta", 1e6), ("rope_local_base_freq", 1e4)), rows=SANDWICH_ROWS,
         unread=("hidden_act", "cache_implementation"), norm_placement="sandwich", qk_norm="head",

@@ -114,5 +114,14 @@ class Theirs:
     """
     if start is not None:
       return self.scores(Document(document.tokens, np.array([start, *written[:-1]])))
+    turned = getattr(self._model.config, "rope_parameters", None) or {}
+    if turned.get("rope_type") == "dynamic":  # What a cache holds has turned as long as a text was.
+      tokens = self._torch.tensor(document.tokens)[None]
+      self._model.generation_config.eos_token_id = None
+      out = self._model.generate(
+        tokens, attention_mask=tokens * 0 + 1, do_sample=False, max_new_tokens=len(written),
+        output_logits=True, return_dict_in_generate=True,
+      )  # fmt: skip
+      return self._torch.stack(out.logits, dim=1)[0].numpy()
     read = np.array([*document.tokens, *written[:-1]])
     return self.scores(Document(read, read))[len(document.tokens) - 1 :]

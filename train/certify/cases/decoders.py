@@ -145,10 +145,9 @@ CASES = {
   "gemma2, tokens": ("Gemma2ForTokenClassification", {**GEMMA2, **LABELS}),
   "gemma2, body": ("Gemma2Model", GEMMA2),
   "gemma3_text": ("Gemma3ForCausalLM", GEMMA3),
-  "gemma3_text, untied, MQA, caps, scaled": (
+  "gemma3_text, untied, MQA, cap, scaled": (
     "Gemma3ForCausalLM",
-    {**GEMMA3, **UNTIED, **MQA, "attention_bias": True, "attn_logit_softcapping": 2.0,
-     "final_logit_softcapping": 3.0,
+    {**GEMMA3, **UNTIED, **MQA, "attention_bias": True, "final_logit_softcapping": 3.0,
      "rope_parameters": {
        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},

@@ -8,7 +8,7 @@ QWEN2 = {**LLAMA, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_
 QWEN3 = {**LLAMA, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
          "head_dim": 16}  # fmt: skip
 GPT_OSS = {**LLAMA, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 16,
-           "head_dim": 16, "swiglu_limit": 0.5}  # fmt: skip
+           "head_dim": 16, "swiglu_limit": 2.0}  # fmt: skip
 CASES = {
   "mixtral": ("MixtralForCausalLM", MIXTRAL),
   "mixtral, tied, windows": (
