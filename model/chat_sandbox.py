@@ -18,7 +18,8 @@ from model.chat import MOST_CHARACTERS, MOST_STEPS
 
 _LARGEST = 1_000_000  # The largest number that a template may count with or pad to.
 _MOST_WORK = 100_000_000  # Product of the lengths that a text's growth may hang on.
-_GROWING = ("replace", "join", "indent", "center", "wordwrap", "batch", "slice")
+_GROWING = ("replace", "join", "indent", "center", "wordwrap", "batch", "slice", "truncate",
+            "tojson", "round", "ljust", "rjust", "zfill", "expandtabs", "range")  # fmt: skip
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -76,25 +77,25 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
   def wrap_str_format(self, value: Any):
     text = getattr(value, "__self__", None)
-    if isinstance(text, str):
-      _check("format", (text,) if value.__name__.startswith("format") else ("",), {})
+    if isinstance(text, str) and value.__name__ in ("format", "format_map"):
+      _check_format(text)
     return super().wrap_str_format(value)
 
   def _bounded(self, name: str, function: Any) -> Any:
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0
+
     @functools.wraps(function)  # With the marks by which Jinja knows what else to give to it.
     def bounded(*args, **kwargs):
       self.step()
-      _check(name, args, kwargs)
+      _check(name, args[first], (*args[first + 1 :], *kwargs.values()))
       return self._measured(function(*args, **kwargs))
 
     return bounded
 
   def call(self, __context, __obj, *args, **kwargs):
     self.step()
-    text = getattr(__obj, "__self__", None)
-    if isinstance(text, str):
-      _check(__obj.__name__, (text, *args), kwargs)
-    _check("", args, kwargs)
+    name, text = getattr(__obj, "__name__", ""), getattr(__obj, "__self__", "")
+    _check(name, text if isinstance(text, str) else "", (*args, *kwargs.values()))
     return self._measured(super().call(__context, __obj, *args, **kwargs))
 
   def call_binop(self, context, operator, left, right):
@@ -105,9 +106,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
           self.measure(max(0, one) * len(other))
       numbers = isinstance(left, int) and isinstance(right, int)
       if numbers and (operator == "**" or abs(left) > _LARGEST**3 or abs(right) > _LARGEST**3):
-        _check("", (left, abs(right) * 10_000), {})
+        _check("range", "", (left, abs(right) * 10_000))
     if operator == "%" and isinstance(left, str):
-      _check("format", (left,), {})
+      _check_format(left)
     return self._measured(super().call_binop(context, operator, left, right))
 
   def _parse(self, source, name, filename):
@@ -137,21 +138,26 @@ class Sandbox(ImmutableSandboxedEnvironment):
     return self._measured("".join(map(str, values)))
 
 
-def _check(name: str, args: tuple, kwargs: dict) -> None:
-  """Refuses a call whose result may be much larger than what is given to it."""
-  values = [*args, *kwargs.values()]
-  numbers = [value for value in values if isinstance(value, int)]
-  if any(abs(number) > _LARGEST for number in numbers):
-    largest = max(map(abs, numbers))
-    said = largest if largest < 10**12 else "a number of more than 12 digits"
+def _check(name: str, value: Any, args: tuple) -> None:
+  """Refuses a function whose result may be much larger than what is given to it."""
+  if name == "format":
+    _check_format(str(value))
+  if name not in _GROWING:
+    return
+  numbers = [abs(arg) for arg in args if isinstance(arg, int)]
+  if max(numbers, default=0) > _LARGEST:
+    said = max(numbers) if max(numbers) < 10**12 else "a number of more than 12 digits"
     raise jinja2.exceptions.SecurityError(f"it counts to {said}: at most {_LARGEST}.")
-  if name == "format" and re.search(r"\d{4}|\*", str(args[0])):
-    raise jinja2.exceptions.SecurityError("it pads texts to more than 999 characters.")
-  sizes = [len(v) for v in values if isinstance(v, str | list | tuple)] + [abs(n) for n in numbers]
-  if name in _GROWING and math.prod(max(1, size) for size in sizes) > _MOST_WORK:
+  sizes = [len(v) for v in (value, *args) if isinstance(v, str | list | tuple)] + numbers
+  if math.prod(max(1, size) for size in sizes) > _MOST_WORK:
     raise jinja2.exceptions.SecurityError(
       f"{name} may write more than {MOST_CHARACTERS} characters."
     )
+
+
+def _check_format(text: str) -> None:
+  if re.search(r"\d{4}|\*", text):
+    raise jinja2.exceptions.SecurityError("it pads texts to more than 999 characters.")
 
 
 def _filtered(value: Any, name: str, line: int) -> nodes.Filter:

@@ -128,7 +128,7 @@ REFUSED = {
   "{{ messages.append(1) }}": "may not read 'append'",
   "{% set ns = namespace(__class__=1) %}": "__class__",
   "{{ '{0.__class__}'.format(1) }}": "may not read",
-  "{% for i in range(10**9) %}{% endfor %}": "at most 1000000",
+  "{% for i in range(10**9) %}{% endfor %}": "Range too big",
   "{% for i in range(999) %}{% for j in range(999) %}{% endfor %}{% endfor %}": "steps",
   "{% for i in range(900) %}" + "x" * 9000 + "{% endfor %}": "characters",
   "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}": "without end",
@@ -150,6 +150,18 @@ def test_a_template_that_does_harm_or_fails_is_refused_in_one_line(tokenizer, te
   with pytest.raises(InputError, match=REFUSED[template]) as caught:
     tokenizer.apply_chat_template([USER], chat_template=template)
   assert "\n" not in str(caught.value) and time.monotonic() - start < 5
+
+
+def test_large_numbers_and_long_texts_are_no_harm_by_themselves(tokenizer):
+  template = (
+    "{% macro f(x) %}{{ x }}{% endmacro %}{% set n = namespace(t=messages[0].time) %}"
+    "{{ n.t | tojson }} {{ f(n.t) }} {{ n.t | string }} {{ nothing | default(9999999) }} "
+    "{{ n.t + 1 }}{{ '%s: {} {}'.strip() }}"
+    "{{ messages[0].content.split('x')[-1] | replace('b', 'cc') | trim }}"
+  )
+  chat = [{"role": "user", "content": "2024 * x" + "b" * 400_000, "time": 1_700_000_000}]
+  got = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+  assert got == "1700000000 1700000000 1700000000 9999999 1700000001%s: {} {}" + "cc" * 400_000
 
 
 def test_messages_that_are_none_are_named(tokenizer):

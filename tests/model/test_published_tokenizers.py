@@ -188,7 +188,9 @@ def test_marian_reads_its_source_and_decodes_its_target(tmp_path):
   assert (ours.pad_id, ours.eos_id) == (theirs.pad_token_id, theirs.eos_token_id)
 
 
-@pytest.mark.parametrize("settings", [T5, LLAMA], ids=["unigram", "bpe"])
+@pytest.mark.parametrize(
+  "settings", [pytest.param(T5, marks=pytest.mark.slow), LLAMA], ids=["unigram", "bpe"]
+)
 def test_a_sentencepiece_model_of_no_class_is_read_as_sentencepiece_does(settings, tmp_path):
   """But for marks on letters that are replaced: the library of tokenizers drops them with those."""
   import sentencepiece
