@@ -1,15 +1,21 @@
 """A model of Transformers with random weights, and what it says: only this file knows PyTorch."""
 
+import copy
 import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from model import hf
 from model.errors import InputError
+from model.hf.safetensors_files import open_folder
 from train.certify.cases import Case
 from train.certify.documents import Document
 
+_KERNEL = "eager"  # Of attention, where a case names no other.
+_LEARNED = ("e_score_correction_bias", "final_logits_bias")  # Buffers that are weights.
 STD = 0.2  # Of all weights, norms too, around what they begin with: ones would hide a mistake.
 
 
@@ -38,12 +44,15 @@ class Theirs:
     name, settings = case
     kind = getattr(transformers, name)
     torch.manual_seed(0)
-    config = kind.config_class(**settings, attn_implementation="eager")
+    config = kind.config_class(**{"attn_implementation": _KERNEL, **settings})
     self._model = kind(config).eval()
     with torch.no_grad():
       for p in self._model.parameters():
         if p.requires_grad:
           p.copy_(torch.randn_like(p) * STD + (p if p.dim() == 1 else 0.0))
+      for name, buffer in self._model.named_buffers():
+        if name.endswith(_LEARNED):
+          torch.nn.init.normal_(buffer, std=STD)
     self._torch, self.two_sided = torch, bool(self._model.config.is_encoder_decoder)
 
   def save(self, folder: Path) -> None:
@@ -54,7 +63,8 @@ class Theirs:
     """A model of the same class from a folder."""
     again = object.__new__(Theirs)
     kind = type(self._model)
-    again._model = kind.from_pretrained(folder, attn_implementation="eager").eval()
+    kernel = self._model.config._attn_implementation
+    again._model = kind.from_pretrained(folder, attn_implementation=kernel).eval()
     # A folder without a tokenizer does not know what ends a text.
     again._model.config.eos_token_id = self._model.config.eos_token_id
     again._torch, again.two_sided = self._torch, self.two_sided
@@ -74,10 +84,19 @@ class Theirs:
     out = self._model(input_ids=tokens, **(dict(decoder_input_ids=answer) if self.answers else {}))
     if "start_logits" in out:
       return self._torch.stack([out.start_logits, out.end_logits], -1)[0]
-    for name in ("prediction_logits", "logits", "pooler_output"):
+    for name in ("prediction_logits", "logits"):
       if name in out:
         return out[name][0]
-    return out.last_hidden_state[0, -1]
+    if "encoder_last_hidden_state" in out:  # The encoder alone embeds texts.
+      return out.encoder_last_hidden_state[0, 0]
+    if out.get("pooler_output") is not None:
+      return out.pooler_output[0]
+    return out.last_hidden_state[0, -1 if self._causal else 0]
+
+  @property
+  def _causal(self) -> bool:
+    """Whether the last token of a text is the one that has seen all of it."""
+    return hf.FAMILIES[self._model.config.model_type].settings["shape"] == "decoder"
 
   @functools.cached_property
   def answers(self) -> bool:
@@ -85,7 +104,9 @@ class Theirs:
     return self.two_sided and type(self._model).__name__.endswith(("Generation", "MTModel"))
 
   def gradients(self, document: Document, targets: np.ndarray) -> dict[str, np.ndarray]:
-    """Of `loss` (train.certify.compare), by names of tensors; those that get none are left out."""
+    """Of cross-entropy against `targets`, or of the mean square of what has one score, by names of
+    tensors; those that get none are left out.
+    """
     torch = self._torch
     self._model.zero_grad()
     scores = self._scores(document)
@@ -95,8 +116,18 @@ class Theirs:
     else:
       loss = torch.nn.functional.cross_entropy(scores, torch.tensor(targets))
     loss.backward()
-    named = self._model.named_parameters()
-    return {name: p.grad.numpy() for name, p in named if p.grad is not None}
+    return self._gradients()
+
+  def _gradients(self) -> dict[str, np.ndarray]:
+    """Those of the last pass, under the names that a checkpoint has."""
+    held = copy.deepcopy(self._model)
+    missing = float("nan")
+    for p, own in zip(held.parameters(), self._model.parameters(), strict=True):
+      p.data = self._torch.full_like(p, missing) if own.grad is None else own.grad.clone()
+    with tempfile.TemporaryDirectory() as folder:
+      held.save_pretrained(folder)
+      tensors = {n: np.array(a) for n, a in open_folder(Path(folder)).items()}
+    return {name: array for name, array in tensors.items() if not np.isnan(array).any()}
 
   def step(self, rate: float) -> None:
     """One step of gradient descent on the last gradients."""
