@@ -209,7 +209,7 @@ def _greedy(theirs: Theirs, m: model.Model, docs: list[Document]) -> tuple[int |
   prompts = [doc.tokens.tolist() for doc in docs]
   if room is not None and max(LENGTHS) + n > room:
     raise ValueError(f"{room} positions are fewer than {max(LENGTHS)} + {n}: see the cases.")
-  written = generate(m, prompts, max_new_tokens=n, min_new_tokens=n)
+  written = generate(dataclasses.replace(m, end_ids=()), prompts, max_new_tokens=n)
   same, ties = 0, 0
   for doc, ours in zip(docs, written, strict=True):
     scores = theirs.next_scores(doc, start, ours.tokens)
