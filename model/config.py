@@ -362,19 +362,6 @@ class ModelConfig:
     return cls(**plain)
 
 
-EXECUTION_FIELDS = ("dtype", "scan_layers", "remat", "attention_kernel", "expert_kernel",
-                    "dropout", "attention_dropout", "mlp_dropout", "balance_loss", "router_z_loss",
-                    "init_std", "init_embed_std", "init_residual_scale", "param_dtype")  # fmt: skip
-HEAD_FIELDS = ("head", "head_dense", "head_activation", "head_norm", "head_dense_bias", "head_bias",
-               "pair_head", "num_labels", "problem", "pooling", "normalize", "logit_scale",
-               "logit_softcap", "logit_bias", "tie_embeddings")  # fmt: skip
-
-
-def architecture(cfg: ModelConfig) -> dict[str, Any]:
-  """The fields that decide what the parameters mean: two checkpoints that differ here differ."""
-  return {k: v for k, v in cfg.to_dict().items() if k not in EXECUTION_FIELDS}
-
-
 def _layer_kind(cfg: ModelConfig, stack: str, word: str) -> LayerKind:
   parts = word.split("+")
   window = cfg.window if stack == "encoder" else cfg.decoder_window or cfg.window

@@ -17,6 +17,7 @@ from model.heads import abstract
 from model.hf.source import Source
 from model.layers import param_info
 from model.tokenizer import Tokenizer
+from model.tokenizer_files import holds_tokenizer
 from model.trained import Model
 
 __all__ = ["Model", "convert", "load", "save"]
@@ -47,6 +48,35 @@ def load(
       raise InputError(f"ema=True: {path} is no workdir and holds no average.")
     return _from_folder(path, dtype, mesh)
   return _from_workdir(str(path), dtype, mesh, "ema" if ema else "params")
+
+
+def source(path: str | Path, *, dtype: str | None = None) -> Source:
+  """What lies at a checkpoint PATH, of which parameters are read when they are asked for.
+
+  Args:
+    path, dtype: as `load` takes them.
+
+  Raises:
+    InputError: as `load` does.
+  """
+  _check_dtype(dtype)
+  if not hf.is_folder(path):
+    return _workdir(str(path), dtype)
+  found = hf.Folder(path)
+  cfg = _here(found.config, dtype or found.config.param_dtype)
+  shapes: Any = flatten_dict(_wanted(cfg, None))
+  leaf = lambda path: found.leaf(path, shapes[path].dtype)
+  told = (found.tokenizer, found.labels, found.family, found.end_ids, found.text_limit)
+  return Source(cfg, leaf, *told)
+
+
+def tokenizer_path(path: str | Path) -> Path | None:
+  """Where the tokenizer of a checkpoint PATH lies: a folder, or a GGUF file; None: it has none."""
+  if hf.is_folder(path):
+    own = Path(path).expanduser()
+    return own if own.is_file() or holds_tokenizer(own) else None
+  folder = Path(checkpoint.resolve(path)[0]) / "tokenizer"
+  return folder if folder.is_dir() else None
 
 
 def _check_dtype(dtype: str | None) -> None:
@@ -84,8 +114,8 @@ def _workdir(path: str, dtype: str | None) -> Source:
   stored = found.state["params"]["embed"]["table"].dtype.name
   cfg = _here(ModelConfig.from_dict(config["model"]), dtype or stored)
   labels = config.get("data", {}).get("labels")
-  texts = Path(workdir) / "tokenizer"
-  tokenizer = Tokenizer.load(texts) if texts.is_dir() else None
+  texts = tokenizer_path(str(folder))
+  tokenizer = None if texts is None else Tokenizer.load(texts)
   shapes: Any = flatten_dict(_wanted(cfg, None))
 
   def leaf(path: tuple[str | int, ...]) -> np.ndarray:
@@ -173,18 +203,9 @@ def convert(
     m = load(path, dtype=dtype)
     save(m, folder, format=format, family=family)
     return m.config
-  _check_dtype(dtype)
-  if hf.is_folder(path):
-    found = hf.Folder(path)
-    cfg = _here(found.config, dtype or found.config.param_dtype)
-    shapes: Any = flatten_dict(_wanted(cfg, None))
-    leaf = lambda path: found.leaf(path, shapes[path].dtype)
-    told = (found.tokenizer, found.labels, found.family, found.end_ids, found.text_limit)
-    source = Source(cfg, leaf, *told)
-  else:
-    source = _workdir(str(path), dtype)
-  hf.save(source, _new(folder, format), family=family)
-  return source.config
+  found = source(path, dtype=dtype)
+  hf.save(found, _new(folder, format), family=family)
+  return found.config
 
 
 def _new(folder: str | Path, format: str) -> Path:

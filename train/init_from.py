@@ -1,21 +1,30 @@
 """Where a run begins from: the parameters and tokenizer of another one (`init_from`)."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from model import checkpoint
-from model.config import HEAD_FIELDS, architecture
+from model import checkpoint, hf, loading
+from model.architecture import HEAD_FIELDS, architecture
 from model.errors import InputError
+from model.heads import abstract as network
+from model.hf.source import Source
 from model.tokenizer import Tokenizer
 from train.config import Config, DataConfig
 from train.data.pipeline import Data
 from train.workdir import read_config
 
-BODY = ("embed", "encoder", "decoder")  # What is left of a network without its heads.
+BODY = (
+  "embed",
+  "decoder_embed",
+  "encoder",
+  "decoder",
+)  # What is left of a network without its heads.
 
 
 def with_its_tokenizer(config: Config, workdir: Path | None) -> Config:
@@ -30,8 +39,8 @@ def with_its_tokenizer(config: Config, workdir: Path | None) -> Config:
   if saved is not None and saved["init_from"] == config.init_from:
     chosen = saved["data"]["tokenizer"]
   else:
-    folder = _tokenizer_folder(config.init_from)
-    chosen = str(folder.resolve()) if folder.is_dir() else default
+    own = loading.tokenizer_path(config.init_from)
+    chosen = default if own is None else str(own.resolve())
   if chosen != default:
     _say(f"tokenizer: {chosen}, that of init_from")
   return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=chosen))
@@ -51,53 +60,60 @@ def initial_params(config: Config, fresh: dict, abstract: dict, data: Data) -> d
     InputError: if the checkpoint has another body or vocabulary.
   """
   path = config.init_from or ""
-  found = checkpoint.describe(path)
-  saved, parts = found.meta["config"], found.state["params"].keys()
-  check_init(path, saved["model"], config, data.tokenizer)
-  differs = _head_differs(saved, config)
+  found = loading.source(path, dtype=config.model.param_dtype)
+  check_init(path, found, config, data.tokenizer)
+  differs = _head_differs(found, config)
   if differs:
     _say(f"head: fresh ({'; '.join(differs)})")
-  kept = set(BODY) if differs else {*BODY, *parts}
+  return {**fresh, **_read(path, found, abstract, whole=not differs)}
+
+
+def _read(path: str, found: Source, abstract: dict, *, whole: bool) -> dict:
+  """Parameters where they belong: of the body, or with `whole` all that the checkpoint has."""
+  folder = hf.is_folder(path)
+  there = nnx.state(network(found.config), nnx.Param).keys()
+  parts = there if folder else checkpoint.describe(path).state["params"].keys()
+  kept = set(BODY) & abstract.keys() | (abstract.keys() & parts if whole else set())
   wanted = {name: part for name, part in abstract.items() if name in kept}
-  others = tuple(name for name in parts if name not in wanted)
-  restored = checkpoint.restore_params(path, {"params": wanted}, cast=True, leave_out=others)
-  return {**fresh, **restored.state["params"]}
+  if not folder:
+    others = tuple(name for name in parts if name not in kept)
+    read = checkpoint.restore_params(path, {"params": wanted}, cast=True, leave_out=others)
+    return read.state["params"]
+  likes: Any = flatten_dict(wanted)
+  place = lambda leaf, like: jax.device_put(found.leaf(leaf).astype(like.dtype), like.sharding)
+  return unflatten_dict({leaf: place(leaf, like) for leaf, like in likes.items()})
 
 
-def check_init(path: str, saved: dict, config: Config, tokenizer: Tokenizer) -> None:
-  """Raises an InputError if a checkpoint's body is another one, or reads another vocabulary.
-
-  Args:
-    saved: its model's config, plain values.
-  """
-  folder = _tokenizer_folder(path)
-  if folder.is_dir() and Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
+def check_init(path: str, found: Source, config: Config, tokenizer: Tokenizer) -> None:
+  """Raises an InputError if a checkpoint's body is another one, or reads another vocabulary."""
+  own = found.tokenizer
+  if own is not None and own.fingerprint != tokenizer.fingerprint:
     raise InputError(
       f"init_from={path!r} was trained with another tokenizer than data.tokenizer="
-      f"{config.data.tokenizer!r}: its ids mean other text. Set data.tokenizer={str(folder)!r}."
+      f"{config.data.tokenizer!r}: its ids mean other text. Set data.tokenizer="
+      f"{str(loading.tokenizer_path(path))!r}."
     )
   free = (*HEAD_FIELDS, "prefix_attention")
-  ours = {k: v for k, v in architecture(config.model).items() if k not in free}
-  theirs = {name: saved.get(name) for name in ours}
-  checkpoint.check_config({"model": theirs}, {"model": json.loads(json.dumps(ours))})
+  saved, ours = (
+    {k: v for k, v in architecture(cfg).items() if k not in free}
+    | {"vocab_multiple": cfg.vocab_multiple}
+    for cfg in (found.config, config.model)
+  )
+  checkpoint.check_config({"model": saved}, {"model": ours})
 
 
-def _head_differs(saved: dict, config: Config) -> list[str]:
+def _head_differs(found: Source, config: Config) -> list[str]:
   """In words, what of the head is not as in the checkpoint."""
-  model, labels = config.model.to_dict(), config.data.labels
-  found = [
-    f"model.{name}: checkpoint {saved['model'].get(name)!r}, config {model[name]!r}"
+  saved, ours = architecture(found.config), architecture(config.model)
+  differs = [
+    f"model.{name}: checkpoint {saved[name]!r}, config {ours[name]!r}"
     for name in HEAD_FIELDS
-    if saved["model"].get(name) != model[name]
+    if saved[name] != ours[name]
   ]
-  theirs = saved.get("data", {}).get("labels")
-  if labels is not None and theirs is not None and tuple(theirs) != labels:
-    found.append("other labels")
-  return found
-
-
-def _tokenizer_folder(path: str) -> Path:
-  return Path(checkpoint.resolve(path)[0]) / "tokenizer"
+  labels = config.data.labels
+  if labels is not None and found.labels is not None and found.labels != tuple(labels):
+    differs.append("other labels")
+  return differs
 
 
 def _say(text: str) -> None:

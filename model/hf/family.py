@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from model.config import ModelConfig, architecture
+from model.architecture import LABELLED, architecture
+from model.config import ModelConfig
 from model.errors import InputError, nearest
 from model.hf.engine import Row
 
@@ -225,15 +226,19 @@ class Family:
     Raises:
       InputError: if the config is not one of this family, with the fields that differ.
     """
+    if cfg.shape != self.settings["shape"]:
+      raise InputError(
+        f"this model is no {self.model_type}: that has no model.shape={cfg.shape!r}."
+      )
     body: dict[str, Any] = {"model_type": self.model_type}
     for fields in self.fields:
       body |= fields.write(cfg)
-    if cfg.head_kind in _LABELLED:
+    if cfg.head_kind in LABELLED:
       body |= _labels(cfg)
-    ours, differing = _resolved(cfg), {}
+    ours, differing = architecture(cfg), {}
     for name in self.classes:
       values = {"architectures": [name], **body}
-      theirs, told = _resolved(self.read(values)[1]), self.classes[name].told
+      theirs, told = architecture(self.read(values)[1]), self.classes[name].told
       differing[name] = [k for k in ours if ours[k] != theirs[k] and k not in told]
       if not differing[name]:
         return name, values
@@ -285,27 +290,13 @@ COMMON = (
 )  # fmt: skip
 
 
-def _resolved(cfg: ModelConfig) -> dict[str, Any]:
-  """What decides the function and its parameters, with no default left open."""
-  layers = {name: cfg.layers(name) for name in cfg.stacks}
-  whole = {
-    "head": cfg.head_kind, "head_dim": cfg.head_width, "num_kv_heads": cfg.kv_heads,
-    "vocab_size": cfg.real_vocab, "num_decoder_layers": len(cfg.layers(cfg.stacks[-1])),
-    "pooling": cfg.pooling_of(cfg.text_stack), "layer_pattern": layers,
-    "num_labels": cfg.outputs if cfg.head_kind in _LABELLED else None,
-  }  # fmt: skip
-  left_out = ("layer_prefix", "vocab_multiple", "decoder_start_id")
-  return {k: v for k, v in (architecture(cfg) | whole).items() if k not in left_out}
-
-
-_LABELLED = ("sequence", "token")  # Heads that tell labels.
 _PROBLEMS = {"single_label_classification": "single_label", "regression": "regression",
              "multi_label_classification": "multi_label"}  # fmt: skip
 
 
 def _labelled(head: str, values: Mapping[str, Any]) -> dict[str, Any]:
   """Number of labels and problem of a classifier."""
-  if head not in _LABELLED:
+  if head not in LABELLED:
     return {}
   problem = _PROBLEMS.get(values.get("problem_type") or "", "single_label")
   names = values.get("id2label")  # Without names, Transformers assumes two.

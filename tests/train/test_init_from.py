@@ -23,6 +23,11 @@ from train.program import build_program
 from train.resolve import resolved
 
 DEFAULT = DataConfig().tokenizer
+BERT = dict(
+  norm_placement="post", norm="layer", norm_eps=1e-12, final_norm=False, embed_norm=True,
+  token_types=2, positions="learned", gated=False, activation="gelu", mlp_bias=True,
+  attention_bias=True, attention_out_bias=True, vocab_multiple=128,
+)  # fmt: skip
 
 
 def pretrained(folder, **changes):
@@ -119,3 +124,22 @@ def test_a_fine_tuned_run_goes_on_and_knows_its_labels(tmp_path, capsys):
   m = model.load(workdir)
   assert m.labels == ("7", "no", "yes")
   assert m(np.array([m.tokenizer.encode("a bee")])).shape == (1, 3)
+
+
+def test_a_run_begins_from_a_hugging_face_folder(tmp_path, capsys):
+  """Its body, its tokenizer, and its head where that is the same."""
+  saved = pretrained(tmp_path, **BERT, head_norm=True)
+  bert = model.load(tmp_path / "bert")
+  model.save(bert, tmp_path / "folder", format="hf")
+  tasks.write(tmp_path / "rows.jsonl", tasks.rows(12))
+  path = str(tmp_path / "folder")
+  made = tasks.config(tmp_path, "classification", tokenizer=DEFAULT, init_from=path)
+  made = dataclasses.replace(made, model=dataclasses.replace(made.model, **BERT))
+  fresh, begun, _ = start(made, tmp_path)
+  assert f"tokenizer: {path}" in capsys.readouterr().err
+  assert same(begun["encoder"], saved["encoder"]) and same(begun["head"], fresh["head"])
+  rows = bert.config.real_vocab  # What pads the vocabulary is not in such a folder.
+  assert np.array_equal(begun["embed"]["table"][:rows], saved["embed"]["table"][:rows])
+  other = dataclasses.replace(made, model=dataclasses.replace(made.model, d_ff=48))
+  with pytest.raises(InputError, match=r"model\.d_ff: checkpoint 32, config 48"):
+    start(other, tmp_path)
