@@ -86,7 +86,7 @@ CASES = {
   ),
   "phi3, tied, a part turns, LongRoPE": (
     "Phi3ForCausalLM",
-    {**PHI3, **TIED, "hidden_size": 64, "sliding_window": 600,
+    {**PHI3, **TIED, "num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 600,
      "original_max_position_embeddings": 200, **PART},
   ),
   "phi3, a part turns": (

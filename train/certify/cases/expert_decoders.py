@@ -22,7 +22,8 @@ CASES = {
   "qwen2_moe": ("Qwen2MoeForCausalLM", {**QWEN2, "num_hidden_layers": 4, "mlp_only_layers": [1]}),
   "qwen2_moe, tied, windows, no biases": (
     "Qwen2MoeForCausalLM",
-    {**QWEN2, **TIED, **MHA, "norm_topk_prob": True, "qkv_bias": False, "decoder_sparse_step": 2,
+    {**QWEN2, **TIED, **MHA, "norm_topk_prob": True, "num_experts_per_tok": 3, "qkv_bias": False,
+     "decoder_sparse_step": 2,
      "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 16,
      "max_window_layers": 3},
   ),
