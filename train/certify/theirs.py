@@ -16,7 +16,7 @@ from train.certify.documents import Document
 
 _KERNEL = "eager"  # Of attention, where a case names no other.
 _LEARNED = ("e_score_correction_bias", "final_logits_bias")  # Buffers that are weights.
-STD = 0.2  # Of all weights, norms too, around what they begin with: ones would hide a mistake.
+STD = 0.2  # Of vectors, norms too, around what they begin with: ones would hide a mistake.
 
 
 class Theirs:
@@ -49,7 +49,10 @@ class Theirs:
     with torch.no_grad():
       for p in self._model.parameters():
         if p.requires_grad:
-          p.copy_(torch.randn_like(p) * STD + (p if p.dim() == 1 else 0.0))
+          if p.dim() == 1:
+            p += torch.randn_like(p) * STD
+          else:  # As wide as what they multiply: scores are neither flat nor a single one.
+            p.copy_(torch.randn_like(p) * p.shape[-1] ** -0.5)
       for name, buffer in self._model.named_buffers():
         if name.endswith(_LEARNED):
           torch.nn.init.normal_(buffer, std=STD)
