@@ -11,13 +11,11 @@ from model.hf.fields import (
   Divisor,
   HeadWidth,
   LayerTypes,
-  Longest,
   QueryScalar,
-  Rotary,
-  TwoRotaries,
   Unturned,
   Windows,
 )
+from model.hf.rotary_fields import Longest, Rotary, TwoRotaries
 
 HEADS, HEAD_BIAS, OUT = "(n h) d -> d n h", "(n h) -> n h", "d (n h) -> n h d"
 UP, DOWN = "f d -> d f", "d f -> f d"

@@ -18,7 +18,8 @@ from model.hf.decoders import (
 )
 from model.hf.engine import Row, under
 from model.hf.family import Always, Field
-from model.hf.fields import Experts, LayerTypes, Rotary, Windows
+from model.hf.fields import Experts, LayerTypes, Windows
+from model.hf.rotary_fields import Rotary
 
 
 @dataclasses.dataclass(frozen=True)

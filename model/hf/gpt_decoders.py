@@ -10,7 +10,8 @@ from model.errors import InputError
 from model.hf.decoders import BUFFERS, DOWN, HEAD_BIAS, HEADS, OUT, TIED, UP, labels
 from model.hf.engine import Row, linear, norm, under
 from model.hf.family import Always, Class, Family, Field, Same
-from model.hf.fields import ACTIVATIONS, Longest, Rotary, layer_pattern
+from model.hf.fields import ACTIVATIONS, layer_pattern
+from model.hf.rotary_fields import Longest, Rotary
 
 GPT = dict(shape="decoder", norm="layer", gated=False, mlp_bias=True)
 BIASED = dict(attention_bias=True, attention_out_bias=True)

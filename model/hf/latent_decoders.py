@@ -10,7 +10,7 @@ from model.errors import InputError
 from model.hf.decoders import BIASES, DOWN, LLAMA_ROWS, UP, kv_heads, llama
 from model.hf.engine import Row, linear, under
 from model.hf.family import Always, Class, Family, Field, Fields
-from model.hf.fields import Rotary
+from model.hf.rotary_fields import Rotary
 
 LATENT_ROWS = (
   *(row for row in LLAMA_ROWS if "q_norm" not in row.theirs and "k_norm" not in row.theirs),

@@ -10,8 +10,9 @@ from model.hf import decoders
 from model.hf.decoders import BUFFERS, DOWN, HEAD_BIAS, HEADS, LLAMA_ROWS, OUT, TIED, UP, kv_heads
 from model.hf.engine import Row, linear, norm, under
 from model.hf.family import Always, Family, Field, Same
-from model.hf.fields import ACTIVATIONS, Longest, Rotary
+from model.hf.fields import ACTIVATIONS
 from model.hf.gpt_decoders import BIASED, GPT, INTERLEAVED, classes
+from model.hf.rotary_fields import Longest, Rotary
 
 UNTIED = Field("tie_word_embeddings", "tie_embeddings", False)
 WIDTH = Field("hidden_size", "d_model", 64, older="n_embed")  # Of BLOOM.

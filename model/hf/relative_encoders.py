@@ -27,7 +27,8 @@ from model.hf.encoders import (
 )
 from model.hf.engine import Row, linear, norm, under
 from model.hf.family import Always, Class, Family, Field, Fields, Same
-from model.hf.fields import ACTIVATIONS, LayerTypes, Rotary, TwoRotaries
+from model.hf.fields import ACTIVATIONS, LayerTypes
+from model.hf.rotary_fields import Rotary, TwoRotaries
 
 # Before all heads of ModernBERT lies what is before its masked-LM head.
 TRANSFORMED = dict(head_dense=True, head_norm=True)

@@ -9,7 +9,8 @@ from model.errors import InputError
 from model.hf.decoders import DOWN, HEAD_BIAS, HEADS, OUT, TIED, UP, labels
 from model.hf.engine import Row, linear, norm, under
 from model.hf.family import COMMON, Always, Class, Family, Field, Fields, Same
-from model.hf.fields import ACTIVATIONS, QueryScalar, Rotary, layer_pattern
+from model.hf.fields import ACTIVATIONS, QueryScalar, layer_pattern
+from model.hf.rotary_fields import Rotary
 
 _WINDOW = 4096  # Where none is given; also written where no layer has one.
 

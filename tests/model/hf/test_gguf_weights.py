@@ -12,8 +12,9 @@ from tokenizers import pre_tokenizers
 
 import infer
 import model
+from infer.evaluate import perplexity
 from model.tokenizer import Tokenizer
-from tests.weights import fetch
+from tests.weights import fetch, shared
 
 pytestmark = pytest.mark.slow
 torch = pytest.importorskip("torch")
@@ -95,6 +96,25 @@ def test_the_answer_is_theirs(ours, theirs, their_tokenizer):
     [got] = infer.generate(ours, [prompt], max_new_tokens=24)
     assert got.text == their_tokenizer.decode(out, skip_special_tokens=True)
     assert "Paris" in got.text
+
+
+def test_perplexity_is_theirs(ours, theirs):
+  """As Transformers' guide has it: windows that overlap, of which the new tokens are scored."""
+  text, window, stride = shared("wikitext2/valid.txt").read_text("utf-8")[:6000], 256, 100
+  found = perplexity(ours, text, window=window, stride=stride)
+  ids = torch.tensor([ours.tokenizer.encode(text)])
+  nats, scored = 0.0, 1
+  for start in range(0, ids.shape[1], stride):
+    stop = min(start + window, ids.shape[1])
+    if stop <= scored:
+      break
+    with torch.no_grad():
+      scores = theirs(ids[:, start:stop]).logits[0].log_softmax(-1)
+    new = ids[0, scored:stop]
+    nats -= float(scores[scored - 1 - start : -1].gather(1, new[:, None]).sum())
+    scored = stop
+  assert found.tokens == ids.shape[1] - 1 > 1000
+  assert found.perplexity == pytest.approx(float(np.exp(nats / found.tokens)), rel=1e-3)
 
 
 def test_ids_and_offsets_of_2000_texts(path, their_tokenizer):
