@@ -5,6 +5,8 @@ With JAX_PLATFORMS=cuda tests of one device run on an NVIDIA GPU, in float32 wit
 
 import os
 
+import pytest
+
 from tests.quick import xla_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,10 +16,22 @@ else:
   os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-_LONGEST = ("test_run.py", "test_sharding.py", "test_step.py", "test_shapes.py", "test_generate.py")
+_LONGEST = (
+  "test_certify.py", "test_run.py", "test_sharding.py", "test_step.py", "test_generate.py",
+  "test_shapes.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
   """Files that take longest first, so that no worker is left alone with one at the end."""
   rank = {name: i for i, name in enumerate(_LONGEST)}
   items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_file():
+  """Forgets compiled programs: of thousands, a process has no more memory maps for the next."""
+  yield
+  import jax  # Not before its environment is set.
+
+  jax.clear_caches()

@@ -36,7 +36,14 @@ from model.hf.engine import Layout
 from model.hf.engine import Path as LeafPath
 from model.hf.family import Family
 from model.hf.gguf_models import read as read_gguf
-from model.hf.safetensors_files import INDEX, SINGLE, forget, open_folder, write_folder
+from model.hf.safetensors_files import (
+  INDEX,
+  SINGLE,
+  forget,
+  open_folder,
+  open_indexed,
+  write_folder,
+)
 from model.hf.source import Source
 from model.hf.torch_files import open_torch_file
 from model.tokenizer import Tokenizer
@@ -50,7 +57,7 @@ _TABLES = (
 FAMILIES: dict[str, Family] = {
   family.model_type: family for tables in _TABLES for family in tables.FAMILIES
 }
-_TORCH = "pytorch_model.bin"
+_TORCH, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def is_folder(path: str | Path) -> bool:
@@ -85,10 +92,10 @@ class Folder:
         that are missing, damaged or of another shape, all of them.
     """
     folder = Path(path).expanduser()
+    pooled = sentences.read(folder)
     values, tensors, has = _read(folder)
     family = _family(values.get("model_type"))
     name, cfg = family.read(values)
-    pooled = sentences.read(folder)
     self.text_limit = None if pooled is None else pooled.limit
     cfg = cfg if pooled is None else pooled.embedding(cfg)
     self.family = family.model_type
@@ -204,8 +211,11 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _open(folder: Path) -> dict[str, np.ndarray]:
-  if (folder / _TORCH).is_file() and not any((folder / n).is_file() for n in (INDEX, SINGLE)):
-    return open_torch_file(folder / _TORCH)
+  if not any((folder / name).is_file() for name in (INDEX, SINGLE)):
+    if (folder / _TORCH_INDEX).is_file():
+      return open_indexed(folder, _TORCH_INDEX, open_torch_file)
+    if (folder / _TORCH).is_file():
+      return open_torch_file(folder / _TORCH)
   return open_folder(folder)
 
 

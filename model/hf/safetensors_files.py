@@ -8,7 +8,7 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,13 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     InputError: if the folder holds none, a file is damaged, or the index does not fit its files.
   """
   if (folder / INDEX).is_file():
-    return _open_indexed(folder)
+    return open_indexed(folder, INDEX, open_file)
   path = folder / SINGLE
   if not path.is_file():
-    raise InputError(f"folder {str(folder)!r} holds no {SINGLE} and no {INDEX}.")
+    raise InputError(
+      f"folder {str(folder)!r} holds no tensors: expected {SINGLE} or {INDEX}, or else "
+      "pytorch_model.bin or its index."
+    )
   return open_file(path)
 
 
@@ -99,24 +102,32 @@ def _entry(path: Path, name: str, entry: Any, limit: int) -> tuple[np.dtype, lis
   return dtype, shape, begin, end
 
 
-def _open_indexed(folder: Path) -> dict[str, np.ndarray]:
+def open_indexed(
+  folder: Path, index_name: str, open_one: Callable[[Path], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+  """The tensors of the files that an index names, each opened by `open_one`.
+
+  Raises:
+    InputError: if it is damaged, names files that are none of the folder's, or does not fit them.
+  """
+  path, end = folder / index_name, Path(index_name).suffixes[-3]
   try:
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     names = sorted(set(index.values()))
   except (ValueError, KeyError, TypeError, AttributeError):
-    raise InputError(f"{folder / INDEX} is damaged: it has no weight_map of files.") from None
+    raise InputError(f"{path} is damaged: it has no weight_map of files.") from None
   arrays = {}
   for name in names:
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-      raise InputError(f"{folder / INDEX} names {name!r}, which is no file of this folder.")
+    if not isinstance(name, str) or not re.fullmatch(rf"[\w.-]+\{end}", name):
+      raise InputError(f"{path} names {name!r}, which is no file of this folder.")
     if not (folder / name).is_file():
-      raise InputError(f"{folder / name} is missing: {INDEX} names it.")
-    arrays[name] = open_file(folder / name)
+      raise InputError(f"{folder / name} is missing: {index_name} names it.")
+    arrays[name] = open_one(folder / name)
   wrong = sorted(n for n, file in index.items() if n not in arrays[file])
   unnamed = sorted(n for file, found in arrays.items() for n in found if index.get(n) != file)
   if wrong or unnamed:
     raise InputError(
-      f"{folder / INDEX} does not fit its files: {len(wrong)} tensors are not where it says "
+      f"{path} does not fit its files: {len(wrong)} tensors are not where it says "
       f"{wrong[:3]}, and it does not know {len(unnamed)} {unnamed[:3]}."
     )
   return {name: arrays[file][name] for name, file in index.items()}

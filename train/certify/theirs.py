@@ -16,6 +16,9 @@ from train.certify.documents import Document
 
 _KERNEL = "eager"  # Of attention, where a case names no other.
 _LEARNED = ("e_score_correction_bias", "final_logits_bias")  # Buffers that are weights.
+# Of matrices, over the root of their rows' width: attention is neither flat nor on single tokens,
+# where each rounding of a number would show.
+SPREAD = 0.7
 STD = 0.2  # Of vectors, norms too, around what they begin with: ones would hide a mistake.
 
 
@@ -51,8 +54,8 @@ class Theirs:
         if p.requires_grad:
           if p.dim() == 1:
             p += torch.randn_like(p) * STD
-          else:  # As wide as what they multiply: scores are neither flat nor a single one.
-            p.copy_(torch.randn_like(p) * p.shape[-1] ** -0.5)
+          else:
+            p.copy_(torch.randn_like(p) * SPREAD * p.shape[-1] ** -0.5)
       for name, buffer in self._model.named_buffers():
         if name.endswith(_LEARNED):
           torch.nn.init.normal_(buffer, std=STD)
@@ -127,6 +130,9 @@ class Theirs:
     missing = float("nan")
     for p, own in zip(held.parameters(), self._model.parameters(), strict=True):
       p.data = self._torch.full_like(p, missing) if own.grad is None else own.grad.clone()
+    for buffer in held.buffers():
+      if buffer.is_floating_point():
+        buffer.fill_(missing)
     with tempfile.TemporaryDirectory() as folder:
       held.save_pretrained(folder)
       tensors = {n: np.array(a) for n, a in open_folder(Path(folder)).items()}

@@ -232,7 +232,20 @@ def test_files_of_torch_are_read_as_torch_reads_them(folder):
   assert found.keys() == tensors.keys()
   for name, tensor in tensors.items():
     np.testing.assert_array_equal(found[name], tensor.numpy())
-  model.load(folder)
+  want = model.load(folder)
+  (folder / "pytorch_model.bin").unlink()
+  names = sorted(tensors)
+  files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
+  for file in set(files.values()):
+    torch.save({name: tensors[name] for name in names if files[name] == file}, folder / file)
+  index = folder / "pytorch_model.bin.index.json"
+  index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+  got = model.load(folder)
+  for a, b in zip(jax.tree.leaves(got.params), jax.tree.leaves(want.params), strict=True):
+    assert jnp.array_equal(a, b)
+  (folder / files[names[0]]).unlink()
+  with pytest.raises(InputError, match=r"00002\.bin is missing: pytorch_model\.bin\.index\.json"):
+    model.load(folder)
 
 
 def test_a_pickle_that_names_a_module_is_never_imported(tmp_path):
