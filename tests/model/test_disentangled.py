@@ -48,7 +48,9 @@ def batch(rows):
   return tokens, jnp.broadcast_to(jnp.arange(24), (rows, 24))
 
 
-@pytest.mark.parametrize("cfg", [CONV, OWN], ids=["shared", "own"])
+@pytest.mark.parametrize(
+  "cfg", [pytest.param(CONV, marks=pytest.mark.slow), OWN], ids=["shared", "own"]
+)
 def test_padded_and_packed_texts_have_the_scores_of_each_alone(cfg):
   m = Model(cfg, init_params(cfg, jax.random.key(0)))
   rng = np.random.default_rng(0)
@@ -67,12 +69,10 @@ def test_padded_and_packed_texts_have_the_scores_of_each_alone(cfg):
 
 @pytest.mark.parametrize(
   "change",
-  [dict(remat="attention"), *(
-    pytest.param(change, marks=pytest.mark.slow)
-    for change in (dict(scan_layers=False), dict(remat="full"))
-  )],
+  [dict(remat="attention"), dict(scan_layers=False), dict(remat="full")],
   ids=str,
-)  # fmt: skip
+)
+@pytest.mark.slow
 def test_loop_and_remat_equal_the_plain_scan_with_dropout(change):
   cfg = dataclasses.replace(OWN, dropout=0.1, attention_dropout=0.1)
   params, (tokens, pos), key = init_params(cfg, jax.random.key(0)), batch(2), jax.random.key(3)
@@ -80,6 +80,7 @@ def test_loop_and_remat_equal_the_plain_scan_with_dropout(change):
   close(gradient(dataclasses.replace(cfg, **change), params, tokens, pos, key), want)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
   params, arrays = init_params(OWN, jax.random.key(0)), batch(8)
   want = gradient(OWN, params, *arrays)

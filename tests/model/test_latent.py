@@ -59,6 +59,7 @@ def test_flops_count_the_projections_and_both_widths():
   assert one == 6 * (2 * layer + 16 * 61) + 2 * 6 * 4 * (10 + 8)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
   params = init_params(CFG, jax.random.key(0))
   graphdef = nnx.split(abstract(CFG), nnx.Param)[0]

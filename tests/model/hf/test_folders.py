@@ -138,7 +138,7 @@ DAMAGES = {
     rf"1 of another shape: {Q} \[8, 16\] instead of \[16, 16\]"),
   "whole numbers": (
     lambda f: change_tensors(f, lambda t: t.update({Q: t[Q].astype(np.int32)})), "dtype int32"),
-  "no weights": (lambda f: (f / SINGLE).unlink(), f"holds no {SINGLE}"),
+  "no weights": (lambda f: (f / SINGLE).unlink(), f"holds no tensors: expected {SINGLE}"),
   "config no JSON": (lambda f: (f / "config.json").write_text("{model_type"), "cannot be read"),
   "unknown family": (lambda f: change_config(f, model_type="lama"), "llama"),
   "unknown class": (lambda f: change_config(f, architectures=["LlamaForX"]), "LlamaForX"),
