@@ -32,7 +32,9 @@ from model.compilation import use_compilation_cache
 from model.errors import InputError, run
 
 _CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "Workdir of a run, or a step inside it; PATH@best is its best step."
+  "checkpoint",
+  None,
+  "Workdir of a run, a step inside it, PATH@best, a Hugging Face folder or a GGUF file.",
 )
 _TASK = flags.DEFINE_enum("task", "generate", list(TASKS.values()), "What the model is asked for.")
 _PROMPT = flags.DEFINE_multi_string(

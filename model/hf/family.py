@@ -226,10 +226,12 @@ class Family:
     Raises:
       InputError: if the config is not one of this family, with the fields that differ.
     """
-    if cfg.shape != self.settings["shape"]:
-      raise InputError(
-        f"this model is no {self.model_type}: that has no model.shape={cfg.shape!r}."
-      )
+    own = self.settings["shape"]
+    if all(cfg.shape != one.settings.get("shape", own) for one in self.classes.values()):
+      raise InputError(f"this model is no {self.model_type}: it has model.shape={cfg.shape!r}.")
+    cfg = dataclasses.replace(cfg, num_kv_heads=cfg.kv_heads)
+    if cfg.shape == "encoder_decoder":
+      cfg = dataclasses.replace(cfg, num_decoder_layers=cfg.depth("decoder"))
     body: dict[str, Any] = {"model_type": self.model_type}
     for fields in self.fields:
       body |= fields.write(cfg)

@@ -99,7 +99,8 @@ def body(cfg: ModelConfig, family: Family) -> ModelConfig:
   settings = _bare(family)
   if not bare or settings is None:
     return cfg
-  return dataclasses.replace(cfg, pooling=None, normalize=False, **settings)
+  plain: dict[str, Any] = {"pooling": None, "normalize": False}
+  return dataclasses.replace(cfg, **(plain | settings))
 
 
 def are_told(cfg: ModelConfig, limit: int | None, family: Family) -> bool:

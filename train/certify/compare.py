@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import model
 from infer import generate
 from model import hf
 from train.certify.cases import CASES, Case
-from train.certify.documents import LENGTHS, Document, documents
+from train.certify.documents import END, LENGTHS, Document, documents
 from train.certify.theirs import Theirs
 
 LOG_PROBABILITY = 1e-4  # The largest difference, in nats.
@@ -198,15 +198,23 @@ def _train(
   )  # fmt: skip
   rate = _STEP / float(np.sqrt(sum(norm(g) ** 2 for g in theirs_grads.values())))
   theirs.step(rate)
-  stepped = jax.tree.map(lambda p, g: p - rate * g, m.params, grads)
-  return worst, dataclasses.replace(m, params=stepped)
+  # What is no parameter there, a buffer that is a weight, takes no step here.
+  trained = {at.path for one in layout.pieces if one.theirs in theirs_grads for at in one.places}
+  stepped = {
+    path: p - rate * leaves[path] if path in trained else p
+    for path, p in flatten_dict(m.params).items()
+  }
+  return worst, dataclasses.replace(m, params=unflatten_dict(stepped))
 
 
 def _greedy(theirs: Theirs, m: model.Model, docs: list[Document]) -> tuple[int | None, int]:
   """(tokens that are the same, texts that part at a tie) of a head that writes."""
   if m.config.head_kind != "language":
     return None, 0
-  start = m.config.decoder_start_id if theirs.two_sided else None
+  start = None
+  if theirs.two_sided:  # Any token will do where a tokenizer would name it.
+    start = END if m.config.decoder_start_id is None else m.config.decoder_start_id
+    m = dataclasses.replace(m, config=dataclasses.replace(m.config, decoder_start_id=start))
   room = m.config.max_positions
   n = GREEDY_TOKENS
   prompts = [doc.tokens.tolist() for doc in docs]
