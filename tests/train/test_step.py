@@ -79,8 +79,8 @@ def test_packed_equals_separate_in_loss_and_gradients(name):
 @pytest.mark.parametrize(
   "change",
   [
-    dict(scan_layers=False), dict(remat="full"), dict(remat="offload"),
-    *(pytest.param(dict(remat=n), marks=pytest.mark.slow) for n in ("dots", "attention")),
+    dict(scan_layers=False), dict(remat="full"),
+    *(pytest.param(dict(remat=n), marks=pytest.mark.slow) for n in ("offload", "dots", "attention")),
   ],
   ids=str,
 )  # fmt: skip
