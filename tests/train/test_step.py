@@ -80,7 +80,9 @@ def test_packed_equals_separate_in_loss_and_gradients(name):
   "change",
   [
     dict(scan_layers=False), dict(remat="full"),
-    *(pytest.param(dict(remat=n), marks=pytest.mark.slow) for n in ("offload", "dots", "attention")),
+    *(
+      pytest.param(dict(remat=n), marks=pytest.mark.slow) for n in ("offload", "dots", "attention")
+    ),
   ],
   ids=str,
 )  # fmt: skip
