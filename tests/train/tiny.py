@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from model.config import ModelConfig
 from train.config import Config, DataConfig, ObjectiveConfig, OptimizerConfig
@@ -45,6 +46,13 @@ MODELS = {
     balance_loss=0.0, router_z_loss=0.0,
   ),
 }  # fmt: skip
+
+
+def marked(*slow: str) -> list:
+  """Names of MODELS for a test's cases, of which some run on request."""
+  mark = lambda name: pytest.param(name, marks=pytest.mark.slow) if name in slow else name
+  return [mark(name) for name in MODELS]
+
 
 SHAPES = {  # (model, objective, lengths) of those that read text with an encoder.
   "encoder": (

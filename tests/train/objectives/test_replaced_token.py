@@ -50,7 +50,10 @@ def greedy(monkeypatch):
 
 @pytest.mark.parametrize(
   ("share", "model"),
-  [(0.5, DISCRIMINATOR), (0.5, NARROW), pytest.param(1.0, DISCRIMINATOR, marks=pytest.mark.slow)],
+  [
+    (0.5, NARROW),
+    *(pytest.param(share, DISCRIMINATOR, marks=pytest.mark.slow) for share in (0.5, 1.0)),
+  ],
 )
 def test_packed_equals_separate_in_loss_and_gradients(greedy, share, model):
   cfg = electra(share, model=model)
