@@ -92,7 +92,7 @@ ENCODER_CASES = [("adamw", "mix"), *(pytest.param(*case, marks=slow) for case in
 
 
 @pytest.mark.parametrize(("optimizer", "mesh"), ENCODER_CASES)
-@pytest.mark.parametrize("shape", tiny.SHAPES)
+@pytest.mark.parametrize("shape", [pytest.param("encoder", marks=slow), "encoder_decoder"])
 def test_eight_devices_equal_one_in_float64_with_an_encoder(text, shape, optimizer, mesh):
   same = dict(
     dtype="float64", param_dtype="float64",
