@@ -159,8 +159,8 @@ class Attention(nnx.Module):
       kernel=cfg.attention_kernel if cache is None else "auto", dropout=cfg.attention_dropout,
     )  # fmt: skip
     if where.relative is not None:
-      own = None if key is None else jax.random.fold_in(key, 1)
-      heads = self.relative(where.relative, self.q_proj, self.k_proj, own)
+      drops = None if key is None else jax.random.fold_in(key, 1)
+      heads = self.relative(where.relative, self.q_proj, self.k_proj, drops)
       run = functools.partial(disentangled, run, heads, cfg.score_scale)
     if cfg.remat == "attention":
       run = jax.checkpoint(run)

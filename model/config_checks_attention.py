@@ -83,17 +83,16 @@ def check_latents(cfg: ModelConfig) -> None:
       f"model.rope_head_dim={cfg.rope_head_dim} must be a part of head_dim={cfg.head_width}: with "
       "model.kv_latent_dim so many elements turn, and the others come from the latent."
     )
-  unfit = [
-    f"{name}={getattr(cfg, name)!r}" for name, fits in (
+  unfit = _unfit(
+    cfg,
       ("positions", cfg.positions == "rotary"), ("rope_fraction", cfg.rope_fraction == 1.0),
       ("qk_norm", cfg.qk_norm == "none"), ("shape", cfg.shape != "encoder_decoder"),
       ("num_kv_heads", cfg.kv_heads == cfg.num_heads),
       ("rope_scaling", cfg.rope_scaling != "longrope"),
-    ) if not fits
-  ]  # fmt: skip
-  if unfit:
+  )  # fmt: skip
+  if unfit is not None:
     raise InputError(
-      f"model.{unfit[0]} does not go with model.kv_latent_dim: latent attention is self-attention "
+      f"model.{unfit} does not go with model.kv_latent_dim: latent attention is self-attention "
       "with rotary positions that turn once, norms of its own, and as many keys as queries."
     )
 
@@ -117,17 +116,21 @@ def check_disentangled(cfg: ModelConfig) -> None:
       f"model.relative_buckets={cfg.relative_buckets} must be a multiple of 4, and at most twice "
       f"relative_max_distance={cfg.relative_max_distance}."
     )
-  unfit = [
-    f"{name}={getattr(cfg, name)!r}" for name, fits in (
+  unfit = _unfit(
+    cfg,
       ("shape", cfg.shape == "encoder"), ("num_kv_heads", cfg.kv_heads == cfg.num_heads),
       ("qk_norm", cfg.qk_norm == "none"), ("attention_softcap", cfg.attention_softcap is None),
-    ) if not fits
-  ]  # fmt: skip
-  if unfit:
+  )  # fmt: skip
+  if unfit is not None:
     raise InputError(
-      f"model.{unfit[0]} does not go with model.positions='disentangled': that is of encoders with "
+      f"model.{unfit} does not go with model.positions='disentangled': that is of encoders with "
       "as many keys as queries, no norms of them and no cap on scores."
     )
+
+
+def _unfit(cfg: ModelConfig, *fields: tuple[str, bool]) -> str | None:
+  """`name=value` of the first field that does not fit."""
+  return next((f"{name}={getattr(cfg, name)!r}" for name, fits in fields if not fits), None)
 
 
 def check_router(cfg: ModelConfig) -> None:

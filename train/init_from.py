@@ -19,12 +19,8 @@ from train.config import Config, DataConfig
 from train.data.pipeline import Data
 from train.workdir import read_config
 
-BODY = (
-  "embed",
-  "decoder_embed",
-  "encoder",
-  "decoder",
-)  # What is left of a network without its heads.
+# What is left of a network without its heads.
+BODY = ("embed", "decoder_embed", "encoder", "decoder")
 
 
 def with_its_tokenizer(config: Config, workdir: Path | None) -> Config:

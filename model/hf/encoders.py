@@ -1,6 +1,7 @@
 """Encoders with positions in a table: BERT, RoBERTa, ELECTRA, ALBERT, DistilBERT."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,6 +82,29 @@ def pair(pooler: str, classifier: str) -> tuple[Row, ...]:
   """What tells whether two texts follow each other."""
   return (*linear(pooler, "pair.dense", "e d -> d e", "e -> e"),
           *linear(classifier, "pair.proj", "l d -> d l", "l -> l"))  # fmt: skip
+
+
+def paired(
+  name: str, said: tuple[Row, ...], pooler: str, following: str
+) -> dict[str, Class]:  # fmt: skip
+  """Classes of a family that learned from pairs of texts too.
+
+  Args:
+    said: rows of the masked-LM head.
+    pooler: the layer behind the first hidden state, with the family's prefix.
+    following: what tells whether two texts follow each other.
+  """
+  unread, unfollowed = (rf"{re.escape(theirs)}\.\w+" for theirs in (pooler, following))
+  return {
+    f"{name}ForMaskedLM": Class(MASKED, said, surplus=f"{unread}|{unfollowed}"),
+    f"{name}ForPreTraining": Class(
+      {**MASKED, "pair_head": True}, (*said, *pair(pooler, following))
+    ),
+    f"{name}ForSequenceClassification": Class(SENTENCE, (*dense(pooler), *labels("classifier"))),
+    f"{name}ForTokenClassification": Class(TOKENS, labels("classifier"), surplus=unread),
+    f"{name}ForQuestionAnswering": Class(SPANS, labels("qa_outputs"), surplus=unread),
+    f"{name}Model": Class(POOLED, dense(pooler.partition(".")[2]), base=True),
+  }
 
 
 def embeddings(theirs: str, normed: str = "LayerNorm") -> tuple[Row, ...]:
@@ -167,25 +191,7 @@ def _roberta(model_type: str, name: str) -> Family:
 FAMILIES = (
   Family(
     "bert", BERT, bert_fields(GELU, TYPES, POSITIONS), _bert_rows("bert"),
-    {
-      "BertForMaskedLM": Class(
-        MASKED, BERT_WORDS, surplus=r"bert\.pooler\.dense\.\w+|cls\.seq_relationship\.\w+"
-      ),
-      "BertForPreTraining": Class(
-        {**MASKED, "pair_head": True},
-        (*BERT_WORDS, *pair("bert.pooler.dense", "cls.seq_relationship")),
-      ),
-      "BertForSequenceClassification": Class(
-        SENTENCE, (*dense("bert.pooler.dense"), *labels("classifier"))
-      ),
-      "BertForTokenClassification": Class(
-        TOKENS, labels("classifier"), surplus=r"bert\.pooler\.dense\.\w+"
-      ),
-      "BertForQuestionAnswering": Class(
-        SPANS, labels("qa_outputs"), surplus=r"bert\.pooler\.dense\.\w+"
-      ),
-      "BertModel": Class(POOLED, dense("pooler.dense"), base=True),
-    },
+    paired("Bert", BERT_WORDS, "bert.pooler.dense", "cls.seq_relationship"),
     "bert.",
     unread=("classifier_dropout", "pooler_fc_size", "pooler_num_attention_heads", "directionality",
             "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
@@ -252,25 +258,7 @@ FAMILIES = (
         *norm("full_layer_layer_norm", "mlp_post_norm"),
       ),
     ),
-    {
-      "AlbertForMaskedLM": Class(
-        MASKED, words("predictions"), surplus=r"albert\.pooler\.\w+|sop_classifier\.classifier\.\w+"
-      ),
-      "AlbertForPreTraining": Class(
-        {**MASKED, "pair_head": True},
-        (*words("predictions"), *pair("albert.pooler", "sop_classifier.classifier")),
-      ),
-      "AlbertForSequenceClassification": Class(
-        SENTENCE, (*dense("albert.pooler"), *labels("classifier"))
-      ),
-      "AlbertForTokenClassification": Class(
-        TOKENS, labels("classifier"), surplus=r"albert\.pooler\.\w+"
-      ),
-      "AlbertForQuestionAnswering": Class(
-        SPANS, labels("qa_outputs"), surplus=r"albert\.pooler\.\w+"
-      ),
-      "AlbertModel": Class(POOLED, dense("pooler"), base=True),
-    },
+    paired("Albert", words("predictions"), "albert.pooler", "sop_classifier.classifier"),
     "albert.", surplus=r"(albert\.)?embeddings\.position_ids",
     unread=("classifier_dropout_prob", "down_scale_factor", "gap_size", "net_structure_type",
             "num_memory_blocks"),  # Of Google's code; Transformers computes without them.

@@ -173,8 +173,7 @@ class QueryScalar:
     return {"attention_scale": values.get("query_pre_attn_scalar", 256) ** -0.5}
 
   def write(self, cfg: ModelConfig) -> dict[str, Any]:
-    scale = cfg.head_width**-0.5 if cfg.attention_scale is None else cfg.attention_scale
-    scalar = round(scale**-2, 6)
+    scalar = round(cfg.score_scale**-2, 6)
     return {"query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar}
 
 

@@ -94,14 +94,14 @@ class _NomicChoices:
 
 NOMIC_FIELDS: tuple[Fields, ...] = (
   Field("vocab_size", "vocab_size", 30_528), Field("type_vocab_size", "token_types", 2), TIED,
-  _Renamed(Field("hidden_size", "d_model", 768), "n_embd"),
-  _Renamed(Field("num_hidden_layers", "num_layers", 12), "n_layer"),
-  _Renamed(Field("num_attention_heads", "num_heads", 12), "n_head"),
-  _Renamed(Field("intermediate_size", "d_ff", 3072), "n_inner"),
-  _Renamed(Field("max_position_embeddings", "max_positions", 2048), "n_positions"),
-  _Renamed(Field("layer_norm_eps", "norm_eps", 1e-12), "layer_norm_epsilon"),
-  _Renamed(Field("hidden_dropout_prob", "dropout", 0.0), "resid_pdrop"),
-  _Renamed(Field("attention_probs_dropout_prob", "attention_dropout", 0.0), "attn_pdrop"),
+  Field("hidden_size", "d_model", 768, older="n_embd"),
+  Field("num_hidden_layers", "num_layers", 12, older="n_layer"),
+  Field("num_attention_heads", "num_heads", 12, older="n_head"),
+  Field("intermediate_size", "d_ff", 3072, older="n_inner"),
+  Field("max_position_embeddings", "max_positions", 2048, older="n_positions"),
+  Field("layer_norm_eps", "norm_eps", 1e-12, older="layer_norm_epsilon"),
+  Field("hidden_dropout_prob", "dropout", 0.0, older="resid_pdrop"),
+  Field("attention_probs_dropout_prob", "attention_dropout", 0.0, older="attn_pdrop"),
   Field("head_dim", "head_dim", None), Activations("hidden_act", "silu"),
   _Renamed(Rotary(1000.0), "rotary_emb_base"), _NomicChoices(),
 )  # fmt: skip
