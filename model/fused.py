@@ -1,12 +1,13 @@
 """Fused attention kernels of others: cuDNN's on NVIDIA GPUs, splash attention on TPUs."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
+
+from model.sharding import mesh_axes, mesh_parts
 
 _BLOCKS = (512, 384, 256, 128)  # Of splash attention, in tokens; the first that divides.
 
@@ -49,8 +50,8 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
   """Splash attention of JAX's Pallas kernels; T is a multiple of 128.
 
-  On a mesh the batch is split over `data` and `fsdp` and the heads over `tensor`, as far as they
-  divide; each device runs the kernel on its part.
+  On a mesh the batch and the heads are split as the table of axes says, as far as they divide; each
+  device runs the kernel on its part.
 
   Args:
     q, k, v: bfloat16 or float32.
@@ -99,8 +100,7 @@ def _splash_on_one_device(q, k, v, seg, sinks, *, causal: bool, window, softcap,
 
 def _splash_on_mesh(part, q, k, v, seg, sinks, mesh):
   """`part` on each device's rows and heads; devices that share a key/value head hold copies."""
-  rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
-  batch = rows if q.shape[0] % math.prod(mesh.shape[axis] for axis in rows) == 0 else None
+  batch = mesh_axes("batch", mesh) if q.shape[0] % mesh_parts("batch", mesh) == 0 else None
   N, K, parts = q.shape[2], k.shape[2], mesh.shape.get("tensor", 1)
   heads = "tensor" if N % parts == 0 and (K % parts == 0 or parts % K == 0) else None
   if heads and K % parts:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig
 from model.layers import MLP, Initializer, Linear, activated, param, residual_init
-from model.sharding import RULES
+from model.sharding import mesh_axes
 
 
 class Router(nnx.Module):
@@ -214,7 +214,7 @@ def _batch_axes(rows: int) -> tuple[str, ...]:
   free = {
     n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto
   }
-  names = tuple(n for n in RULES["batch"] or () if n in free)
+  names = tuple(n for n in mesh_axes("batch", mesh) if n in free) if free else ()
   parts = math.prod(mesh.shape[n] for n in names)
   return names if parts > 1 and rows % parts == 0 else ()
 

@@ -5,16 +5,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from model.errors import InputError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# Outermost first: what is said least often crosses the slowest wires. `slices` is the network
+# between TPU slices or hosts of GPUs, `tensor` the nearest neighbours.
+MESH_AXES = ("slices", "stage", "data", "fsdp", "expert", "seq", "tensor")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
   None: None,
-  "batch": ("data", "fsdp"),
+  "batch": ("slices", "data", "fsdp", "expert"),
   "seq": None,
   "layers": None,
   "vocab": "tensor",
@@ -31,26 +34,51 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(*, data: int | None, fsdp: int | None, tensor: int | None, devices=None) -> Mesh:
+def make_mesh(
+  *, slices: int | None = 1, stage: int | None = 1, data: int | None = 1, fsdp: int | None = 1,
+  expert: int | None = 1, seq: int | None = 1, tensor: int | None = 1, devices=None,
+) -> Mesh:  # fmt: skip
   """A mesh over `devices` (all of JAX's by default); an axis of None takes what is left.
 
   Raises:
-    InputError: if the product of the axes is not the number of devices.
+    InputError: if the product of the axes is not the number of devices, or `slices` is not the
+      number of slices that the devices say they are in.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
-  known = int(np.prod([s for s in sizes.values() if s is not None]))
+  given = dict(
+    slices=slices, stage=stage, data=data, fsdp=fsdp, expert=expert, seq=seq, tensor=tensor
+  )
+  sizes = {name: given[name] for name in MESH_AXES}
+  known = math.prod(s for s in sizes.values() if s is not None)
   free = [name for name, size in sizes.items() if size is None]
   rest = len(devices) // known
   if known * (rest if free else 1) != len(devices):
-    shown = " x ".join(f"{name}={size or 'the rest'}" for name, size in sizes.items())
+    named = {name: size for name, size in sizes.items() if size != 1 or name == "data"}
+    shown = " x ".join(f"{name}={size or 'the rest'}" for name, size in named.items())
     raise InputError(
       f"mesh {shown} does not fit {len(devices)} devices: the product of the axes must be the "
       f"number of devices. Change mesh.{free[0] if free else 'data'} or the others."
     )
   shape = [rest if size is None else size for size in sizes.values()]
-  grid = np.asarray(devices).reshape(shape)
+  grid = _laid_out(devices, shape)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _laid_out(devices: list, shape: list[int]) -> np.ndarray:
+  """Devices in the shape of a mesh, near each other where TPUs say where they are."""
+  found = len({getattr(d, "slice_index", 0) for d in devices})
+  if found > 1 and found != shape[0]:
+    raise InputError(
+      f"mesh.slices={shape[0]}, and the devices lie in {found} slices: set mesh.slices={found}."
+    )
+  if devices[0].platform != "tpu":
+    return np.asarray(devices).reshape(shape)
+  if found == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  between, within = [shape[0]] + [1] * (len(shape) - 1), [1, *shape[1:]]
+  return mesh_utils.create_hybrid_device_mesh(
+    within, between, devices, allow_split_physical_axes=True
+  )
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -66,27 +94,28 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
   return P(*(_placed(name, size, mesh) for name, size in zip(names, shape, strict=True)))
 
 
-def _placed(name: str | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
-  where = RULES[name]
-  if where is None:
-    return None
+def _placed(name: str | None, size: int, mesh: Mesh) -> tuple[str, ...] | None:
   parts = mesh_parts(name, mesh)
   if parts == 1:
     return None
   if size % parts == 0:
-    return where
+    return mesh_axes(name, mesh)
   if name == "kv_heads" and parts % size == 0:
     return None
-  raise InputError(
-    f"{name}={size} is not a multiple of mesh.{where}={parts}: change the size or the mesh."
-  )
+  where = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in mesh_axes(name, mesh))
+  raise InputError(f"{name}={size} is not a multiple of {where}: change the size or the mesh.")
+
+
+def mesh_axes(name: str | None, mesh: Mesh | jax.sharding.AbstractMesh) -> tuple[str, ...]:
+  """The axes of `mesh` that split a logical axis into more than one part."""
+  where = RULES[name]
+  axes = () if where is None else (where,) if isinstance(where, str) else where
+  return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
 
 
 def mesh_parts(name: str | None, mesh: Mesh | jax.sharding.AbstractMesh) -> int:
   """Into how many parts `mesh` splits a logical axis."""
-  where = RULES[name]
-  axes = () if where is None else (where,) if isinstance(where, str) else where
-  return math.prod(mesh.shape[axis] for axis in axes)
+  return math.prod(mesh.shape[axis] for axis in mesh_axes(name, mesh))
 
 
 def shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
@@ -97,7 +126,7 @@ def shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Where the rows of a (batch, …) array go."""
-  return NamedSharding(mesh, P(RULES["batch"]))
+  return NamedSharding(mesh, P(mesh_axes("batch", mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -116,7 +145,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   places = []
   for name, size in zip(axes, x.shape, strict=True):
     parts = mesh_parts(name, mesh)
-    places.append(RULES[name] if parts > 1 and size % parts == 0 else None)
+    places.append(mesh_axes(name, mesh) if parts > 1 and size % parts == 0 else None)
   return jax.lax.with_sharding_constraint(x, P(*places))
 
 

@@ -57,12 +57,16 @@ class DataConfig:
 class MeshConfig:
   """How many devices each mesh axis has; None on one axis: all that are left."""
 
-  data: int | None = None
-  fsdp: int | None = 1
-  tensor: int | None = 1
+  data: int | None = None  # Copies of the parameters, each with rows of its own.
+  fsdp: int | None = 1  # Parameters and moments are split, and gathered layer by layer (ZeRO-3).
+  tensor: int | None = 1  # Heads and MLPs are split.
+  seq: int | None = 1  # Texts are split along their length (context parallelism).
+  expert: int | None = 1  # Experts are split, and tokens travel to theirs.
+  stage: int | None = 1  # Layers are split: a pipeline.
+  slices: int | None = 1  # Data parallelism between TPU slices, over the data-center network.
 
   def __post_init__(self):
-    sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+    sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     for name, size in sizes.items():
       if size is not None and (not isinstance(size, int) or size < 1):
         raise InputError(f"mesh.{name}={size!r} must be a whole number of at least 1, or None.")

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from model.errors import InputError
 from model.layers import param_info
-from model.sharding import batch_sharding, mesh_parts, replicated, shardings
+from model.sharding import batch_sharding, mesh_axes, mesh_parts, replicated, shardings
 from train.config import Config
 from train.objectives import make_objective
 from train.objectives.loss import Loss
@@ -113,8 +113,14 @@ def check_batch(config: Config, mesh: Mesh) -> None:
   if rows % shares:
     raise InputError(
       f"batch_size={config.batch_size} / accumulation={config.accumulation} = {rows} sequences is "
-      f"not a multiple of mesh.data x mesh.fsdp = {shares}: change one of them."
+      f"not a multiple of the {shares} parts that {_shown_axes('batch', mesh)} split them into: "
+      "change one of them."
     )
+
+
+def _shown_axes(name: str, mesh: Mesh) -> str:
+  """The mesh axes that a logical axis is split over, as the config names them."""
+  return " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in mesh_axes(name, mesh))
 
 
 def check_precision(config: Config) -> None:

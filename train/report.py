@@ -85,7 +85,7 @@ def parameter_lines(config: Config, program: Program) -> list[str]:
 
 def run_lines(config: Config, program: Program, data: Data, mesh: Mesh, start: int) -> list[str]:
   """Mesh, device and its peak, tokens per step, data, memory, and where the run begins."""
-  axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+  axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "1"
   kind = mesh.devices.flat[0].device_kind
   lengths = [n for n in (config.seq_len, config.target_len) if n is not None]
   tokens = config.batch_size * sum(lengths)

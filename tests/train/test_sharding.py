@@ -140,7 +140,7 @@ def test_parameters_and_moments_are_split_and_born_so():
   [
     (MeshConfig(data=3), {}, "does not fit 8 devices"),
     (MeshConfig(data=1, tensor=8), {}, "kv_heads|heads=4"),
-    (MeshConfig(data=8), dict(batch_size=4), "not a multiple of mesh.data x mesh.fsdp"),
+    (MeshConfig(data=8), dict(batch_size=4), "not a multiple of the 8 parts that mesh.data=8"),
   ],
 )
 def test_a_mesh_that_does_not_divide_is_refused(mesh, change, said):
