@@ -73,7 +73,8 @@ def ragged_experts(
       down = matrices["down_proj"]
       matrices["down_proj"] = down | {"b": jnp.where(once, down["b"], 0)}
     flat = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))
-    y = _spread(*flat, functools.partial(_grouped, matrices=matrices, act=act), layout, len(up))
+    work = functools.partial(_grouped, matrices=matrices, act=act, padded=bool(layout.expert))
+    y = _spread(*flat, work, layout, len(up))
     return (jax.lax.psum(y, layout.mlp) if layout.mlp else y).reshape(x.shape)
 
   if layout.used:
@@ -135,7 +136,7 @@ def _own(x, weights, chosen, work: Work, experts: int) -> Array:
   """What the experts 0 … experts - 1 add; other numbers in `chosen` add nothing."""
 
   def masked(rows, sizes):
-    real = (jnp.arange(len(rows)) < sizes.sum())[:, None]
+    real = _real(rows, sizes)
     return jnp.where(real, work(jnp.where(real, rows, 0), sizes), 0)
 
   mine = (chosen >= 0) & (chosen < experts)
@@ -159,16 +160,25 @@ def _through(
 
 
 def _grouped(
-  rows: Float[Array, "M D"], sizes: Int[Array, "e"], *, matrices: Matrices, act: Act
+  rows: Float[Array, "M D"], sizes: Int[Array, "e"], *, matrices: Matrices, act: Act, padded: bool
 ) -> Float[Array, "M D"]:
-  """Rows sorted by expert, through the experts' matrices."""
+  """Rows sorted by expert, through the experts' matrices.
+
+  With `padded` there may be rows that belong to none. A kernel may leave anything in their place,
+  which must not reach the gradients of matrices, not even times 0.
+  """
 
   def through(h, name):
     y = jax.lax.ragged_dot(h, matrices[name]["w"], sizes)
-    if "b" not in matrices[name]:
-      return y
-    expert = (jnp.arange(len(h))[:, None] >= jnp.cumsum(sizes)).sum(axis=1)
-    return y + matrices[name]["b"].at[expert].get(mode="fill", fill_value=0)
+    if "b" in matrices[name]:
+      expert = (jnp.arange(len(h))[:, None] >= jnp.cumsum(sizes)).sum(axis=1)
+      y += matrices[name]["b"].at[expert].get(mode="fill", fill_value=0)
+    return jnp.where(_real(y, sizes), y, 0) if padded and name != "down_proj" else y
 
   gate = through(rows, "gate_proj") if "gate_proj" in matrices else None
   return through(act(through(rows, "up_proj"), gate), "down_proj")
+
+
+def _real(rows: Float[Array, "M D"], sizes: Int[Array, "e"]) -> Bool[Array, "M 1"]:
+  """Which rows belong to an expert."""
+  return (jnp.arange(len(rows)) < sizes.sum())[:, None]
