@@ -15,7 +15,9 @@ from model.attend import device_facts
 from model.exchange import Work, exchanged
 from model.sharding import mesh_axes
 
-Matrices = dict[str, dict[str, Array]]  # gate_proj, up_proj, down_proj -> w (E, in, out), b (E, out)
+Matrices = dict[
+  str, dict[str, Array]
+]  # gate_proj, up_proj, down_proj -> w (E, in, out), b (E, out)
 Axes = dict[str, dict[str, tuple[str, ...]]]  # Their logical axes.
 Act = Callable[[Array, Array | None], Array]  # (up, gate) -> what down_proj reads.
 

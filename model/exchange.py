@@ -36,7 +36,7 @@ def slices(table: Int[Array, "n E"], me: Int[Array, ""]) -> tuple[Slices, Slices
   n, experts = table.shape
   own = experts // n
   sent = jnp.cumsum(table, axis=1) - table  # Where a slice begins among its sender's rows …
-  whole = table.sum(axis=0).reshape(n, own)
+  whole = table.sum(axis=0, dtype=table.dtype).reshape(n, own)
   first = (jnp.cumsum(whole, axis=1) - whole).reshape(-1)
   got = first + jnp.cumsum(table, axis=0) - table  # … and among those of the expert's device.
   mine = lambda a: jax.lax.dynamic_slice_in_dim(a, me * own, own, axis=1).reshape(-1)
@@ -64,7 +64,7 @@ def exchanged(
   table = jax.lax.all_gather(sizes, axis)
   there, back = slices(table, me)
   own = sizes.shape[0] // table.shape[0]
-  here = there.recv_sizes.reshape(-1, own).sum(axis=0)
+  here = there.recv_sizes.reshape(-1, own).sum(axis=0, dtype=sizes.dtype)
   got = jax.lax.ragged_all_to_all(rows, _empty(rows, room), *there, axis_name=axis)
   made = work(got, here)
   return jax.lax.ragged_all_to_all(made, _empty(made, len(rows)), *back, axis_name=axis)

@@ -57,6 +57,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     InputError: if the mesh does not divide the batch or an axis of the model.
   """
   check_batch(config, mesh)
+  check_experts(config, mesh)
   check_precision(config)
   objective = make_objective(config)
   net = nnx.eval_shape(lambda: objective.build(config.model, nnx.Rngs(0)))
@@ -115,6 +116,24 @@ def check_batch(config: Config, mesh: Mesh) -> None:
       f"batch_size={config.batch_size} / accumulation={config.accumulation} = {rows} sequences is "
       f"not a multiple of the {shares} parts that {_shown_axes('batch', mesh)} split them into: "
       "change one of them."
+    )
+
+
+def check_experts(config: Config, mesh: Mesh) -> None:
+  """Raises an InputError if the devices cannot share the experts equally, or there are none."""
+  model, parts = config.model, mesh_parts("expert", mesh)
+  if parts == 1:
+    return
+  where = _shown_axes("expert", mesh)
+  if not any(kind.experts for stack in model.stacks for kind in model.layers(stack)):
+    raise InputError(
+      f"{where} splits experts, and no layer of this model has any: use mesh.data={parts} or "
+      f"mesh.fsdp={parts} instead."
+    )
+  if model.num_experts % parts:
+    raise InputError(
+      f"model.num_experts={model.num_experts} is not a multiple of {where}: each part of the mesh "
+      "has as many experts as any other. Change one of them."
     )
 
 
