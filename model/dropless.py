@@ -74,9 +74,9 @@ def ragged_experts(
       once = jax.lax.axis_index(layout.mlp) == 0  # The sum over devices below must add it once.
       down = matrices["down_proj"]
       matrices["down_proj"] = down | {"b": jnp.where(once, down["b"], 0)}
-    flat = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))
+    flat = lambda a: a.reshape(-1, a.shape[-1])
     work = functools.partial(_grouped, matrices=matrices, act=act, padded=bool(layout.expert))
-    y = _spread(*flat, work, layout, len(up))
+    y = _spread(flat(x), flat(weights), flat(chosen), work, layout, len(up))
     return (jax.lax.psum(y, layout.mlp) if layout.mlp else y).reshape(x.shape)
 
   if layout.used:

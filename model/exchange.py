@@ -46,7 +46,12 @@ def slices(table: Int[Array, "n E"], me: Int[Array, ""]) -> tuple[Slices, Slices
 
 
 def exchanged(
-  rows: Float[Array, "R D"], sizes: Int[Array, "E"], work: Work, *, axis: str, room: int
+  rows: Float[Array, "R D"],
+  sizes: Int[Array, "E"],
+  work: Work,
+  *,
+  axis: tuple[str, ...],
+  room: int,
 ) -> Float[Array, "R D"]:
   """What `work` makes of each row on the device that has its expert.
 
