@@ -24,18 +24,14 @@ Act = Callable[[Array, Array | None], Array]  # (up, gate) -> what down_proj rea
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Mesh axes that split tokens, and the logical axes of matrices."""
+  """Mesh axes that split tokens, and the logical axes of matrices; `all` of the mesh in use."""
 
+  all: frozenset[str]
   batch: tuple[str, ...]
   seq: tuple[str, ...]
   expert: tuple[str, ...]
   mlp: tuple[str, ...]
   embed: tuple[str, ...]
-
-  @property
-  def used(self) -> set[str]:
-    """All of them."""
-    return {*self.batch, *self.seq, *self.expert, *self.mlp, *self.embed}
 
   @property
   def tokens(self) -> P:
@@ -79,11 +75,11 @@ def ragged_experts(
     y = _spread(flat(x), flat(weights), flat(chosen), work, layout, len(up))
     return (jax.lax.psum(y, layout.mlp) if layout.mlp else y).reshape(x.shape)
 
-  if layout.used:
+  if layout.all:
     tokens = layout.tokens
     specs = jax.tree.map(lambda _, names: layout.place(names), matrices, axes)
     local = jax.shard_map(
-      local, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens, axis_names=layout.used
+      local, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens, axis_names=set(layout.all)
     )
   return local(x, weights, chosen, matrices)
 
@@ -95,15 +91,16 @@ def _layout(tokens: tuple[int, ...], up: tuple[int, ...]) -> Layout:
   here where each device has tokens of its own, and elsewhere before.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  free = frozenset(axis for axis, kind in kinds if kind == AxisType.Auto and mesh.size > 1)
 
   def split(name: str, size: int) -> tuple[str, ...]:
-    names = tuple(axis for axis in mesh_axes(name, mesh) if kinds[axis] == AxisType.Auto)
+    names = tuple(axis for axis in mesh_axes(name, mesh) if axis in free)
     return names if size % math.prod(mesh.shape[axis] for axis in names) == 0 else ()
 
   batch, seq, embed = split("batch", tokens[0]), split("seq", tokens[1]), split("embed", up[1])
   embed = embed if {*batch, *seq}.issuperset(embed) else ()
-  return Layout(batch, seq, split("expert", up[0]), split("mlp", up[2]), embed)
+  return Layout(free, batch, seq, split("expert", up[0]), split("mlp", up[2]), embed)
 
 
 def _gathered(array: Array, axes: tuple[str, ...], *, over: tuple[str, ...]) -> Array:

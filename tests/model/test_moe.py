@@ -15,7 +15,7 @@ from model.errors import InputError
 from model.exchange import slices
 from model.layers import param_info
 from model.moe import Experts, Router, router_losses
-from model.sharding import batch_sharding, make_mesh, mesh_parts, replicated, shardings
+from model.sharding import RULES, batch_sharding, make_mesh, mesh_parts, replicated, shardings
 
 SETTINGS = {
   "mixtral": {},
@@ -364,6 +364,37 @@ def test_tokens_that_the_mesh_does_not_split_reach_all_experts(wide, monkeypatch
   want = grads(noised(cfg, "dense"), x, valid)
   got, _ = on_mesh(noised(cfg, "ragged"), x, valid, data=2, expert=2, tensor=2)
   close(got, want, tol=1e-12)
+
+
+@pytest.mark.slow
+def test_texts_split_along_their_length_reach_all_experts(wide, route, monkeypatch):
+  monkeypatch.setitem(RULES, "seq", "seq")
+  cfg = config(**wide, num_experts=8, mlp_bias=True)
+  x, valid = (a[:, :8] for a in wide_inputs())
+  want = grads(noised(cfg, "dense"), x, valid)
+  got, text = on_mesh(noised(cfg, "ragged"), x, valid, data=2, expert=2, seq=2)
+  close(got, want, tol=1e-12)
+  assert "f64[2,4,8]" in text and "f64[2,8,8]" not in text
+
+
+@pytest.mark.slow
+def test_layers_mapped_over_the_stages_of_a_pipeline_reach_their_experts(wide, route):
+  cfg = config(**wide, num_experts=8, mlp_bias=True)
+  x, valid = wide_inputs()
+  layers = [noised(cfg, "ragged", seed) for seed in (7, 8)]
+
+  def total(stack, x):
+    y, sums = jax.vmap(lambda moe, x: moe(x, valid), spmd_axis_name="stage")(stack, x)
+    return jnp.sin(y).sum(), (y, sums)
+
+  def anew(stack, x):
+    return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(stack, x)
+
+  stack = jax.tree.map(lambda *a: jnp.stack(a), *layers)
+  both = jnp.stack([x, x[::-1]])
+  want = jax.jit(anew)(stack, both)
+  with jax.set_mesh(make_mesh(stage=2, data=2, expert=2)):
+    close(jax.jit(lambda *args: anew(*args))(stack, both), want, tol=1e-12)
 
 
 @pytest.mark.parametrize(("devices", "experts"), [(1, 3), (2, 4), (4, 4), (4, 12)])
