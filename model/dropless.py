@@ -121,7 +121,8 @@ def _spread(
   here = experts // jax.lax.axis_size(over)
   first = jax.lax.axis_index(over) * here
   if not {*layout.batch, *layout.seq}.issuperset(over):
-    return jax.lax.psum(_own(x, weights, chosen - first, work, here), over)
+    apart = jax.lax.pcast(x, over, to="varying")  # Its gradients are summed over these devices.
+    return jax.lax.psum(_own(apart, weights, chosen - first, work, here), over)
   if device_facts()[0] != "cpu":
     room = jax.lax.axis_size(over) * len(x) * min(here, chosen.shape[-1])
     send = functools.partial(exchanged, work=work, axis=over, room=room)
