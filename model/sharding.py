@@ -17,9 +17,10 @@ MESH_AXES = ("slices", "stage", "data", "fsdp", "expert", "seq", "tensor")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
   None: None,
-  "batch": ("slices", "data", "fsdp", "expert"),
+  "batch": ("slices", "data", "fsdp", "expert"),  # Rows of activations inside a pipeline's stage.
+  "rows": ("slices", "data", "fsdp", "expert", "stage"),  # Rows everywhere else.
   "seq": None,
-  "layers": None,
+  "layers": "stage",
   "vocab": "tensor",
   "embed": "fsdp",
   "embed_out": "tensor",
@@ -126,7 +127,7 @@ def shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Where the rows of a (batch, …) array go."""
-  return NamedSharding(mesh, P(mesh_axes("batch", mesh)))
+  return NamedSharding(mesh, P(mesh_axes("rows", mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -155,4 +156,4 @@ def constrain_rows(x: jax.Array) -> jax.Array:
   Without it the compiler may leave gathered hidden states split like the weights that follow; of
   jax 0.10 on meshes with data, fsdp and tensor axes their gradients were then wrong.
   """
-  return constrain(x, ("batch", *(None,) * (x.ndim - 1)))
+  return constrain(x, ("rows", *(None,) * (x.ndim - 1)))
