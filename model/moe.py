@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig
 from model.layers import MLP, Initializer, Linear, activated, param, residual_init
-from model.sharding import mesh_axes
+from model.sharding import PIPELINE, mesh_axes
 
 
 class Router(nnx.Module):
@@ -204,7 +204,8 @@ def ragged_experts(
   if axes:
     batch = P(axes)
     specs = (batch, batch, batch, P())
-    local = jax.shard_map(local, in_specs=specs, out_specs=batch, axis_names=set(axes))
+    names = {*axes, *PIPELINE} & set(jax.sharding.get_abstract_mesh().axis_names)
+    local = jax.shard_map(local, in_specs=specs, out_specs=batch, axis_names=names)
   return local(x, weights, chosen, matrices)
 
 

@@ -15,6 +15,10 @@ from model.errors import InputError
 # between TPU slices or hosts of GPUs, `tensor` the nearest neighbours.
 MESH_AXES = ("slices", "stage", "data", "fsdp", "expert", "seq", "tensor")
 
+# Among the axes of every shard_map inside a layer: a pipeline maps layers over it, and vmap splits the
+# operands of what it maps by it.
+PIPELINE = ("stage",)
+
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
   None: None,
   "batch": ("slices", "data", "fsdp", "expert"),  # Rows of activations inside a pipeline's stage.
@@ -68,11 +72,13 @@ def make_mesh(
 def _laid_out(devices: list, shape: list[int]) -> np.ndarray:
   """Devices in the shape of a mesh, near each other where TPUs say where they are."""
   found = len({getattr(d, "slice_index", 0) for d in devices})
-  if found > 1 and found != shape[0]:
+  tpu = devices[0].platform == "tpu"
+  if found != shape[0] and (tpu or found > 1):
+    there = f"{found} slices" if found > 1 else "1 slice"
     raise InputError(
-      f"mesh.slices={shape[0]}, and the devices lie in {found} slices: set mesh.slices={found}."
+      f"mesh.slices={shape[0]}, and the devices lie in {there}: set mesh.slices={found}."
     )
-  if devices[0].platform != "tpu":
+  if not tpu:
     return np.asarray(devices).reshape(shape)
   if found == 1:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -179,3 +179,162 @@ def test_each_micro_batch_goes_through_all_layers_in_order_once(plan):
   np.testing.assert_allclose(got, x, rtol=1e-5)
   np.testing.assert_allclose(sums, jnp.stack(want), rtol=1e-5)
   np.testing.assert_array_equal(parts, 2.0**plan.parts - 1)  # Each layer: every part once.
+
+
+def test_micro_batches_and_layers_have_random_numbers_of_their_own():
+  cfg = dataclasses.replace(deep(tiny.ROTARY, MESHES["stage4 data2"]), dtype="float32", dropout=0.5)
+  cfg = dataclasses.replace(cfg, param_dtype="float32", num_layers=8, layer_pattern=("nope+global",),
+                            window=None)  # fmt: skip
+  graphdef, params = nnx.split(build(cfg, nnx.Rngs(0)), nnx.Param)
+  tokens = jnp.ones((8, 6), jnp.int32)
+  pos = jnp.broadcast_to(jnp.arange(6), tokens.shape)
+
+  @jax.jit
+  def hidden(params, x, key):
+    stack = nnx.merge(graphdef, params).decoder
+    return stack._run_stacked(x, stack._derived(stack_where(pos), cached=False), None, key)[0]
+
+  x = jax.random.normal(jax.random.key(1), (1, 6, cfg.d_model))
+  x = jnp.broadcast_to(x, (8, *x.shape[1:]))
+  with jax.set_mesh(make_mesh(stage=4, data=2)):
+    once, again = (hidden(params, x, jax.random.key(2)) for _ in range(2))
+    other, plain = hidden(params, x, jax.random.key(3)), hidden(params, x, None)
+  np.testing.assert_array_equal(once, again)
+  assert not np.allclose(once, other) and np.allclose(plain, plain[:1])
+  for a in range(8):
+    for b in range(a):
+      assert not np.allclose(once[a], once[b]), f"rows {a} and {b} lost the same elements"
+
+
+def stack_where(pos):
+  from model.attention import Where
+
+  return Where(pos, None, ordered=True)
+
+
+def compiled(mesh: MeshConfig, **changes):
+  model = dataclasses.replace(
+    tiny.ROTARY, num_layers=8, d_model=24, d_ff=40, vocab_size=520, **changes
+  )
+  grid = make_mesh(**dataclasses.asdict(mesh))
+  with jax.set_mesh(grid):
+    program = build_program(tiny.config(model, mesh=mesh), grid)
+    return program, program.train_step
+
+
+@pytest.mark.parametrize(
+  "rounds", [pytest.param(1, marks=slow), 2], ids=lambda n: f"{n} rounds"
+)  # fmt: skip
+def test_no_device_holds_layers_of_other_stages_or_scores_their_rows(rounds):
+  program, step = compiled(
+    MESHES["stage2 data4"], stage_rounds=rounds, layer_pattern=("global",), window=None
+  )
+  state = (program.state.params, program.state.opt_state)
+  text, shard = step.as_text(), lambda a: a.sharding.shard_shape(a.shape)
+  layers = [a for a in jax.tree.leaves(state) if a.ndim > 1 and a.shape[0] == 8]
+  assert len(layers) == 27 and all(shard(a) == (4, *a.shape[1:]) for a in layers)
+  for a in layers:
+    for stacked in ((8,), (2, 4), (rounds, 2, 4 // rounds), (2, rounds, 4 // rounds)):
+      shape = ",".join(map(str, (*stacked, *a.shape[1:])))
+      assert not re.search(rf"\[{shape}\]", text), f"all layers of {shape}"
+  held = sum(np.prod(shard(a), dtype=int) * a.dtype.itemsize for a in jax.tree.leaves(state))
+  assert held <= step.memory_analysis().argument_size_in_bytes < 1.05 * held + 4096
+  assert re.search(r"f32\[(1,16|16),520\]", text), "each device scores one of eight rows"
+  assert not re.search(r"f32\[(2,16|32|8,16|128),520\]", text)
+
+
+@slow
+def test_a_run_goes_on_with_other_axes_and_comes_back(tmp_path):
+  from model.checkpoint import Checkpoints
+  from tests.train.test_step import born
+  from train.program import put_batch
+
+  model, batches = (
+    deep(tiny.ROTARY, MESHES["stage4 data2"]),
+    [tiny.random_batch(s) for s in range(6)],
+  )
+
+  def continued(mesh, steps, **only):
+    config = tiny.config(dataclasses.replace(model, **only), mesh=mesh, ema_decay=0.9)
+    grid = make_mesh(**dataclasses.asdict(mesh))
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    with jax.set_mesh(grid):
+      program = build_program(config, grid)
+      found = checkpoints.restore_latest(program.state)
+      state = born(config, program) if found is None else found.state
+      losses = []
+      for i in steps:
+        state, metrics = program.train_step(state, put_batch(program, batches[i]))
+        losses.append(float(metrics["loss"]))
+      checkpoints.save(steps[-1] + 1, state, {})
+      checkpoints.close()
+    return jax.device_get(state), losses
+
+  with jax.enable_x64(True):
+    want, want_losses = run(tiny.config(model, ema_decay=0.9), batches)
+    losses = continued(MESHES["stage4 data2"], (0, 1))[1]
+    losses += continued(MeshConfig(data=1, fsdp=8), (2, 3))[1]
+    got, last = continued(MESHES["stage2 fsdp2 tensor2"], (4, 5), stage_rounds=2)
+  same(got, want, losses + last, want_losses)
+
+
+@slow
+def test_a_run_on_stages_evaluates_samples_and_goes_on_without(tmp_path):
+  from tests.train.test_run import Bench
+
+  bench = Bench(tmp_path)
+  stages = ("--config.mesh.stage=2", "--config.mesh.fsdp=2", "--config.model.micro_batches=2")
+  status, out, err = bench.run(tmp_path / "run", "--config.steps=10", *stages, devices=4)
+  assert status == 0 and "stage=2" in err and out.strip(), err
+  status, out, err = bench.run(tmp_path / "run", "--config.steps=12", devices=2)
+  assert status == 0 and "10 of 12 done" in err and out.strip(), err
+
+
+@slow
+def test_what_stages_hold_generates_what_one_device_does():
+  import infer
+  from model.trained import Model
+
+  cfg = dataclasses.replace(
+    deep(tiny.ROTARY, MESHES["stage4 data2"]), **{k: "float32" for k in EXACT}
+  )
+  mesh = MESHES["stage4 data2"]
+  grid = make_mesh(**dataclasses.asdict(mesh))
+  alone = jax.device_get(run(tiny.config(cfg), [tiny.random_batch(0)])[0].params)
+  with jax.set_mesh(grid):
+    program = build_program(tiny.config(cfg, mesh=mesh), grid)
+    split = jax.device_put(alone, jax.tree.map(lambda a: a.sharding, program.state.params))
+    there = infer.generate(Model(cfg, split), [[1, 2, 3], [4, 5]], max_new_tokens=8)
+    scores = Model(cfg, split)(np.asarray([[1, 2, 3]]))
+  here = infer.generate(Model(cfg, alone), [[1, 2, 3], [4, 5]], max_new_tokens=8)
+  assert [c.tokens for c in there] == [c.tokens for c in here]
+  np.testing.assert_allclose(scores, Model(cfg, alone)(np.asarray([[1, 2, 3]])), atol=1e-5)
+
+
+REFUSED = [
+  (MeshConfig(), dict(micro_batches=4), {}, "micro_batches=4 has no effect with mesh.stage=1"),
+  (MeshConfig(), dict(stage_rounds=2), {}, "stage_rounds=2 has no effect with mesh.stage=1"),
+  (MESHES["stage2 data4"], dict(num_layers=6), {}, "6 layers, .*3 repeats of 2 layers.*stage=2"),
+  (MESHES["stage2 data4"], dict(num_layers=4, stage_rounds=2), {}, "stage=2 x model.stage_rounds=2"),
+  (MESHES["stage2 data4"], dict(num_layers=5), {}, "1 repeat of 1 layer,.*layer_prefix"),
+  (MESHES["stage2 data4"], dict(num_layers=5, layer_prefix=("global",)), {}, "layer_prefix"),
+  (MESHES["stage2 data4"],
+   dict(num_layers=4, layer_sets=2, layer_pattern=("global",), window=None), {}, "layer_sets=2"),
+  (MESHES["stage2 data4"], dict(num_layers=4, micro_batches=3), {}, "micro_batches=3 is not a mul"),
+  (MESHES["stage2 data4"], dict(num_layers=4, micro_batches=4), {}, "leaves 2 to each .*data=4"),
+  (MESHES["stage4 data2"], dict(num_layers=8), dict(batch_size=4), "mesh.stage=4 micro-batches"),
+  (MESHES["stage2 data4"], dict(num_layers=4), dict(accumulation=2), "part of 4 sequences leaves 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mesh", "model", "settings", "said"), REFUSED)
+def test_what_stages_cannot_share_is_refused(mesh, model, settings, said):
+  config = tiny.config(dataclasses.replace(tiny.ROTARY, **model), mesh=mesh, **settings)
+  with pytest.raises(InputError, match=said):
+    run(config, [], 8)
+
+
+def test_numbers_that_are_none_are_refused():
+  for name in ("micro_batches", "stage_rounds"):
+    with pytest.raises(InputError, match=f"model.{name}=0 must be"):
+      ModelConfig(**{name: 0})
