@@ -26,8 +26,10 @@ from model.sharding import constrain, mesh_axes, mesh_parts
 AXIS = "stage"
 _MOST = 4  # Micro-batches for each stage, where the config does not say how many.
 
-# stage(layers, x, where, micro-batch) -> (x, sums): a run of layers on one micro-batch.
-Stage = Callable[[Any, Array, Any, Int[Array, ""]], tuple[Array, Any]]
+# stage(layers, x, where, round, micro-batch) -> (x, sums): a run of layers on one micro-batch. Of
+# `layers` the second axis is that of rounds (`of_round`).
+Stage = Callable[[Any, Array, Any, Int[Array, ""], Int[Array, ""]], tuple[Array, Any]]
+Policy = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +149,7 @@ def pipelined(
     layers: arrays with a leading axis of all layers (or repeats of their pattern).
     where: arrays (B, T, …) that a micro-batch takes along.
   """
-  run = jax.vmap(_in_round(stage), in_axes=(1, 0, 0, 0, 0), spmd_axis_name=AXIS)
+  run = jax.vmap(stage, spmd_axis_name=AXIS)
   chunks = jax.tree.map(lambda a: _chunks(a, plan), layers)
   stream = jax.tree.map(lambda a: _stream(a, plan), (x, where))
   first = jax.tree.map(lambda a: a[:, 0], stream)  # Any rows will do: nobody reads what they give.
@@ -180,21 +182,36 @@ def pipelined(
   return _rows(done, plan), jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), sums)
 
 
-def _in_round(stage: Stage):
-  """`stage` on the layers of one round, of those of all."""
+def of_round(layers: Any, turn: Int[Array, ""]) -> Any:
+  """The layers of round `turn`, of those of all rounds, which lie on the leading axis.
 
-  def run(layers, x, where, turn, part):
-    take = lambda a: a[0] if len(a) == 1 else jax.lax.dynamic_index_in_dim(a, turn, 0, False)
-    return stage(jax.tree.map(take, layers), x, where, part)
+  To be called inside what jax.checkpoint repeats: kept for the backward pass of each tick, what is
+  taken here would be all parameters, as often as there are micro-batches.
+  """
+  take = lambda a: a[0] if len(a) == 1 else jax.lax.dynamic_index_in_dim(a, turn, 0, False)
+  return jax.tree.map(take, layers)
 
-  return run
+
+def stage_policy(policy: Policy) -> Policy:
+  """A policy of jax.checkpoint for layers that are mapped over stages: it does not see the batch
+  axis that products have from that.
+  """
+
+  def seen(primitive, *args, **params):
+    if primitive.name == "dot_general":
+      contracted, (left, right) = params["dimension_numbers"]
+      params |= {"dimension_numbers": (contracted, (left[1:], right[1:]))}
+    return policy(primitive, *args, **params)
+
+  return seen
 
 
 def _chunks(a: Array, plan: Plan) -> Array:
-  """(layers, …) -> (rounds, stages, layers of a stage and round, …)."""
+  """(layers, …) -> (stages, layers of a stage and round, rounds, …)."""
   a = a.reshape(plan.rounds, plan.stages, -1, *a.shape[1:])
   free = (P.UNCONSTRAINED,) * (a.ndim - 3)
-  return jax.lax.with_sharding_constraint(a, P(None, AXIS, None, *free))
+  a = jax.lax.with_sharding_constraint(a, P(None, AXIS, None, *free))
+  return jnp.moveaxis(a, 0, 2)
 
 
 def _stream(a: Array, plan: Plan) -> Array:

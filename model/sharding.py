@@ -15,8 +15,8 @@ from model.errors import InputError
 # between TPU slices or hosts of GPUs, `tensor` the nearest neighbours.
 MESH_AXES = ("slices", "stage", "data", "fsdp", "expert", "seq", "tensor")
 
-# Among the axes of every shard_map inside a layer: a pipeline maps layers over it, and vmap splits the
-# operands of what it maps by it.
+# Among the axes of every shard_map inside a layer: a pipeline maps layers over them, and what is
+# mapped is split by them.
 PIPELINE = ("stage",)
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {

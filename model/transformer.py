@@ -17,7 +17,7 @@ from model.convolution import Convolution
 from model.disentangled import RelativeTable
 from model.layers import MLP, Embed, Linear, Norm, dropout
 from model.moe import Experts
-from model.pipeline import Plan, current_plan, pipelined
+from model.pipeline import Plan, current_plan, of_round, pipelined, stage_policy
 from model.sharding import constrain
 
 Aux = dict[str, Array]
@@ -263,9 +263,9 @@ class Stack(nnx.Module):
       where, angles=None, local_angles=None, bias=None, table=None, relative=None
     )
 
-    def stage(layers, x, where, part):
+    def stage(layers, x, where, turn, part):
       own = self._derived(where, cached=False)
-      body = functools.partial(_one_repeat, cfg=cfg, where=own, key=_fold(key, part))
+      body = functools.partial(_one_repeat, cfg=cfg, where=own, key=_fold(key, part), turn=turn)
       blocks, index = layers
       scan = jax.lax.scan if cfg.scan_layers else _unrolled
       x, (_, aux) = scan(body, x, (blocks, (None,) * len(blocks), index))
@@ -308,11 +308,16 @@ def _shared(scan, body, x, layers, uses: int):
   return x, jax.tree.map(joined, out)
 
 
-def _one_repeat(x, layers, *, cfg: ModelConfig, where: Where, key: jax.Array | None):
+def _one_repeat(
+  x, layers, *, cfg: ModelConfig, where: Where, key: jax.Array | None, turn: Array | None = None
+):
+  """`turn`: the round of a pipeline whose layers are meant; None: there are no rounds."""
   stacks, caches, index = layers
-  out = []
+  own = lambda block: block if turn is None else of_round(block, turn)
+  index, out = own(index), []
   for place, (block, cache) in enumerate(zip(stacks, caches, strict=True)):
-    run = _remat(cfg, lambda block, x, where, cache, key: block(x, where, cache=cache, key=key))
+    call = lambda block, x, where, cache, key: own(block)(x, where, cache=cache, key=key)
+    run = _remat(cfg, call, piped=turn is not None)
     x, cache, aux = run(block, x, where, cache, _fold(key, index + place))
     out.append((cache, aux))
   return x, tuple(zip(*out, strict=True))
@@ -327,18 +332,22 @@ def _unrolled(body, x, layers):
   return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
 
-def _remat(cfg: ModelConfig, block: Any):
+def _remat(cfg: ModelConfig, block: Any, *, piped: bool):
   """Which activations of a block are kept for the backward pass (`ModelConfig.remat`).
 
   full: only its input. dots: results of matrix products without batch axes. offload: as dots, in
-  host memory. attention: all but what lies inside attention, which sees to that itself.
+  host memory. attention: all but what lies inside attention, which sees to that itself. `piped`:
+  the block runs in a pipeline's stage.
   """
   policies = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
   }
-  return jax.checkpoint(block, policy=policies[cfg.remat]) if cfg.remat in policies else block
+  if cfg.remat not in policies:
+    return block
+  policy = policies[cfg.remat]
+  return jax.checkpoint(block, policy=stage_policy(policy) if piped else policy)
 
 
 def _fold(key: jax.Array | None, index) -> jax.Array | None:
