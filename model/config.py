@@ -194,6 +194,8 @@ class ModelConfig:
   remat: str = "none"
   attention_kernel: str = "auto"
   expert_kernel: str = "ragged"
+  micro_batches: int | None = None  # Of a pipeline (mesh.stage); None: up to four a stage.
+  stage_rounds: int = 1  # Runs of layers that each stage holds; more make its bubble smaller.
 
   def __post_init__(self):
     from model.config_checks import check  # It needs the names above.

@@ -66,10 +66,10 @@ def _check_sizes(cfg: ModelConfig) -> None:
   optional = ("vocab_size", "num_kv_heads", "head_dim", "max_positions", "window", "d_expert",
               "rope_original_positions", "num_decoder_layers", "num_labels", "d_embed",
               "layer_sets", "decoder_window", "v_head_dim", "kv_latent_dim", "q_latent_dim",
-              "rope_head_dim", "conv_width")  # fmt: skip
+              "rope_head_dim", "conv_width", "micro_batches")  # fmt: skip
   sizes = ("num_layers", "d_model", "d_ff", "num_heads", "vocab_multiple", "experts_per_token",
            "relative_buckets", "relative_max_distance", "router_groups", "router_groups_kept",
-           "router_group_best")  # fmt: skip
+           "router_group_best", "stage_rounds")  # fmt: skip
   for name in (*sizes, *optional):
     value = getattr(cfg, name)
     if value is None and name in optional:

@@ -15,11 +15,16 @@ from model.errors import InputError
 # between TPU slices or hosts of GPUs, `tensor` the nearest neighbours.
 MESH_AXES = ("slices", "stage", "data", "fsdp", "expert", "seq", "tensor")
 
+# Among the axes of every shard_map inside a layer: a pipeline maps layers over them, and what is
+# mapped is split by them.
+PIPELINE = ("stage",)
+
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
   None: None,
-  "batch": ("slices", "data", "fsdp", "expert"),
+  "batch": ("slices", "data", "fsdp", "expert"),  # Rows of activations inside a pipeline's stage.
+  "rows": ("slices", "data", "fsdp", "expert", "stage"),  # Rows everywhere else.
   "seq": None,
-  "layers": None,
+  "layers": "stage",
   "vocab": "tensor",
   "embed": "fsdp",
   "embed_out": "tensor",
@@ -67,11 +72,13 @@ def make_mesh(
 def _laid_out(devices: list, shape: list[int]) -> np.ndarray:
   """Devices in the shape of a mesh, near each other where TPUs say where they are."""
   found = len({getattr(d, "slice_index", 0) for d in devices})
-  if found > 1 and found != shape[0]:
+  tpu = devices[0].platform == "tpu"
+  if found != shape[0] and (tpu or found > 1):
+    there = f"{found} slices" if found > 1 else "1 slice"
     raise InputError(
-      f"mesh.slices={shape[0]}, and the devices lie in {found} slices: set mesh.slices={found}."
+      f"mesh.slices={shape[0]}, and the devices lie in {there}: set mesh.slices={found}."
     )
-  if devices[0].platform != "tpu":
+  if not tpu:
     return np.asarray(devices).reshape(shape)
   if found == 1:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -126,7 +133,7 @@ def shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Where the rows of a (batch, …) array go."""
-  return NamedSharding(mesh, P(mesh_axes("batch", mesh)))
+  return NamedSharding(mesh, P(mesh_axes("rows", mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -155,4 +162,4 @@ def constrain_rows(x: jax.Array) -> jax.Array:
   Without it the compiler may leave gathered hidden states split like the weights that follow; of
   jax 0.10 on meshes with data, fsdp and tensor axes their gradients were then wrong.
   """
-  return constrain(x, ("batch", *(None,) * (x.ndim - 1)))
+  return constrain(x, ("rows", *(None,) * (x.ndim - 1)))

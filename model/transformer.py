@@ -17,6 +17,7 @@ from model.convolution import Convolution
 from model.disentangled import RelativeTable
 from model.layers import MLP, Embed, Linear, Norm, dropout
 from model.moe import Experts
+from model.pipeline import Plan, current_plan, of_round, pipelined, stage_policy
 from model.sharding import constrain
 
 Aux = dict[str, Array]
@@ -165,7 +166,11 @@ class Stack(nnx.Module):
       context: what the encoder has read, for a decoder that attends to one; not needed with a
         cache that holds it (`read`).
     """
-    where = self._where(inputs, context, cached=cache is not None)
+    where = Where(
+      inputs.pos, inputs.seg, bidirectional=inputs.bidirectional, context=context,
+      ordered=inputs.ordered,
+    )  # fmt: skip
+    where = self._derived(where, cached=cache is not None)
     h = self.embedded(embed, inputs) if x is None else x
     if key is not None:
       h = dropout(h, self.cfg.dropout, jax.random.fold_in(key, self.cfg.depth(self.name)))
@@ -213,23 +218,26 @@ class Stack(nnx.Module):
       x += waves.astype(x.dtype)
     return self.embed_norm(x) if cfg.embed_norm else x
 
-  def _where(self, inputs: Inputs, context: Context | None, *, cached: bool) -> Where:
-    cfg, angles, local, pos = self.cfg, None, None, inputs.pos
+  def _derived(self, where: Where, *, cached: bool) -> Where:
+    """With what every layer needs of these positions."""
+    cfg, angles, local, pos = self.cfg, None, None, where.pos
     if cfg.positions == "rotary":
-      angles = positions.rotary_angles(pos, cfg, local=False, seg=inputs.seg)
+      angles = positions.rotary_angles(pos, cfg, local=False, seg=where.seg)
       if cfg.rope_local_theta is not None:
-        local = positions.rotary_angles(pos, cfg, local=True, seg=inputs.seg)
+        local = positions.rotary_angles(pos, cfg, local=True, seg=where.seg)
     table = self.relative_bias[...] if hasattr(self, "relative_bias") else None
     causal = self.name == "decoder"
     bias = None if cached else relative_bias(cfg, table, pos, pos, causal=causal)
     relative = self.relative(pos) if cfg.positions == "disentangled" else None
-    return Where(
-      pos, inputs.seg, angles, local, bias, table, inputs.bidirectional, context, relative,
-      inputs.ordered,
-    )  # fmt: skip
+    return dataclasses.replace(
+      where, angles=angles, local_angles=local, bias=bias, table=table, relative=relative
+    )
 
   def _run_stacked(self, x, where, caches, key):
     """Scans over the repeats of each group, with the places of its pattern unrolled inside."""
+    plan = current_plan(self.cfg, len(x)) if caches is None else None
+    if plan is not None:
+      return self._run_pipelined(x, where, key, plan)
     first, start, out, auxes = 0, 0, [], []
     for pattern, repeats in self.cfg.groups(self.name):
       places = slice(first, first + len(pattern))
@@ -247,6 +255,29 @@ class Stack(nnx.Module):
       auxes.extend(a for a in aux if a)
       first, start = first + len(pattern), start + repeats * len(pattern)
     return x, (None if caches is None else tuple(out)), join_aux(auxes)
+
+  def _run_pipelined(self, x, where, key, plan: Plan):
+    """The groups one after the other, each over all stages; see `pipelined`."""
+    cfg, first, start, auxes = self.cfg, 0, 0, []
+    where = dataclasses.replace(
+      where, angles=None, local_angles=None, bias=None, table=None, relative=None
+    )
+
+    def stage(layers, x, where, turn, part):
+      own = self._derived(where, cached=False)
+      body = functools.partial(_one_repeat, cfg=cfg, where=own, key=_fold(key, part), turn=turn)
+      blocks, index = layers
+      scan = jax.lax.scan if cfg.scan_layers else _unrolled
+      x, (_, aux) = scan(body, x, (blocks, (None,) * len(blocks), index))
+      return x, aux
+
+    for pattern, repeats in cfg.groups(self.name):
+      blocks = tuple(self.layers)[first : first + len(pattern)]
+      index = start + jnp.arange(repeats) * len(pattern)
+      x, aux = pipelined(stage, (blocks, index), x, where, plan)
+      auxes.extend(a for a in aux if a)
+      first, start = first + len(pattern), start + repeats * len(pattern)
+    return x, None, join_aux(auxes)
 
   def _run_unstacked(self, x, where, caches, key):
     out, auxes = [], []
@@ -277,11 +308,16 @@ def _shared(scan, body, x, layers, uses: int):
   return x, jax.tree.map(joined, out)
 
 
-def _one_repeat(x, layers, *, cfg: ModelConfig, where: Where, key: jax.Array | None):
+def _one_repeat(
+  x, layers, *, cfg: ModelConfig, where: Where, key: jax.Array | None, turn: Array | None = None
+):
+  """`turn`: the round of a pipeline whose layers are meant; None: there are no rounds."""
   stacks, caches, index = layers
-  out = []
+  own = lambda block: block if turn is None else of_round(block, turn)
+  index, out = own(index), []
   for place, (block, cache) in enumerate(zip(stacks, caches, strict=True)):
-    run = _remat(cfg, lambda block, x, where, cache, key: block(x, where, cache=cache, key=key))
+    call = lambda block, x, where, cache, key: own(block)(x, where, cache=cache, key=key)
+    run = _remat(cfg, call, piped=turn is not None)
     x, cache, aux = run(block, x, where, cache, _fold(key, index + place))
     out.append((cache, aux))
   return x, tuple(zip(*out, strict=True))
@@ -296,18 +332,22 @@ def _unrolled(body, x, layers):
   return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
 
-def _remat(cfg: ModelConfig, block: Any):
+def _remat(cfg: ModelConfig, block: Any, *, piped: bool):
   """Which activations of a block are kept for the backward pass (`ModelConfig.remat`).
 
   full: only its input. dots: results of matrix products without batch axes. offload: as dots, in
-  host memory. attention: all but what lies inside attention, which sees to that itself.
+  host memory. attention: all but what lies inside attention, which sees to that itself. `piped`:
+  the block runs in a pipeline's stage.
   """
   policies = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
   }
-  return jax.checkpoint(block, policy=policies[cfg.remat]) if cfg.remat in policies else block
+  if cfg.remat not in policies:
+    return block
+  policy = policies[cfg.remat]
+  return jax.checkpoint(block, policy=stage_policy(policy) if piped else policy)
 
 
 def _fold(key: jax.Array | None, index) -> jax.Array | None:

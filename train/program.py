@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from model.errors import InputError
 from model.layers import param_info
+from model.pipeline import check_pipeline
 from model.sharding import batch_sharding, mesh_axes, mesh_parts, replicated, shardings
 from train.config import Config
 from train.objectives import make_objective
@@ -58,6 +59,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   """
   check_batch(config, mesh)
   check_experts(config, mesh)
+  check_pipeline(config.model, mesh, config.batch_size // config.accumulation)
   check_precision(config)
   objective = make_objective(config)
   net = nnx.eval_shape(lambda: objective.build(config.model, nnx.Rngs(0)))
