@@ -18,7 +18,8 @@ MESH_AXES = ("slices", "stage", "data", "fsdp", "expert", "seq", "tensor")
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
   None: None,
   "batch": ("slices", "data", "fsdp", "expert"),
-  "seq": None,
+  "seq": "seq",
+  "residual": ("seq", "tensor"),
   "layers": None,
   "vocab": "tensor",
   "embed": "fsdp",
@@ -149,10 +150,23 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(*places))
 
 
-def constrain_rows(x: jax.Array) -> jax.Array:
-  """`constrain` for an activation of which only the first axis, the rows of a batch, is split.
+def constrain_tokens(x: jax.Array) -> jax.Array:
+  """`constrain` for vectors of tokens (batch, length, …), or of whole texts (batch, …).
 
   Without it the compiler may leave gathered hidden states split like the weights that follow; of
   jax 0.10 on meshes with data, fsdp and tensor axes their gradients were then wrong.
   """
-  return constrain(x, ("batch", *(None,) * (x.ndim - 1)))
+  return constrain(x, ("batch", *("seq",) * (x.ndim > 2), *(None,) * (x.ndim - 1 - (x.ndim > 2))))
+
+
+def constrain_residual(x: jax.Array) -> jax.Array:
+  """Places the residual stream (batch, length, width): its length is split over `tensor` too.
+
+  What tensor parallelism would sum on every device is then summed in parts, and gathered before the
+  next matrices: as many bytes move, and norms, dropouts and what is kept of them shrink (Korthikanti
+  et al., arXiv:2205.05198, section 4.2). A length that this does not divide, such as the single
+  token of a step of decoding, is split over `seq` alone.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  whole = mesh.empty or x.shape[1] % mesh_parts("residual", mesh)
+  return constrain(x, ("batch", "seq" if whole else "residual", None))
