@@ -75,7 +75,6 @@ def attend(
       q, k, v, q_pos=q_pos, kv_pos=kv_pos, q_seg=q_seg, kv_seg=kv_seg, causal=causal,
       window=window, scale=scale, softcap=softcap, sinks=sinks,
     )  # fmt: skip
-  k, v = (constrain(x, ("batch", None, "kv_heads", None)) for x in (k, v))
   platform, head_limit = device_facts()
   name, reason = choose_kernel(
     kernel, platform=platform, dtype=q.dtype, q_shape=q.shape, k_shape=k.shape, ordered=ordered,
@@ -91,6 +90,7 @@ def attend(
       q, k, v, seg, causal=causal, window=window, scale=scale, softcap=softcap, sinks=sinks,
       balanced=balanced,
     )  # fmt: skip
+  k, v = (constrain(x, ("batch", None, "kv_heads", None)) for x in (k, v))
   mask = attention_mask(
     q_pos, kv_pos, q_seg, kv_seg, causal=causal, window=window, bidirectional=bidirectional
   )

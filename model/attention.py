@@ -141,6 +141,8 @@ class Attention(nnx.Module):
     cfg, causal = self.cfg, self.kind.causal and not self.cross
     q = self._turned(self.q_proj(x), where, "q_norm")
     k, v, kv_pos, kv_seg, cache = self._seen(x, where, cache)
+    if cache is None:  # Made where their tokens are, before they are gathered.
+      k, v = (constrain(heads, ("batch", "seq", "kv_heads", None)) for heads in (k, v))
     absorbed = self.latent and cache is not None and self.kv_proj.absorbs(x.shape[1])
     if absorbed:
       q, v = self.kv_proj.absorbed(q), k

@@ -50,7 +50,8 @@ def _check_choices(cfg: ModelConfig) -> None:
     shape=SHAPES, positions=POSITIONS, rope_scaling=ROPE_SCALINGS, norm=NORMS,
     norm_placement=NORM_PLACEMENTS, residual=RESIDUALS, qk_norm=QK_NORMS, activation=ACTIVATIONS,
     remat=REMAT, attention_kernel=ATTENTION_KERNELS, context_attention=CONTEXT_ATTENTION,
-    expert_kernel=EXPERT_KERNELS, dtype=DTYPES, param_dtype=PARAM_DTYPES, router_scores=("softmax", "sigmoid"), head_activation=ACTIVATIONS,
+    expert_kernel=EXPERT_KERNELS, dtype=DTYPES, param_dtype=PARAM_DTYPES,
+    router_scores=("softmax", "sigmoid"), head_activation=ACTIVATIONS,
     problem=PROBLEMS, conv_activation=ACTIVATIONS,
   )  # fmt: skip
   for name, allowed in (("head", HEADS), ("pooling", POOLINGS)):

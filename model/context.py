@@ -24,8 +24,8 @@ def balanced_parts(length: int) -> int:
   """Devices among which the tokens of causal attention are dealt so that all have the same work.
 
   Of n devices, device i holds chunks i and 2n-1-i of a text's 2n chunks: its early tokens see
-  little, its late ones much (as Llama 3 was trained, arXiv:2407.21783, section 3.3.2). 1 where texts
-  are not split, or not into equal chunks: their tokens stay as they are.
+  little, its late ones much (so was Llama 3 trained: arXiv:2407.21783, section 3.3.2). 1 where
+  texts are not split, or not into equal chunks: their tokens stay as they are.
   """
   parts = seq_parts()
   return 1 if length % (2 * parts) else parts
@@ -58,7 +58,7 @@ def in_row_order(x: Array, parts: int) -> Array:
 
 
 def sent_home(x: Array, parts: int) -> Array:
-  """Split hidden states (B, T, D) in the balanced order -> in the order of the row, split as before.
+  """Split hidden states (B, T, D) in the balanced order -> in the order of the row, still split.
 
   Of the two chunks on each device, and of the two that belong on each, one has an even number: two
   permutations among neighbours move everything, and nothing is held whole.
@@ -67,11 +67,8 @@ def sent_home(x: Array, parts: int) -> Array:
     return x
   mesh = jax.sharding.get_abstract_mesh()
   where = P(batch_axes(mesh, x.shape[0]), SEQ, None)
-  run = jax.shard_map(
-    functools.partial(_home_on_one_device, parts=parts), in_specs=where, out_specs=where,
-    axis_names=free_axes(mesh), check_vma=False,
-  )  # fmt: skip
-  return run(x)
+  home = functools.partial(_home_on_one_device, parts=parts)
+  return jax.shard_map(home, in_specs=where, out_specs=where, axis_names=free_axes(mesh))(x)
 
 
 def _home_on_one_device(x: Array, *, parts: int) -> Array:

@@ -1,5 +1,6 @@
 """Fused attention kernels of others: cuDNN's on NVIDIA GPUs, splash attention on TPUs."""
 
+import functools
 import math
 
 import jax
@@ -74,65 +75,67 @@ def splash_attention(
     balanced: see `attend`.
     interpret: run the kernel's program step by step on any device, for tests.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  parts = seq_parts()
+  mesh, parts, T = jax.sharding.get_abstract_mesh(), seq_parts(), q.shape[1]
   heads, k, v = split_heads(mesh, q, k, v)
   held = q.shape[2] // (math.prod(mesh.shape[axis] for axis in heads) if heads else 1)
+  alike = not causal and window is None  # All see all: every device's part of the mask is the same.
   kernel = _splash_kernel(
-    q.shape[1], held, parts, balanced=balanced, causal=causal, window=window, softcap=softcap,
-    interpret=interpret,
+    (T // parts if alike else T, T), held, 1 if alike else parts, balanced=balanced,
+    causal=causal, window=window, softcap=softcap, interpret=interpret,
   )  # fmt: skip
-  q = q * jnp.asarray(scale, q.dtype)
-  # The kernel masks by index: its keys lie in the order of the row, its queries as they are dealt.
-  k, v, kv_seg = (in_row_order(x, balanced) for x in (k, v, seg))
-  run = _splash_on_one_device
+  run = functools.partial(_splash_on_one_device, balanced=balanced)
   if not mesh.empty and mesh.size > 1:
     batch, split = batch_axes(mesh, q.shape[0]), SEQ if parts > 1 else None
-    queries, keys = P(batch, split, heads, None), P(batch, None, heads, None)
-    # The place of a kernel's tables on a mesh takes a mesh of devices; only its shape is read.
-    place = NamedSharding(mesh, P(None, split))
+    tokens, place = P(batch, split, heads, None), P(None, None if alike else split)
+    tables = kernel.manual_sharding_spec(NamedSharding(mesh, place))
     run = jax.shard_map(
-      run, out_specs=queries, axis_names=free_axes(mesh), check_vma=False,
-      in_specs=(
-        kernel.manual_sharding_spec(place), queries, keys, keys, P(batch, split), P(batch, None),
-        P(heads),
-      ),
+      functools.partial(run, split=parts > 1), out_specs=tokens, check_vma=False,
+      in_specs=(tables, tokens, tokens, tokens, P(batch, split), P(heads)),
+      axis_names=free_axes(mesh),
     )  # fmt: skip
-  return jnp.where((seg > 0)[:, :, None, None], run(kernel, q, k, v, seg, kv_seg, sinks), 0)
+  y = run(kernel, q * jnp.asarray(scale, q.dtype), k, v, seg, sinks)
+  return jnp.where((seg > 0)[:, :, None, None], y, 0)
 
 
 def _splash_kernel(
-  T: int, N: int, parts: int, *, balanced: int, causal: bool, window, softcap, interpret: bool
-):
-  """Splash attention of T tokens, of whose queries each of `parts` devices has its share."""
+  shape: tuple[int, int], heads: int, parts: int, *, balanced: int, causal: bool,
+  window: int | None, softcap: float | None, interpret: bool,
+):  # fmt: skip
+  """Splash attention of `shape` queries and keys; each of `parts` devices has its queries."""
   # Pallas' TPU part is large to import and not needed elsewhere.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-  share = T // parts // (2 if balanced > 1 else 1)
-  block_q = next((size for size in _BLOCKS if share % size == 0), _BLOCKS[-1])
-  block = next(size for size in _BLOCKS if T % size == 0)
+  T, S = shape
+  chunk = T // parts // (2 if balanced > 1 else 1)
+  block_q = next((size for size in _BLOCKS if chunk % size == 0), _BLOCKS[-1])
+  block_kv = next(size for size in _BLOCKS if S % size == 0)
   if window is None:
-    mask = splash.CausalMask((T, T)) if causal else splash.FullMask((T, T))
+    mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
   else:
-    span = (window - 1, 0) if causal else (window // 2, window // 2)
-    mask = splash.LocalMask((T, T), span, 0)
+    mask = splash.LocalMask(shape, (window - 1, 0) if causal else (window // 2, window // 2), 0)
   if balanced > 1:
     mask.q_sequence = np.asarray(balanced_index(T, balanced), np.int32)
   blocks = splash.BlockSizes(
-    block_q=block_q, block_kv=block, block_q_dkv=block_q, block_kv_dkv=block,
-    block_q_dq=block_q, block_kv_dq=block,
+    block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
+    block_q_dq=block_q, block_kv_dq=block_kv,
   )  # fmt: skip
   return splash.make_splash_mha(
-    splash.MultiHeadMask([mask] * N), block_sizes=blocks, attn_logits_soft_cap=softcap,
+    splash.MultiHeadMask([mask] * heads), block_sizes=blocks, attn_logits_soft_cap=softcap,
     head_shards=1, q_seq_shards=parts, interpret=interpret,
   )  # fmt: skip
 
 
-def _splash_on_one_device(kernel, q, k, v, q_seg, kv_seg, sinks):
+def _splash_on_one_device(
+  kernel, q, k, v, seg, sinks, *, balanced: int, split: bool = False
+) -> Array:
   # Pallas' TPU part is large to import and not needed elsewhere.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-  row = lambda q, k, v, q_seg, kv_seg: kernel(q, k, v, splash.SegmentIds(q_seg, kv_seg), sinks)
+  keys = (k, v, seg)
+  if split:  # The kernel masks by index: queries as they are dealt, keys in the order of the row.
+    whole = lambda x: jax.lax.all_gather(x, SEQ, axis=1, tiled=True)
+    keys = tuple(in_row_order(whole(x), balanced) for x in keys)
   heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-  y = jax.vmap(row)(heads_first(q), heads_first(k), heads_first(v), q_seg, kv_seg)
-  return heads_first(y)
+  row = lambda q, k, v, q_seg, kv_seg: kernel(q, k, v, splash.SegmentIds(q_seg, kv_seg), sinks)
+  k, v, kv_seg = keys
+  return heads_first(jax.vmap(row)(*map(heads_first, (q, k, v)), seg, kv_seg))

@@ -163,9 +163,9 @@ def constrain_residual(x: jax.Array) -> jax.Array:
   """Places the residual stream (batch, length, width): its length is split over `tensor` too.
 
   What tensor parallelism would sum on every device is then summed in parts, and gathered before the
-  next matrices: as many bytes move, and norms, dropouts and what is kept of them shrink (Korthikanti
-  et al., arXiv:2205.05198, section 4.2). A length that this does not divide, such as the single
-  token of a step of decoding, is split over `seq` alone.
+  next matrices: as many bytes move, and norms, dropouts and what is kept of them shrink
+  (Korthikanti et al., arXiv:2205.05198, section 4.2). A length that this does not divide, such as
+  the single token of a step of decoding, is split over `seq` alone.
   """
   mesh = jax.sharding.get_abstract_mesh()
   whole = mesh.empty or x.shape[1] % mesh_parts("residual", mesh)

@@ -116,7 +116,9 @@ class Block(nnx.Module):
     return self.mlp(x, key), {}
 
   def _add(self, x: Array, y: Array, norm: str, key: jax.Array | None) -> Float[Array, "B T D"]:
-    post, y = self.cfg.norm_placement == "post", constrain_residual(y)
+    post = self.cfg.norm_placement == "post"
+    # First what a product gives, whole: asked for parts of it, XLA gathers what is multiplied.
+    y = constrain_residual(constrain_tokens(y))
     y = dropout(y if post else self._norm(norm, y), self.cfg.dropout, key)
     if self.cfg.residual_scale is not None:
       y *= jnp.asarray(self.cfg.residual_scale, y.dtype)
