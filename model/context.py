@@ -1,6 +1,7 @@
 """Texts that several devices hold: the order of their tokens, and their places in attention."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def sent_home(x: Array, parts: int) -> Array:
   if parts == 1:
     return x
   mesh = jax.sharding.get_abstract_mesh()
-  where = P(batch_axes(mesh, x.shape[0]), SEQ, None)
+  where = P(batch_axes(mesh, x.shape[0], "rows"), SEQ, None)
   home = functools.partial(_home_on_one_device, parts=parts)
   return jax.shard_map(home, in_specs=where, out_specs=where, axis_names=free_axes(mesh))(x)
 
@@ -88,11 +89,14 @@ def free_axes(mesh: AbstractMesh) -> set[str]:
   return {name for name, kind in kinds if kind == AxisType.Auto}
 
 
-def batch_axes(mesh: AbstractMesh, rows: int) -> tuple[str, ...] | None:
-  """The free mesh axes that `rows` of a batch are split over; None where these do not divide it."""
+def batch_axes(mesh: AbstractMesh, rows: int, name: str = "batch") -> tuple[str, ...] | None:
+  """The free mesh axes that `rows` of a batch are split over; None where these do not divide it.
+
+  `name` is "batch" inside a layer and "rows" outside.
+  """
   free = free_axes(mesh)
-  names = tuple(name for name in mesh_axes("batch", mesh) if name in free)
-  parts = int(np.prod([mesh.shape[name] for name in names], dtype=int))
+  names = tuple(axis for axis in mesh_axes(name, mesh) if axis in free)
+  parts = math.prod(mesh.shape[axis] for axis in names)
   return names if parts > 1 and rows % parts == 0 else None
 
 

@@ -10,7 +10,7 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.errors import InputError
 from model.layers import Embed, Linear, Norm, ParamInfo, activation, dropout, param, param_info
-from model.sharding import constrain_tokens
+from model.sharding import constrain_rows
 from model.transformer import Aux, Inputs, Stack, join_aux
 
 TEXT_HEADS = ("sequence", "embedding")  # One answer for a text; the others have one for a token.
@@ -54,7 +54,7 @@ class Head(nnx.Module):
       embed: the table of tokens.
       key: of the dropout before labels are told.
     """
-    x = self._transformed(constrain_tokens(x), key)
+    x = self._transformed(constrain_rows(x), key)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     if self.cfg.head_kind in WORD_HEADS:
       return self._words(x, embed)
@@ -70,7 +70,7 @@ class Head(nnx.Module):
     keys = (None, None) if key is None or not labels else jax.random.split(key)
     if self.cfg.head_dense:
       x = dropout(x, self.cfg.dropout, keys[0]) if self.cfg.head_kind == "sequence" else x
-      x = constrain_tokens(activation(self.cfg.head_activation)(self.dense(x)))
+      x = constrain_rows(activation(self.cfg.head_activation)(self.dense(x)))
     if self.cfg.head_norm:
       x = self.norm(x)
     return dropout(x, self.cfg.dropout, keys[1])
@@ -101,7 +101,7 @@ class PairHead(nnx.Module):
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... 2"]:
     """Scores of (they follow each other, they do not)."""
-    scores = self.proj(constrain_tokens(jnp.tanh(self.dense(constrain_tokens(x)))))
+    scores = self.proj(constrain_rows(jnp.tanh(self.dense(constrain_rows(x)))))
     return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
 
 

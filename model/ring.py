@@ -63,13 +63,13 @@ def ring_attention(
 def _on_one_device(rule: _Rule, q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks) -> Array:
   y, total = _ring(rule, q, k, v, (q_pos, q_seg), (kv_pos, kv_seg))
   if sinks is not None:  # See `attend`: they shrink what a softmax without them gives.
-    y *= jax.nn.sigmoid(total - sinks.astype(total.dtype))[..., None]
+    y = y * jax.nn.sigmoid(total - sinks.astype(total.dtype))[..., None]
   return y.astype(q.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(rule: _Rule, q, k, v, q_where, kv_where):
-  """(outputs, log-sum-exp of scores) of a device's queries, at least in float32."""
+  """(outputs, log-sum-exp of scores, at least in float32) of a device's queries."""
   return _forward(rule, q, k, v, q_where, kv_where)[0]
 
 
@@ -90,7 +90,7 @@ def _forward(rule: _Rule, q, k, v, q_where, kv_where):
   top, whole, y = _round(rule, seen, sums, ((k, v), kv_where))
   some = jnp.where(whole > 0, whole, 1)
   home = lambda a: _joined(jnp.moveaxis(a, 4, 2)).reshape(B, T, N, *a.shape[5:])
-  y, total = home(y / some[..., None]), home(top + jnp.log(some))
+  y, total = home(y / some[..., None]).astype(q.dtype), home(top + jnp.log(some))
   return (y, total), (q, k, v, q_where, kv_where, y, total)
 
 
@@ -138,9 +138,9 @@ def _backward(rule: _Rule, kept, changes):
   """Gradients of queries, keys and values: those of keys travel with the keys."""
   q, k, v, q_where, kv_where, y, total = kept
   dy, dtotal = changes
-  exact, K = y.dtype, k.shape[2]
+  exact, K = total.dtype, k.shape[2]
   # What each query's scores have in common: d score = p · (d p - offset).
-  offset = jnp.sum(dy * y, axis=-1) - dtotal
+  offset = jnp.sum(dy.astype(exact) * y, axis=-1) - dtotal
   queries = (
     *(_blocks(_grouped(a, K)) for a in (q, dy, total, offset)), *map(_blocks, q_where)
   )  # fmt: skip

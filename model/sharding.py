@@ -17,7 +17,8 @@ MESH_AXES = ("slices", "stage", "data", "fsdp", "expert", "seq", "tensor")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
   None: None,
-  "batch": ("slices", "data", "fsdp", "expert"),
+  "batch": ("slices", "data", "fsdp", "expert"),  # Rows of activations inside layers.
+  "rows": ("slices", "data", "fsdp", "expert"),  # Rows everywhere else.
   "seq": "seq",
   "residual": ("seq", "tensor"),
   "layers": None,
@@ -127,7 +128,7 @@ def shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Where the rows of a (batch, …) array go."""
-  return NamedSharding(mesh, P(mesh_axes("batch", mesh)))
+  return NamedSharding(mesh, P(mesh_axes("rows", mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -150,13 +151,20 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(*places))
 
 
-def constrain_tokens(x: jax.Array) -> jax.Array:
-  """`constrain` for vectors of tokens (batch, length, …), or of whole texts (batch, …).
+def constrain_rows(x: jax.Array) -> jax.Array:
+  """`constrain` for vectors of tokens (batch, length, …) or of whole texts (batch, …), outside
+  layers.
 
   Without it the compiler may leave gathered hidden states split like the weights that follow; of
   jax 0.10 on meshes with data, fsdp and tensor axes their gradients were then wrong.
   """
-  return constrain(x, ("batch", *("seq",) * (x.ndim > 2), *(None,) * (x.ndim - 1 - (x.ndim > 2))))
+  length = ("seq",) * (x.ndim > 2)
+  return constrain(x, ("rows", *length, *(None,) * (x.ndim - 1 - len(length))))
+
+
+def constrain_tokens(x: jax.Array) -> jax.Array:
+  """`constrain` for what the matrices of a layer read and give (batch, length, width)."""
+  return constrain(x, ("batch", "seq", None))
 
 
 def constrain_residual(x: jax.Array) -> jax.Array:

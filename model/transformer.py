@@ -18,7 +18,7 @@ from model.convolution import Convolution
 from model.disentangled import RelativeTable
 from model.layers import MLP, Embed, Linear, Norm, dropout
 from model.moe import Experts
-from model.sharding import constrain_residual, constrain_tokens
+from model.sharding import constrain_residual, constrain_rows, constrain_tokens
 
 Aux = dict[str, Array]
 
@@ -183,8 +183,8 @@ class Stack(nnx.Module):
     if x is None and self.cfg.d_embed is not None:
       h = self.embed_proj(h)
     run = self._run_stacked if self.stacked else self._run_unstacked
-    h, cache, aux = run(constrain_residual(h), where, cache, key)
-    h = constrain_tokens(self.final_norm(h) if self.cfg.final_norm else h)
+    h, cache, aux = run(h, where, cache, key)
+    h = constrain_rows(self.final_norm(h) if self.cfg.final_norm else h)
     return sent_home(h, parts), cache, aux
 
   def _draws(self, key: jax.Array | None) -> bool:
