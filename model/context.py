@@ -6,10 +6,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from model.config import ModelConfig
+from model.errors import InputError
 from model.sharding import mesh_axes, mesh_parts
 
 SEQ = "seq"  # The mesh axis along which texts are split.
@@ -113,3 +115,32 @@ def split_heads(
   if K % parts:
     k, v = (jnp.repeat(x, parts // K, axis=2) for x in (k, v))
   return axes, k, v
+
+
+def check_lengths(cfg: ModelConfig, mesh: Mesh, seq_len: int, target_len: int | None) -> None:
+  """Raises an InputError if `mesh.seq` cannot share the tokens of texts equally, or if a setting of
+  their attention has no effect.
+
+  Where attention is causal, each device gets two chunks of them: see `balanced_parts`.
+  """
+  parts = mesh_parts("seq", mesh)
+  if parts == 1:
+    if cfg.context_attention == "ring":
+      raise InputError(
+        "model.context_attention='ring' has no effect with mesh.seq=1: split texts with mesh.seq, "
+        "or leave it out."
+      )
+    return
+  lengths = {"seq_len": seq_len}
+  if cfg.shape == "encoder_decoder" and target_len is not None:
+    lengths["target_len"] = target_len
+  for name, length in lengths.items():
+    causal = name == list(lengths)[-1] and cfg.stacks[-1] == "decoder"  # Read by a decoder.
+    chunks = 2 * parts if causal else parts
+    if length % chunks:
+      each = "two of them to each" if causal else "one to each"
+      raise InputError(
+        f"{name}={length} is not a multiple of {chunks}: tokens are dealt out in {chunks} parts, "
+        f"{each} of mesh.seq={parts} devices. Use {name}={-(-length // chunks) * chunks}, or "
+        "change mesh.seq."
+      )

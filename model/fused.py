@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def splash_attention(
     (T // parts if alike else T, T), held, 1 if alike else parts, balanced=balanced,
     causal=causal, window=window, softcap=softcap, interpret=interpret,
   )  # fmt: skip
-  run = functools.partial(_splash_on_one_device, balanced=balanced)
+  run: Any = functools.partial(_splash_on_one_device, balanced=balanced)
   if not mesh.empty and mesh.size > 1:
     batch, split = batch_axes(mesh, q.shape[0]), SEQ if parts > 1 else None
     tokens, place = P(batch, split, heads, None), P(None, None if alike else split)
@@ -109,6 +110,7 @@ def _splash_kernel(
   chunk = T // parts // (2 if balanced > 1 else 1)
   block_q = next((size for size in _BLOCKS if chunk % size == 0), _BLOCKS[-1])
   block_kv = next(size for size in _BLOCKS if S % size == 0)
+  mask: Any
   if window is None:
     mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
   else:
@@ -135,7 +137,7 @@ def _splash_on_one_device(
   if split:  # The kernel masks by index: queries as they are dealt, keys in the order of the row.
     whole = lambda x: jax.lax.all_gather(x, SEQ, axis=1, tiled=True)
     keys = tuple(in_row_order(whole(x), balanced) for x in keys)
-  heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-  row = lambda q, k, v, q_seg, kv_seg: kernel(q, k, v, splash.SegmentIds(q_seg, kv_seg), sinks)
   k, v, kv_seg = keys
+  heads_first = lambda x: jnp.swapaxes(x, 1, 2)
+  row: Any = lambda q, k, v, q_seg, kv_seg: kernel(q, k, v, splash.SegmentIds(q_seg, kv_seg), sinks)
   return heads_first(jax.vmap(row)(*map(heads_first, (q, k, v)), seg, kv_seg))

@@ -7,6 +7,7 @@ arXiv:2311.09431; sums over blocks as in FlashAttention-2, arXiv:2307.08691.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +50,9 @@ def ring_attention(
   batch = batch_axes(mesh, q.shape[0])
   rule = _Rule(causal, window, scale, softcap, mesh.shape[SEQ])
   tokens, ints = P(batch, SEQ, heads, None), P(batch, SEQ)
-  run = jax.shard_map(
-    functools.partial(_on_one_device, rule),
+  part: Any = functools.partial(_on_one_device, rule)
+  run: Any = jax.shard_map(
+    part,
     in_specs=(tokens, tokens, tokens, ints, ints, ints, ints, P(heads)), out_specs=tokens,
     axis_names=free_axes(mesh), check_vma=False,
   )  # fmt: skip
@@ -67,8 +69,7 @@ def _on_one_device(rule: _Rule, q, k, v, q_pos, kv_pos, q_seg, kv_seg, sinks) ->
   return y.astype(q.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(rule: _Rule, q, k, v, q_where, kv_where):
+def _outputs(rule: _Rule, q, k, v, q_where, kv_where) -> tuple[Array, Array]:
   """(outputs, log-sum-exp of scores, at least in float32) of a device's queries."""
   return _forward(rule, q, k, v, q_where, kv_where)[0]
 
@@ -166,6 +167,7 @@ def _backward(rule: _Rule, kept, changes):
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
+_ring = jax.custom_vjp(_outputs, nondiff_argnums=(0,))
 _ring.defvjp(_forward, _backward)
 
 

@@ -310,7 +310,8 @@ def test_lengths_that_devices_cannot_share_are_refused(mesh, change, said):
 
 
 def test_only_kernels_that_serve_split_texts_are_chosen():
-  shapes = dict(q_shape=(2, 512, 4, 64), k_shape=(2, 512, 4, 64), ordered=True, dtype=jnp.bfloat16)
+  shape = (2, 512, 4, 64)
+  shapes: dict = dict(q_shape=shape, k_shape=shape, ordered=True, dtype=jnp.bfloat16)
   assert choose_kernel("auto", platform="tpu", parts=4, **shapes)[0] == "splash"
   name, reason = choose_kernel("auto", platform="tpu", parts=8, **shapes)
   assert name == "xla" and "mesh.seq=8" in reason
