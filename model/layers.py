@@ -194,6 +194,7 @@ class Embed(nnx.Module):
 
   def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     table = constrain(self.table[...].astype(self.dtype), (self.row_axis, None))
+    ids = constrain(ids, ("rows", "seq"))
     if len(table) > _FEW_VECTORS:
       return constrain(table[ids], ("rows", "seq", None))
     chosen = jax.nn.one_hot(ids, len(table), dtype=table.dtype)

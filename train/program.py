@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
+from model.context import check_lengths
 from model.errors import InputError
 from model.layers import param_info
 from model.pipeline import check_pipeline
@@ -55,11 +56,12 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   """Abstract shapes, then shardings, then the initialization and the steps.
 
   Raises:
-    InputError: if the mesh does not divide the batch or an axis of the model.
+    InputError: if the mesh does not divide the batch, a length or an axis of the model.
   """
   check_batch(config, mesh)
   check_experts(config, mesh)
   check_pipeline(config.model, mesh, config.batch_size // config.accumulation)
+  check_lengths(config.model, mesh, config.seq_len, config.target_len)
   check_precision(config)
   objective = make_objective(config)
   net = nnx.eval_shape(lambda: objective.build(config.model, nnx.Rngs(0)))
