@@ -32,6 +32,14 @@ def nearest(name: str, known) -> str:
   return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
+def users_status(error: BaseException) -> int | None:
+  """The exit status of an exception that `run` tells in one line; None for a defect."""
+  if isinstance(error, Stop):
+    return error.status
+  user = isinstance(error, OSError) and error.errno in _USER_ERRNO
+  return USER_ERROR if user or isinstance(error, InputError) else None
+
+
 def fail(message: object, status: int = USER_ERROR) -> NoReturn:
   """Prints the last line of stderr, `error: …`, and leaves with `status`."""
   sys.stdout.flush()

@@ -51,11 +51,11 @@ def _prompt(config: Config, data: Data) -> list[int]:
   if config.model.shape == "encoder_decoder":
     if config.sample_prompt:
       return data.tokenizer.encode(config.sample_prompt)
-    batch = next(iter(data.validation_batches()), None) or data.batch(0)
+    batch = data.first()
     return batch["tokens"][0][batch["segments"][0] == 1].tolist()
   prompt = data.tokenizer.encode_prompt(config.sample_prompt)
   # Where no special token begins a text, the first one of the corpus does.
-  return prompt or data.batch(0)["tokens"][0, :1].tolist()
+  return prompt or data.batch(0, np.zeros(1, np.int64))["tokens"][0, :1].tolist()
 
 
 def _room(config: Config, prompt: list[int]) -> int:
