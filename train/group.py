@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -69,6 +70,10 @@ class Group:
   def stop_asked(self, step: int, received: bool) -> bool:
     """Whether all are to stop after `step`; `received`: whether a signal asked this one to."""
     return received
+
+  def telling(self) -> contextlib.AbstractContextManager[None]:
+    """Around what others wait for: an exception in it makes them end."""
+    return contextlib.nullcontext()
 
   def tell(self, status: int, message: str) -> None:
     """Makes all others end with this line and status."""
@@ -152,21 +157,36 @@ class Joined(Group):
     with contextlib.suppress(RuntimeError):
       self._loop.call_soon_threadsafe(self._loop.stop)
 
-  def fail(self, error: BaseException) -> None:
-    """Makes the others end because of an exception of this process.
+  @contextlib.contextmanager
+  def telling(self) -> Iterator[None]:
+    """Around what others wait for: an exception in it makes them end.
 
-    Returns when this process is to end with it, and not where another one is the cause: then the
-    process has ended before.
+    Where another process is the cause, this one ends with the others; else the exception goes on,
+    for some seconds at most.
     """
+    try:
+      yield
+    except BaseException as error:
+      if not self._failing:
+        self._fail(error)
+      raise
+
+  def _fail(self, error: BaseException) -> None:
     status = users_status(error)
-    if status is not None:
-      text = " ".join(str(getattr(error, "message", error)).split())
-      return self.tell(status, f"error: {text} ({self.name_here()})")
-    text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    self._failing = True
-    self._send(dict(kind="end", status=DEFECT, message=text, cause=False))
-    self._wait(lambda: self._end is not None, self._bound + _LAST)
-    return None
+    if status is None:
+      end = f"error: {self.name_here()} failed at {self._label}."
+      lines = [*traceback.format_exception(error), end]
+      said, status = f"{type(error).__name__}: {error}".splitlines()[0][:200], DEFECT
+      self._failing = True
+      self._send(dict(kind="end", status=status, message=said, cause=False))
+      self._wait(lambda: self._end is not None, self._bound + _LAST)
+    else:
+      lines = ["error: " + " ".join(str(getattr(error, "message", error)).split())]
+      self.tell(status, f"{lines[0]} ({self.name_here()})")
+    # What the unwinding waits for may never come: the others have ended.
+    timer = threading.Timer(_LAST, last_words, ("".join(lines), status))
+    timer.daemon = True
+    timer.start()
 
   def name_here(self) -> str:
     """This process as a person knows it."""

@@ -92,7 +92,7 @@ def run_steps(
   log = MetricsLog(workdir, config, program, start)
   counted = {"truncated_tokens": data.truncated_tokens} if config.data.truncate else {}
   saved = start
-  with contextlib.closing(checkpoints), contextlib.closing(log):
+  with contextlib.closing(checkpoints), contextlib.closing(log), group.telling():
     train_step, batches = program.train_step, data.batches(start)
     for step in range(start + 1, config.steps + 1):
       group.at(f"the rows of step {step}")

@@ -80,12 +80,9 @@ def joined(bound: float) -> Iterator[Group]:
   _group = group = Joined(place, bound)
   _hear_aborts(group)
   group.start()
-  try:
+  with group.telling():
     yield group
-  except BaseException as error:
-    group.fail(error)
-    raise
-  group.finish()
+    group.finish()
 
 
 def leave(status: int) -> NoReturn:
