@@ -77,12 +77,21 @@ def joined(bound: float) -> Iterator[Group]:
   if place is None:
     yield ALONE
     return
+  _keep_stdout()
   _group = group = Joined(place, bound)
   _hear_aborts(group)
   group.start()
   with group.telling():
     yield group
     group.finish()
+
+
+def _keep_stdout() -> None:
+  """Leaves stdout to Python: what libraries in C print (Gloo does) goes to stderr."""
+  sys.stdout.flush()
+  own = os.dup(1)
+  os.dup2(2, 1)
+  sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: PTH123, SIM115
 
 
 def leave(status: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Several real processes: the losses of one, data by devices, deaths named in time, exact restarts."""
+"""Several real processes: the losses of one, deaths that are named in time, exact restarts."""
 
 import random
 import re
@@ -216,8 +216,8 @@ def test_a_process_killed_in_a_save_leaves_the_checkpoints_before(bench, two, wh
   workdir = bench.folder / f"saving{which}"
   for kill in range(3):
     run = Processes(bench, workdir, 2, "--config.checkpoint_every=1")
-    folder, at = workdir / "checkpoints", newest(workdir)
-    run.wait_for(lambda at=at: newest(workdir) > at and any(folder.glob("*tmp*")), 200)
+    at, saving = newest(workdir), (workdir / "checkpoints").glob
+    run.wait_for(lambda at=at, saving=saving: newest(workdir) > at and any(saving("*tmp*")), 200)
     ended_after(run, which, signal.SIGKILL)
     assert newest(workdir) > kill
   assert [done.returncode for done in Processes(bench, workdir, 2).ends()] == [0, 0]
