@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from model.errors import DEFECT, InputError
+from model.errors import DEFECT, InputError, Stop
 from train.flags import config_flag, run
 from train.processes import leave
 
@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
   try:
     run(main)
+  except Stop as end:
+    leave(end.status, end.message)
   except SystemExit as end:
     leave(end.code if isinstance(end.code, int) else int(end.code is not None))
   except Exception:

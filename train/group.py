@@ -239,7 +239,9 @@ class Joined(Group):
 
   async def _member(self) -> None:
     try:
-      reader, self._writer = await (self._own_hub() if self.index == 0 else self._reach_hub())
+      reader, self._writer = await (
+        self._own_hub() if self.index == 0 else reach(self._place, self._bound)
+      )
     except OSError as error:
       last_words(f"error: {_not_reached(self._place, self._bound, error)}", DEFECT)
     post(self._writer, dict(kind="hello", index=self.index, count=self.count, host=host_name()))
@@ -257,7 +259,7 @@ class Joined(Group):
     deadline = time.monotonic() + self._bound
     while True:  # The run that was here before may be ending.
       try:
-        listener = _listener(self._place.address[1])
+        listener = listen(self._place.address[1])
         break
       except OSError:
         if time.monotonic() > deadline:
@@ -270,17 +272,6 @@ class Joined(Group):
     ends = await asyncio.open_connection(sock=theirs, limit=LIMIT)
     self._tasks.add(asyncio.create_task(hub.serve(*ends)))
     return await asyncio.open_connection(sock=ours, limit=LIMIT)
-
-  async def _reach_hub(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    deadline = time.monotonic() + self._bound
-    while True:
-      try:
-        connect = asyncio.open_connection(*self._place.address, limit=LIMIT)
-        return await asyncio.wait_for(connect, max(0.1, deadline - time.monotonic()))
-      except OSError:  # Also the end of the time.
-        if time.monotonic() > deadline:
-          raise
-        await asyncio.sleep(_RETRY)
 
   async def _watch(self) -> None:
     while not self._done:
@@ -335,7 +326,24 @@ def last_words(line: str, status: int) -> NoReturn:
   os._exit(status)
 
 
-def _listener(port: int) -> socket.socket:
+async def reach(place: Place, seconds: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+  """A connection to process 0, which may start later.
+
+  Raises:
+    OSError: if it does not answer in time.
+  """
+  deadline = time.monotonic() + seconds
+  while True:
+    try:
+      connect = asyncio.open_connection(*place.address, limit=LIMIT)
+      return await asyncio.wait_for(connect, max(0.1, deadline - time.monotonic()))
+    except OSError:  # Also the end of the time.
+      if time.monotonic() > deadline:
+        raise
+      await asyncio.sleep(_RETRY)
+
+
+def listen(port: int) -> socket.socket:
   """A socket whose port JAX's coordinator can listen on once this one is closed."""
   host = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")[0].strip("[]")
   both = socket.has_dualstack_ipv6() and not host

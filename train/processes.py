@@ -5,6 +5,7 @@ A process of a run of several has JAX's own variables: JAX_COORDINATOR_ADDRESS (
 alone.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import os
@@ -14,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from model.errors import PREEMPTED, InputError
-from train.group import ALONE, Group, Joined, Place
+from train.group import ALONE, Group, Joined, Place, listen, reach
+from train.watch import LINGER, Hub, host_name, post, receive
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _group: Joined | None = None  # The one that this process is in.
@@ -86,6 +88,21 @@ def joined(bound: float) -> Iterator[Group]:
     group.finish()
 
 
+async def refuse(place: Place, status: int, line: str) -> None:
+  """Tells the others of a run that this process ends before it joined them."""
+  message = f"error: {line} (process {place.index}, {host_name()})"
+  told = dict(kind="refuse", index=place.index, status=status, message=message)
+  if place.index == 0:
+    hub = Hub(place.count, LINGER, lambda: None)
+    hub.refuse(told)
+    server = await asyncio.start_server(hub.serve, sock=listen(place.address[1]))
+    await hub.refused()
+    return server.close()
+  reader, writer = await reach(place, LINGER)
+  post(writer, told)
+  await asyncio.wait_for(receive(reader), LINGER)
+
+
 def _keep_stdout() -> None:
   """Leaves stdout to Python: what libraries in C print (Gloo does) goes to stderr."""
   sys.stdout.flush()
@@ -94,9 +111,19 @@ def _keep_stdout() -> None:
   sys.stdout = open(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: PTH123, SIM115
 
 
-def leave(status: int) -> NoReturn:
-  """Ends this process; one of several does not wait for others at its exit, as JAX would."""
+def leave(status: int, line: str | None = None) -> NoReturn:
+  """Ends this process; one of several does not wait for others at its exit, as JAX would.
+
+  Args:
+    line: what was wrong, where a user can put it right: told to those that wait to be joined.
+  """
   if _group is None:
+    place = None
+    with contextlib.suppress(InputError):
+      place = find_place(os.environ)
+    if place is not None and line is not None:
+      with contextlib.suppress(OSError):
+        asyncio.run(refuse(place, status, line))
     sys.exit(status)
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):

@@ -17,6 +17,7 @@ from typing import Any
 from model.errors import DEFECT
 
 _GRACE = 1.0  # Seconds in which further symptoms of one cause are collected.
+LINGER = 20.0  # Seconds in which all processes of a run are expected to have started.
 LIMIT = 1 << 26  # Bytes of a message at most.
 _GOES_ON = "The same command goes on from the last checkpoint."
 
@@ -73,13 +74,21 @@ class Hub:
     self._count, self._bound, self._ready = count, bound, ready
     self._members: dict[int, _Member] = {}
     self._started = self._stopping = self._ended = False
+    self._refusal: Message | None = None  # Why the run does not begin.
+    self._refused: set[int] = set()  # Who has heard of it.
     self._symptoms: list[tuple[int, int, str, str]] = []  # (rank, index, sentence, short form)
 
   async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Listens to one process until its connection ends."""
     hello = await receive(reader)
-    if hello is None or hello.get("kind") != "hello":
+    if hello is None or hello.get("kind") not in ("hello", "refuse"):
       writer.close()
+      return
+    if hello["kind"] == "refuse":
+      self.refuse(hello)
+    if self._refusal is not None:
+      self._refused.add(hello["index"])
+      post(writer, self._refusal)
       return
     index, host = hello["index"], hello["host"]
     problem = self._problem(hello)
@@ -101,11 +110,31 @@ class Hub:
     elif not self._started:
       del self._members[index]
 
+  def refuse(self, told: Message) -> None:
+    """Notes that a process ends before it joined: all others end with its line."""
+    if self._refusal is None and not self._started:
+      self._refusal = {**told, "kind": "end"}
+      for index, member in self._members.items():
+        if index > 0:
+          self._refused.add(index)
+          post(member.writer, self._refusal)
+
+  async def refused(self) -> None:
+    """Returns when all others have heard of a refusal, or are not to be expected any more."""
+    deadline = time.monotonic() + min(LINGER, self._bound)
+    while len(self._refused - {0}) < self._count - 1 and time.monotonic() < deadline:
+      await asyncio.sleep(0.05)
+
   async def watch(self) -> None:
     """Gives signs of life and looks for members that are missing, until the run has ended."""
     began = time.monotonic()
     while not self._ended:
       await asyncio.sleep(period(self._bound))
+      if self._refusal is not None:
+        await self.refused()
+        self._ended = True
+        self._to_all(self._refusal)
+        return
       self._to_all(dict(kind="beat"))
       if self._started:
         self._look(time.monotonic())

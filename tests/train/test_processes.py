@@ -33,7 +33,8 @@ class Processes:
 
   def __init__(
     self, bench: Bench, workdir: Path, count: int, *overrides: str, devices: int = 1,
-    own: dict[int, tuple[str, ...]] | None = None, bound: float = BOUND, started: Sequence[int] | None = None,
+    own: dict[int, tuple[str, ...]] | None = None, bound: float = BOUND,
+    started: Sequence[int] | None = None,
   ):  # fmt: skip
     port = free_port()
     self.all: list[Command] = []
