@@ -47,8 +47,14 @@ class Group:
 
   index, count = 0, 1
 
-  def at(self, label: str, *, together: bool = False) -> None:
-    """Says where this process is; `together`: nobody can leave this place before all are there."""
+  def at(self, label: str, *, together: bool = False, patient: bool = False) -> None:
+    """Says where this process is.
+
+    Args:
+      label: the place, in the words of an error.
+      together: nobody can leave it before all are there.
+      patient: some may take much longer here than others, who have a cache.
+    """
 
   def share(self, label: str, value: Any) -> list[Any]:
     """The plain values that all processes give, by process; waits for them."""
@@ -57,11 +63,12 @@ class Group:
   @contextlib.contextmanager
   def turn(self, label: str) -> Iterator[None]:
     """Lets process 0 through first: the others find what it made."""
+    self.at(label, patient=True)
     if self.index > 0:
-      self.share(label, None)
+      self.share(f"what process 0 makes of {label}", None)
     yield
     if self.index == 0:
-      self.share(label, None)
+      self.share(f"what process 0 makes of {label}", None)
 
   def name(self, index: int) -> str:
     """A process as a person knows it."""
@@ -93,7 +100,7 @@ class Joined(Group):
     self._shared: list[list[Any]] = []
     self._asked, self._stop_step = -1, None
     self._count, self._reported, self._label = 0, 0.0, "the start"
-    self._place_message: Message = dict(kind="at", count=0, label=self._label, together=False)
+    self._place_message = _at(0, self._label)
     self._end: Message | None = None  # What the hub said of an end that this process caused.
     self._heard = time.monotonic()
     self._writer: asyncio.StreamWriter | None = None
@@ -101,9 +108,9 @@ class Joined(Group):
     self._tasks: set[Any] = set()
     threading.Thread(target=self._run, name="processes", daemon=True).start()
 
-  def at(self, label: str, *, together: bool = False) -> None:
+  def at(self, label: str, *, together: bool = False, patient: bool = False) -> None:
     self._count, self._label = self._count + 1, label
-    self._place_message = dict(kind="at", count=self._count, label=label, together=together)
+    self._place_message = _at(self._count, label, together, patient)
     now = time.monotonic()
     if now - self._reported > _SELDOM:
       self._reported = now
@@ -313,6 +320,10 @@ class Joined(Group):
 
 
 ALONE = Group()
+
+
+def _at(count: int, label: str, together: bool = False, patient: bool = False) -> Message:
+  return dict(kind="at", count=count, label=label, together=together, patient=patient)
 
 
 def last_words(line: str, status: int) -> NoReturn:
