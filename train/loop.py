@@ -154,7 +154,7 @@ def evaluate(
   """Means over the validation rows by name; `loss` is nats a target. {} where there are none."""
   sums: dict[str, list[float]] = {}
   for number, rows in enumerate(data.validation_batches(), start=1):
-    group.at(f"validation batch {number}")
+    group.at(f"validation batch {number}", patient=number == 1)  # The first is compiled.
     means = program.eval_step(state.params, state.frozen, put_batch(program, rows))
     for name, (total, weight) in jax.device_get(means).items():
       sums.setdefault(name, [0.0, 0.0])
