@@ -17,6 +17,7 @@ from train.watch import LIMIT, Hub, Message, host_name, period, post, receive
 
 _RETRY = 0.2  # Seconds between attempts to reach process 0.
 _LAST = 5.0  # Seconds that a process which ends waits for what the others have to say.
+_UNWINDING = 30.0  # Seconds that a process which failed has for what it does at its end.
 _SELDOM = 0.2  # Seconds between reports of places, which steps of milliseconds come to.
 _GOES_ON = "The same command goes on from the last checkpoint."
 
@@ -169,7 +170,7 @@ class Joined(Group):
     """Around what others wait for: an exception in it makes them end.
 
     Where another process is the cause, this one ends with the others; else the exception goes on,
-    for some seconds at most.
+    for half a minute at most.
     """
     try:
       yield
@@ -191,7 +192,8 @@ class Joined(Group):
       lines = ["error: " + " ".join(str(getattr(error, "message", error)).split())]
       self.tell(status, f"{lines[0]} ({self.name_here()})")
     # What the unwinding waits for may never come: the others have ended.
-    timer = threading.Timer(_LAST, last_words, ("".join(lines), status))
+    seconds = max(_LAST, min(_UNWINDING, self._bound))
+    timer = threading.Timer(seconds, last_words, ("".join(lines), status))
     timer.daemon = True
     timer.start()
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import model
-
 from model.errors import InputError
 from tests.commands import Command, Done
 from tests.quick import xla_flags
