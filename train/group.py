@@ -147,11 +147,13 @@ class Joined(Group):
   def start(self) -> None:
     """Waits for all processes, then joins them in JAX."""
     self._wait(lambda: self._started)
-    settled = threading.Event()
-    thread = threading.Thread(target=self._initialize, args=(settled,), daemon=True)
+    outcome: list[Exception | None] = []
+    thread = threading.Thread(target=self._initialize, args=(outcome,), daemon=True)
     thread.start()  # In the main thread no signal would be heard.
-    while not settled.wait(0.1):
-      pass
+    while not outcome:
+      thread.join(0.1)
+    if outcome[0] is not None:
+      raise outcome[0]
 
   def finish(self) -> None:
     """Waits until all have come to the end, and leaves JAX's group."""
@@ -211,7 +213,7 @@ class Joined(Group):
       "above. The same command goes on from the last checkpoint.", DEFECT
     )  # fmt: skip
 
-  def _initialize(self, settled: threading.Event) -> None:
+  def _initialize(self, outcome: list[Exception | None]) -> None:
     import jax
 
     # Two devices in a process of the CPU wait for each other for ever (jax 0.10) when steps are
@@ -219,12 +221,16 @@ class Joined(Group):
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_enable_preemption_service", False)
     wait = max(1, round(self._bound))
-    jax.distributed.initialize(
-      self._place.coordinator, self.count, self.index, cluster_detection_method="deactivate",
-      initialization_timeout=wait, heartbeat_timeout_seconds=2 * wait + 60,
-      shutdown_timeout_seconds=wait,
-    )  # fmt: skip
-    settled.set()
+    try:
+      jax.distributed.initialize(
+        self._place.coordinator, self.count, self.index, cluster_detection_method="deactivate",
+        initialization_timeout=wait, heartbeat_timeout_seconds=2 * wait + 60,
+        shutdown_timeout_seconds=wait,
+      )  # fmt: skip
+    except Exception as error:  # Raised by `start` in the main thread.
+      outcome.append(error)
+    else:
+      outcome.append(None)
 
   def _wait(self, done: Callable[[], Any], seconds: float = float("inf")) -> None:
     """Waits for what the other thread hears; in short pieces, so that signals are heard too."""
@@ -243,8 +249,12 @@ class Joined(Group):
 
   def _run(self) -> None:
     asyncio.set_event_loop(self._loop)
-    with contextlib.suppress(RuntimeError):  # Stopped by `finish`.
+    try:
       self._loop.run_until_complete(self._member())
+    except Exception as error:
+      if not self._done:  # `finish` stops the loop; anything else leaves nobody on watch.
+        line = f"error: {self.name_here()} can watch the others no more."
+        last_words("".join([*traceback.format_exception(error), line]), DEFECT)
 
   async def _member(self) -> None:
     try:

@@ -82,8 +82,8 @@ def joined(bound: float) -> Iterator[Group]:
   _keep_stdout()
   _group = group = Joined(place, bound)
   _hear_aborts(group)
-  group.start()
   with group.telling():
+    group.start()
     yield group
     group.finish()
 

@@ -34,7 +34,8 @@ async def receive(reader: asyncio.StreamReader) -> Message | None:
   """The next message; None when the connection has ended."""
   try:
     line = await reader.readline()
-    return json.loads(line) if line.endswith(b"\n") else None
+    message = json.loads(line) if line.endswith(b"\n") else None
+    return message if isinstance(message, dict) else None
   except (OSError, ValueError):
     return None
 
@@ -84,7 +85,7 @@ class Hub:
     """Listens to one process until its connection ends."""
     hello = await receive(reader)
     if hello is None or hello.get("kind") not in ("hello", "refuse"):
-      writer.close()
+      writer.close()  # It is none of ours.
       return
     if hello["kind"] == "refuse":
       self.refuse(hello)
