@@ -7,6 +7,8 @@ or is silent for longer than --silence seconds, the launcher is gone: the comman
 that it saves, and SIGKILL after the grace period. What the command leaves behind in its process
 group ends with it. On Linux the command dies with this process too, whatever kills it.
 
+With --share=I/N it also leaves the command the I-th of N shares of this machine's devices.
+
 Exit status: the command's own; 128 + N if signal N ended it; 254 for 255, which is ssh's own.
 """
 
@@ -28,12 +30,13 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 class Watch:
   """The command, and the signals that it has been sent."""
 
-  def __init__(self, command: list[str], grace: float):
+  def __init__(self, command: list[str], grace: float, environment: dict[str, str]):
     self._grace, self._asked, self._lock = grace, False, threading.Lock()
     dies_with_parent = _dies_with_parent(os.getpid()) if sys.platform == "linux" else None
     self.process = subprocess.Popen(
-      command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=dies_with_parent
-    )
+      command, stdin=subprocess.DEVNULL, env={**os.environ, **environment},
+      start_new_session=True, preexec_fn=dies_with_parent,
+    )  # fmt: skip
 
   def ask(self, number: int) -> None:
     """Sends the signal, once: a second one would end a trainer that is saving."""
@@ -80,16 +83,14 @@ class Watch:
 
 def main() -> int:
   """Runs the command to its end; returns the exit status."""
-  parser = argparse.ArgumentParser(prog="launch.watch", allow_abbrev=False)
-  parser.add_argument("--silence", type=float, help="Seconds after which the launcher is gone.")
-  parser.add_argument("--grace", type=float, required=True, help="Seconds from SIGTERM to SIGKILL.")
-  parser.add_argument("command", nargs="+")
-  given = parser.parse_args()
+  given = _arguments()
   try:
-    watch = Watch(given.command, given.grace)
+    environment = _share(given) if given.share else {}
+    watch = Watch(given.command, given.grace, environment)
   except OSError as error:
-    print(f"error: {given.command[0]} cannot be started: {error.strerror}.", file=sys.stderr)
-    return 2
+    return _refuse(f"{given.command[0]} cannot be started: {error.strerror}.")
+  except ValueError as error:  # InputError is one.
+    return _refuse(str(error))
   print(f"{STARTED} {watch.process.pid} on {socket.gethostname()}", file=sys.stderr, flush=True)
   for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda received, _: watch.ask(signal.SIGTERM))
@@ -97,6 +98,31 @@ def main() -> int:
   status = watch.process.wait()
   watch.kill()
   return 128 - status if status < 0 else min(status, 254)
+
+
+def _arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(prog="launch.watch", allow_abbrev=False)
+  parser.add_argument("--silence", type=float, help="Seconds after which the launcher is gone.")
+  parser.add_argument("--grace", type=float, required=True, help="Seconds from SIGTERM to SIGKILL.")
+  parser.add_argument("--share", help="I/N: which share of the devices.")
+  parser.add_argument("--device", help="Kind of device; left out, what the machine has.")
+  parser.add_argument("--devices_per_process", type=int, help="Devices of each share.")
+  parser.add_argument("command", nargs="+")
+  return parser.parse_args()
+
+
+def _share(given: argparse.Namespace) -> dict[str, str]:
+  from launch.devices import share_environment
+
+  slot, slots = map(int, given.share.split("/"))
+  return share_environment(
+    slot, slots, device=given.device, each=given.devices_per_process, own=os.environ
+  )
+
+
+def _refuse(text: str) -> int:
+  print(f"error: {text}", file=sys.stderr, flush=True)
+  return 2
 
 
 def _dies_with_parent(parent: int):

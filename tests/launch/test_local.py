@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import local
+from launch import devices as launch_devices
 from launch.job import SHARED_OUT, Job, default_name, process_environment
 from launch.local import Options, processes_of
 from model.errors import InputError
@@ -304,9 +304,9 @@ def test_gpus_are_divided_evenly_or_refused(monkeypatch):
   assert split(Options(devices_per_process=1), 3) == ["0", "1", "2"]
   assert split(Options(device="cpu"), 3) == [None] * 3
   for options, processes, visible, said in (
-    (Options(), 3, "0,1,2,3", "does not divide the 4 GPUs"),
-    (Options(devices_per_process=2), 3, "0,1,2,3", "needs 6 GPUs; this machine has 4"),
-    (Options(device="gpu"), 2, "", "does not divide the 0 GPUs"),
+    (Options(), 3, "0,1,2,3", "evenly, there are 4"),
+    (Options(devices_per_process=2), 3, "0,1,2,3", "need 6 GPUs; this machine has 4"),
+    (Options(device="gpu"), 2, "", "evenly, there are 0"),
   ):
     with pytest.raises(InputError, match=said):
       split(options, processes, visible)
@@ -321,6 +321,6 @@ def test_devices_of_other_kinds(monkeypatch):
     devices(monkeypatch, Options(device="cpu", devices_per_process=4), 2, XLA_FLAGS=two)
   with pytest.raises(InputError, match="driven by one process"):
     devices(monkeypatch, Options(device="tpu"), 2)
-  monkeypatch.setattr(local, "local_kind", lambda own: "tpu")
+  monkeypatch.setattr(launch_devices, "local_kind", lambda own: "tpu")
   with pytest.raises(InputError, match="--devices_per_process=2"):
     devices(monkeypatch, Options(devices_per_process=2), 1)
