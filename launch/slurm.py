@@ -1,4 +1,4 @@
-"""`--target=slurm`: a batch script that starts the run on all nodes and goes back into the queue."""
+"""`--target=slurm`: a batch script that runs on all nodes and puts itself back into the queue."""
 
 import dataclasses
 import re
@@ -11,10 +11,10 @@ from pathlib import Path
 from launch.job import Job
 from launch.options import option
 from launch.xla_flags import xla_environment
-from model.errors import DEFECT, DONE, NON_FINITE, USER_ERROR, InputError
+from model.errors import DEFECT, DONE, USER_ERROR, InputError
 
 UNREAD: tuple[str, ...] = ()  # Shared flags without effect here.
-_FINAL = (DONE, USER_ERROR, NON_FINITE)  # The same command would end the same way.
+_FINAL = (DONE, USER_ERROR)  # Started again, the command would end the same way.
 _OWN = {
   "job-name", "J", "nodes", "N", "ntasks", "n", "ntasks-per-node", "cpus-per-task", "c",
   "gpus-per-node", "time", "t", "partition", "p", "account", "A", "signal", "requeue",
@@ -173,7 +173,13 @@ def _directives(job: Job, options: Options, nodes: int, folder: Path) -> list[st
   for word in words:
     if not word.isprintable():
       raise InputError(f"{word!r} cannot stand in a line of a batch script.")
-  return [shlex.quote(word) for word in words]
+  return [_quoted(word) for word in words]
+
+
+def _quoted(word: str) -> str:
+  """A word for a line of #SBATCH: a backslash escapes there in either kind of quotes."""
+  escaped = re.sub(r'(["\\\\])', r"\\\1", word)
+  return word if re.fullmatch(r"[\w:.,@+=/%-]+", word) else f'"{escaped}"'
 
 
 def _plain(name: str, value: str | None) -> str | None:
@@ -231,7 +237,9 @@ def _exit_status(number: str) -> int:
   if state is None or code is None:
     raise InputError(f"Slurm does not know any more how job {number} ended: {text.strip()}")
   status, signal = int(code[1]), int(code[2])
-  print(f"job {number}: {state[1]}, exit status {status}" + (f", signal {signal}" if signal else ""))
+  print(
+    f"job {number}: {state[1]}, exit status {status}" + (f", signal {signal}" if signal else "")
+  )
   if state[1] == "COMPLETED":
     return DONE
   return status or (128 + signal if signal else DEFECT)
