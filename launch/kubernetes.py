@@ -47,7 +47,7 @@ class Options:
     (), "KEY=VALUE of a node label, for example cloud.google.com/gke-accelerator=nvidia-h100-80gb."
   )
   spot: bool = option(False, "Spot nodes of GKE.")
-  grace: int = option(120, "Seconds from SIGTERM to SIGKILL when a pod is evicted.", at_least=1)
+  grace: float = option(120.0, "Seconds from SIGTERM to SIGKILL when a pod ends.", at_least=1)
   follow: bool = option(False, "Print the logs until the run has ended, with its exit status.")
 
 
@@ -149,7 +149,7 @@ def _pod_spec(job: Job, options: Options, part: slices.Slice | None, hosts: int)
   volumes, mounts = _volumes(job, options)
   return {
     "restartPolicy": "Never",
-    "terminationGracePeriodSeconds": options.grace,
+    "terminationGracePeriodSeconds": round(options.grace),
     **_given(
       serviceAccountName=options.service_account,
       priorityClassName=options.priority_class,

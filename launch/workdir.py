@@ -32,7 +32,7 @@ def check_lasting(job: Job, mount: str | None, flag: str) -> None:
   here = "a run without --workdir" if place is None else f"--workdir={place}"
   if mount is None:
     raise InputError(f"{here} is lost with the machine: {flag} mounts what lasts.")
-  inside = place is not None and ".." not in PurePosixPath(place).parts
-  if not inside or not PurePosixPath(place).is_relative_to(PurePosixPath(mount)):
+  path = PurePosixPath(place or ".")
+  if ".." in path.parts or not path.is_relative_to(PurePosixPath(mount)):
     example = f"--workdir={mount.rstrip('/')}/{job.name}"
     raise InputError(f"{here} is lost with the machine, {mount} is not: use {example}.")
