@@ -4,12 +4,12 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import local, ssh
+from launch import kubernetes, local, slurm, ssh, tpu
 from launch.job import Job, default_name
 from launch.options import chosen, define, refuse_given
 from model.errors import InputError, run
 
-TARGETS = {"local": local, "ssh": ssh}
+TARGETS = {"local": local, "ssh": ssh, "slurm": slurm, "kubernetes": kubernetes, "tpu": tpu}
 OPTIONS = {name: target.Options for name, target in TARGETS.items()}
 
 _TARGET = flags.DEFINE_enum("target", "local", list(TARGETS), "Where the run runs.")
