@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from launch import tree
 from launch.devices import KINDS
 from launch.hosts import Host, read_hosts
 from launch.job import Job, process_environment
@@ -42,7 +43,7 @@ class Options:
     "as here.",
   )  # fmt: skip
   python: str = option("python3", "Python on the hosts; left out, python3.")
-  copy: bool = option(False, "First copy what git does not ignore here into --remote_dir.")
+  copy: bool = option(False, "First copy the files that git tracks here into --remote_dir.")
   coordinator_host: str | None = option(
     None, "The first host as the others reach it; left out, its name in the file."
   )
@@ -72,13 +73,17 @@ def submit(job: Job, options: Options, dry_run: bool) -> int:
   slots = slots_of(job, options)
   hosts = list(dict.fromkeys(host for host, _ in slots))
   make = lambda: processes_of(job, options, slots)
+  names = tree.tracked(Path.cwd()) if options.copy else []
+  if options.copy:
+    tree.check_command(job, Path.cwd(), names)
   if dry_run:
-    copies = [" | ".join(map(shlex.join, _copying(host, options))) for host in hosts]
-    print("\n".join([*(copies if options.copy else []), *(p.shell() for p in make())]))
+    if options.copy:
+      print(f"# tree.tar.gz: the {len(names)} files that git tracks here")
+      print("\n".join(f"{shlex.join(_unpacking(h, options))} < tree.tar.gz" for h in hosts))
+    print("\n".join(process.shell() for process in make()))
     return DONE
   if options.copy:
-    with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
-      list(pool.map(lambda host: _copy(host, options), hosts))
+    _copy(hosts, options, names)
   return supervise(job, make, grace=options.grace, alive_every=ALIVE_SECONDS, explain=_explain)
 
 
@@ -149,33 +154,27 @@ def _command(job: Job, options: Options, share: str, place: dict[str, str]) -> s
   return f"cd {shlex.quote(options.folder)} && exec {shlex.join(['env', *environment, *words])}"
 
 
-def _copying(host: Host, options: Options) -> list[list[str]]:
-  """The three commands of a pipe that copies the tree."""
+def _unpacking(host: Host, options: Options) -> list[str]:
   folder = shlex.quote(options.folder)
-  return [
-    ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-    ["tar", "--create", "--gzip", "--null", "--files-from=-"],
-    [*client(host, options.ssh_option),
-     f"mkdir -p {folder} && tar --extract --gzip --directory={folder}"],
-  ]  # fmt: skip
+  unpack = f"mkdir -p {folder} && tar --extract --gzip --directory={folder}"
+  return [*client(host, options.ssh_option), unpack]
 
 
-def _copy(host: Host, options: Options) -> None:
-  """Copies the files that exist: git lists those too that were deleted since its last commit."""
-  listing, packing, unpacking = _copying(host, options)
-  listed = subprocess.run(listing, capture_output=True)
-  if listed.returncode:
-    raise InputError("--copy copies what git does not ignore, and this folder is no git tree.")
-  names = [name for name in listed.stdout.split(b"\0") if name and Path(name.decode()).exists()]
-  with tempfile.TemporaryFile() as list_file:
-    list_file.write(b"".join(name + b"\0" for name in names))
-    list_file.seek(0)
-    packer = subprocess.Popen(packing, stdin=list_file, stdout=subprocess.PIPE)
-    done = subprocess.run(unpacking, stdin=packer.stdout, stderr=subprocess.PIPE)
-  if packer.stdout is not None:
-    packer.stdout.close()
-  if done.returncode or packer.wait():
-    raise InputError(f"the tree was not copied to {host.name}: {_last_line(done.stderr.decode())}")
+def _copy(hosts: Sequence[Host], options: Options, names: list[str]) -> None:
+  """Copies the tree to all hosts, several at once."""
+
+  def send(host: Host) -> None:
+    with archive.open("rb") as packed:
+      done = subprocess.run(_unpacking(host, options), stdin=packed, capture_output=True)
+    if done.returncode:
+      said = _last_line(done.stderr.decode(errors="replace"))
+      raise InputError(f"the tree was not copied to {host.name}: {said}")
+
+  with tempfile.TemporaryDirectory() as folder:
+    archive = Path(folder) / "tree.tar.gz"
+    tree.pack(archive, Path.cwd(), names, {})
+    with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+      list(pool.map(send, hosts))
 
 
 def _explain(ended: Ended) -> str | None:

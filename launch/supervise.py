@@ -13,7 +13,7 @@ from launch.job import Job
 from launch.processes import Ended, Process, Running
 from model.errors import DEFECT, DONE, NON_FINITE, PREEMPTED, USER_ERROR
 
-SETTLE_SECONDS = 0.5  # Between the first failure and the end of the others: most fail with it.
+SETTLE_SECONDS = 1.0  # After the first failure: most of the others end by themselves and say why.
 KILL_SECONDS = 2.0  # Between the word KILL and the end of the process that should have heard it.
 _MEANING = {
   DEFECT: "a defect", USER_ERROR: "wrong input", NON_FINITE: "a loss that stays non-finite",

@@ -238,7 +238,7 @@ def test_a_launcher_that_is_killed_leaves_nothing_on_the_hosts(bench):
 
 
 @pytest.mark.slow
-def test_the_tree_is_copied_without_what_git_ignores(bench, tmp_path):
+def test_the_tree_that_git_tracks_is_copied(bench, tmp_path):
   tree = tmp_path / "tree"
   tree.mkdir()
   prepare(tree)
@@ -251,11 +251,16 @@ def test_the_tree_is_copied_without_what_git_ignores(bench, tmp_path):
     (tree / name).write_text(name)
   git = ["git", "-C", str(tree), "-c", "user.name=a", "-c", "user.email=a@b"]
   subprocess.run([*git, "init", "-q"], check=True)
-  subprocess.run([*git, "add", "gone.txt"], check=True)
+  subprocess.run([*git, "add", "."], check=True)
+  (tree / "untracked.txt").touch()
   (tree / "gone.txt").unlink()
   target = tmp_path / "copied to"
   shutil.copy(bench.folder / "hosts", tree / "hosts")
   words = ["--copy", f"--remote_dir={target}", "--", "train", "--run=print(Path.cwd())"]
+  dry = subprocess.run(
+    bench.words("--dry_run", *words), cwd=tree, env=environment(), capture_output=True, text=True
+  )
+  assert dry.stdout.count("< tree.tar.gz\n") == 3 and not target.exists()
   done = subprocess.run(
     bench.words(*words), cwd=tree, env=environment(), capture_output=True, text=True, timeout=300
   )
@@ -263,4 +268,4 @@ def test_the_tree_is_copied_without_what_git_ignores(bench, tmp_path):
   assert f"[2@node3] {target}\n" in done.stdout
   names = {path.name for path in target.iterdir()}
   assert {"train", "launch", "spaced name.txt"} <= names
-  assert not names & {"ignored.txt", "gone.txt"}
+  assert not names & {"ignored.txt", "gone.txt", "untracked.txt"}
