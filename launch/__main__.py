@@ -31,6 +31,10 @@ _BACKOFF = flags.DEFINE_float(
 _LOGS = flags.DEFINE_string(
   "logs", None, "Folder for what the processes print; left out, runs/NAME/logs."
 )
+_XLA_TABLE = flags.DEFINE_bool(
+  "xla_table", True, "Give processes the flags of launch/xla_flags.py; unknown ones are fatal in a "
+  "compiler of another version: --noxla_table.",
+)  # fmt: skip
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would run; start nothing.")
 define(OPTIONS)
 
@@ -60,6 +64,7 @@ def _job(command: tuple[str, ...]) -> Job:
     max_restarts=_MAX_RESTARTS.value,
     backoff=_BACKOFF.value,
     logs=Path(_LOGS.value if _LOGS.value is not None else f"runs/{name}/logs"),
+    xla_table=_XLA_TABLE.value,
   )
 
 

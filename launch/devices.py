@@ -16,7 +16,13 @@ _TPUS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
 
 
 def share_environment(
-  slot: int, slots: int, *, device: str | None, each: int | None, own: Mapping[str, str]
+  slot: int,
+  slots: int,
+  *,
+  device: str | None,
+  each: int | None,
+  own: Mapping[str, str],
+  xla_table: bool,
 ) -> dict[str, str]:
   """The variables that leave a process its share of this machine's devices.
 
@@ -25,6 +31,7 @@ def share_environment(
     device: the kind asked for; None: what the machine has.
     each: devices of each process; None: all GPUs are divided evenly, a CPU is one device.
     own: the environment that the process has otherwise.
+    xla_table: whether it gets the compiler flags of launch.xla_flags.TABLE.
 
   Raises:
     InputError: where the devices cannot be divided so.
@@ -33,7 +40,7 @@ def share_environment(
   chosen = {} if device is None else {"JAX_PLATFORMS": "cuda" if device == "gpu" else device}
   if kind == "gpu":
     visible = {"CUDA_VISIBLE_DEVICES": _gpu_share(local_gpus(own), slot, slots, each)}
-    return chosen | visible | xla_environment(kind, own)
+    return chosen | visible | xla_environment(kind, own, table=xla_table)
   if kind == "tpu" and (slots > 1 or each is not None):
     given = f"{slots} processes" if slots > 1 else f"--devices_per_process={each}"
     raise InputError(
@@ -46,7 +53,7 @@ def share_environment(
       f"--devices_per_process={each}, but XLA_FLAGS has {DEVICE_COUNT}={set_already}: leave one "
       "of them out."
     )
-  return chosen | xla_environment(kind, own, each)
+  return chosen | xla_environment(kind, own, each, table=xla_table)
 
 
 def local_kind(environment: Mapping[str, str]) -> str:

@@ -33,6 +33,7 @@ class Job:
     max_restarts: how often a failed run is started again.
     backoff: seconds before the first restart; each further one waits twice as long.
     logs: folder on this machine for what the processes print.
+    xla_table: whether processes get the flags of launch.xla_flags.TABLE.
   """
 
   command: tuple[str, ...]
@@ -42,6 +43,7 @@ class Job:
   max_restarts: int
   backoff: float
   logs: Path
+  xla_table: bool = True
 
   def __post_init__(self):
     _check_command(self.command, self.processes)

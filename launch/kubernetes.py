@@ -200,7 +200,7 @@ def _environment(
     texts["MEGASCALE_COORDINATOR_ADDRESS"] = first
     texts["MEGASCALE_NUM_SLICES"] = str(options.slices)
     entries["MEGASCALE_SLICE_ID"] = _job_index()
-  texts |= {**job.environment, **xla_environment(kind, job.environment)}
+  texts |= {**job.environment, **xla_environment(kind, job.environment, table=job.xla_table)}
   entries |= {name: {"value": _literal(value)} for name, value in texts.items()}
   return [{"name": name, **entry} for name, entry in entries.items()]
 

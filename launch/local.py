@@ -57,7 +57,12 @@ def processes_of(job: Job, options: Options) -> list[Process]:
   foreign = {name: None for name in OF_PROCESSES if name in os.environ}
   argv = watched(job.argv(sys.executable), sys.executable, options.grace)
   share = lambda rank: share_environment(
-    rank, count, device=options.device, each=options.devices_per_process, own=own
+    rank,
+    count,
+    device=options.device,
+    each=options.devices_per_process,
+    own=own,
+    xla_table=job.xla_table,
   )
   return [
     Process(

@@ -91,7 +91,7 @@ def batch_script(job: Job, options: Options, folder: Path) -> str:
   job = dataclasses.replace(job, processes=processes)  # Refuses several for what is not shared out.
   python = options.python or sys.executable
   kind = "cpu" if options.gpus_per_node is None else "gpu"
-  values = {**job.environment, **xla_environment(kind, job.environment)}
+  values = {**job.environment, **xla_environment(kind, job.environment, table=job.xla_table)}
   delays = " ".join(str(round(delay)) for delay in job.delays())
   # --wait, and not --kill-on-bad-exit: those left by a lost one end by themselves and name it.
   words = ["srun", "--label", "--export=ALL", "--kill-on-bad-exit=0", f"--wait={options.exit_wait}"]

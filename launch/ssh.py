@@ -147,6 +147,7 @@ def _command(job: Job, options: Options, share: str, place: dict[str, str]) -> s
   own += [] if options.device is None else [f"--device={options.device}"]
   each = options.devices_per_process
   own += [] if each is None else [f"--devices_per_process={each}"]
+  own += [] if job.xla_table else ["--no_xla_table"]
   words = watched(
     job.argv(options.python), options.python, options.grace, f"--silence={SILENCE_SECONDS:g}", *own
   )

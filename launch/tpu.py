@@ -291,13 +291,13 @@ class Pod:
 
   def _further(self) -> dict[str, str]:
     """Texts beside the tree: what is installed, and what is run."""
-    options, environment = self._options, self._job.environment
+    options, environment = self._options, dict(self._job.environment)
     install = options.install or _INSTALL.format(python=shlex.quote(options.python))
     mount = ""
     if options.bucket:
       quoted = shlex.quote(options.mount), shlex.quote(options.bucket)
       mount = _GCSFUSE.format(mount=quoted[0], bucket=quoted[1])
-    values = {**environment, **xla_environment("tpu", environment)}
+    values = environment | xla_environment("tpu", environment, table=self._job.xla_table)
     orders = tree.orders(self._job, values)
     return {".launch/install.sh": f"set -e\n{mount}{install}\n", ".launch/job.json": orders}
 

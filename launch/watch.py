@@ -107,6 +107,7 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument("--share", help="I/N: which share of the devices.")
   parser.add_argument("--device", help="Kind of device; left out, what the machine has.")
   parser.add_argument("--devices_per_process", type=int, help="Devices of each share.")
+  parser.add_argument("--no_xla_table", action="store_true", help="No flags for the compiler.")
   parser.add_argument("command", nargs="+")
   return parser.parse_args()
 
@@ -116,7 +117,12 @@ def _share(given: argparse.Namespace) -> dict[str, str]:
 
   slot, slots = map(int, given.share.split("/"))
   return share_environment(
-    slot, slots, device=given.device, each=given.devices_per_process, own=os.environ
+    slot,
+    slots,
+    device=given.device,
+    each=given.devices_per_process,
+    own=os.environ,
+    xla_table=not given.no_xla_table,
   )
 
 
