@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from launch import tree
 from launch.gcloud import Gcloud, Lost
@@ -36,6 +37,7 @@ if ! mountpoint -q {mount}; then
   gcsfuse --implicit-dirs {bucket} {mount}
 fi
 """
+_QUEUED = ("STATE_UNSPECIFIED", "CREATING", "ACCEPTED", "PROVISIONING", "WAITING_FOR_RESOURCES")
 
 
 class Pod:
@@ -120,16 +122,20 @@ class Pod:
     )
 
   def _make(self) -> None:
-    """Requests the VMs and waits until all of them are ready."""
-    if self.made:
-      self.delete()
-    elif self.cloud.ask(self.cloud.describe()) is not None:
+    """Requests the VMs, or finds the request of a run before, and waits until all are ready."""
+    found = self.cloud.ask(self.cloud.describe())
+    queued = found is not None and not self.made and _state(found) in _QUEUED
+    if found is not None and not self.made and not self._options.keep:
       raise InputError(
-        f"there is a queued resource {self._job.name} already: --keep uses it when it is ACTIVE; "
+        f"there is a queued resource {self._job.name} already: --keep uses it; "
         f"to delete it: {shlex.join(self.cloud.delete())}."
       )
+    if found is not None and not queued:
+      self.made = True
+      self.delete()
     self.made = True  # Also where only the answer gets lost.
-    self.cloud.request(self._create())
+    if not queued:
+      self.cloud.request(self._create())
     self._wait_in_queue()
     end = time.monotonic() + _READY_SECONDS
     while not self._is_ready():
@@ -141,12 +147,12 @@ class Pod:
     end, before = time.monotonic() + 3600 * self._options.queue_hours, ""
     while True:
       found = self.cloud.ask(self.cloud.describe())
-      state = (found or {}).get("state", {}).get("state", "gone")
+      state = _state(found)
       if state != before:
         print(f"{self._job.name}: {state}", flush=True)
       if state == "ACTIVE":
         return
-      if state in ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING", "gone"):
+      if state not in _QUEUED:
         text = (found or {}).get("state", {}).get("failedData", {}).get("error", {})
         reason = f"the request is {state}: {text.get('message', 'no reason is given')}"
         raise (InputError if "quota" in reason.lower() else Lost)(reason)
@@ -159,11 +165,10 @@ class Pod:
     """Whether all VMs are there and of use, from an attempt before or kept."""
     if not self.made and not self._options.keep:
       return False
-    found = self.cloud.ask(self.cloud.describe())
-    self.made = self.made or found is not None
-    active = found is not None and found.get("state", {}).get("state") == "ACTIVE"
     with contextlib.suppress(Lost):
-      return active and self._is_ready()
+      if _state(self.cloud.ask(self.cloud.describe())) == "ACTIVE" and self._is_ready():
+        self.made = True
+        return True
     return False
 
   def _is_ready(self) -> bool:
@@ -220,3 +225,8 @@ class Pod:
     values = {**environment, **xla_environment("tpu", environment)}
     orders = tree.orders(self._job, values)
     return {".launch/install.sh": f"set -e\n{mount}{install}\n", ".launch/job.json": orders}
+
+
+def _state(request: dict[str, Any] | None) -> str:
+  """Of a queued resource."""
+  return "gone" if request is None else request.get("state", {}).get("state", "STATE_UNSPECIFIED")

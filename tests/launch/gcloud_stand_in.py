@@ -64,6 +64,11 @@ def scenario(seen: dict) -> dict:
 
 
 def main(words: list[str]) -> int:
+  if words == ["take-away"]:  # A test's own word.
+    with state() as seen:
+      seen["gone"] = True
+      take_away()
+    return 0
   with state(), (STATE / "calls.jsonl").open("a") as file:
     file.write(json.dumps(words) + "\n")
   assert words[:2] == ["compute", "tpus"], words

@@ -15,6 +15,7 @@ import pytest
 from launch import tpu
 from launch.job import Job
 from model.errors import InputError
+from tests import commands
 from tests.commands import ROOT
 from tests.launch import gcloud_stand_in
 
@@ -253,13 +254,16 @@ def test_kept_machines_serve_the_next_run_and_others_are_not_touched(cloud, caps
   assert cloud.calls().count("queued-resource create") == 1
 
 
-def launched(cloud: Cloud, options: tpu.Options, *words: str) -> subprocess.Popen:
+def launched(
+  cloud: Cloud, options: tpu.Options, *words: str, shared: tuple[str, ...] = ()
+) -> subprocess.Popen:
   """`python -m launch --target=tpu` as a process of its own; the tree has a `launch` too."""
   ours = f"import runpy, sys; sys.path[0] = {str(ROOT)!r}; "
   ours += "runpy.run_module('launch', None, '__main__')"
   given = {name: value for name, value in vars(options).items() if value not in (None, ())}
   flags = [f"--{name}={value}" for name, value in given.items()]
-  command = [sys.executable, "-c", ours, "--target=tpu", "--name=run", *flags, "--", "train"]
+  command = [sys.executable, "-c", ours, "--target=tpu", "--name=run", *flags, *shared]
+  command += ["--", "train"]
   return subprocess.Popen(
     [*command, f"--workdir={cloud.mount}/run", *words], stdout=subprocess.PIPE, text=True
   )
@@ -284,6 +288,54 @@ def test_an_interrupted_run_is_saved_and_its_machines_deleted_unless_kept(cloud,
   time.sleep(0.5)
   pids = [path.read_text() for path in cloud.stand_in.glob("vms/*/*/*/.launch/pid")]
   assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.slow
+def test_our_own_training_goes_on_from_the_bucket_with_the_losses_of_an_undisturbed_run(
+  cloud, monkeypatch
+):
+  """The whole tree is copied, and the run killed between two checkpoints."""
+  monkeypatch.chdir(ROOT)
+  monkeypatch.delenv("PYTHONPATH")
+  config = ["--config=configs/gpt_tiny.py", "--config.steps=30", "--config.checkpoint_every=10"]
+  config += ["--config.log_every=1", "--config.eval_every=1000", "--config.model.num_layers=1"]
+  alone = commands.run("train", *config, f"--workdir={cloud.folder / 'alone'}")
+  assert alone.returncode == 0, alone.stderr
+  shared = ("--max_restarts=1", "--backoff=0.1", f"--logs={cloud.folder / 'logs'}")
+  process = launched(cloud, cloud.options(), *config, shared=shared)
+  metrics = cloud.mount / "run" / "metrics.jsonl"
+  end = time.monotonic() + 300
+  while not (metrics.exists() and '"step": 13,' in metrics.read_text()):
+    assert time.monotonic() < end
+    assert process.poll() is None
+    time.sleep(0.05)
+  subprocess.run([sys.executable, gcloud_stand_in.__file__, "take-away"], check=True)
+  out, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, out
+  assert "restart 1 of 1" in out
+  assert cloud.calls().count("queued-resource create") == 2
+  assert losses(metrics) == losses(cloud.folder / "alone" / "metrics.jsonl")
+
+
+def losses(path: Path) -> dict[int, float]:
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  found = {row["step"]: row["loss"] for row in rows if "loss" in row}
+  assert sorted(found) == list(range(1, 31))
+  return found
+
+
+@pytest.mark.slow
+def test_a_request_that_waits_in_the_queue_keeps_its_place(cloud, capsys):
+  cloud.plays({"states": ["WAITING_FOR_RESOURCES"]})
+  process = launched(cloud, cloud.options(keep=True))
+  assert process.stdout is not None
+  assert "WAITING_FOR_RESOURCES" in process.stdout.readline()
+  process.kill()
+  process.wait()
+  cloud.plays({"states": ["WAITING_FOR_RESOURCES", "ACTIVE"]})
+  assert tpu.submit(cloud.job(), cloud.options(keep=True), dry_run=False) == 0
+  assert cloud.calls().count("queued-resource create") == 1
+  assert "queued-resource delete" not in cloud.calls()
 
 
 @pytest.mark.slow
