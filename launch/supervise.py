@@ -1,6 +1,7 @@
 """A run of several processes, started again when it failed, ended as a whole."""
 
 import contextlib
+import math
 import queue
 import signal
 import sys
@@ -119,6 +120,7 @@ class Attempt:
     self._alive_every, self._last_sign = alive_every, time.monotonic()
     self._failed: list[Ended] = []
     self._plan: list[tuple[float, Callable[[], None]]] = []  # What is done when, in order.
+    self._asked_at = math.inf  # When the others were asked to stop.
     self._left: list[Running] = []
     for process in processes:
       log = logs / f"{process.rank}.log"
@@ -133,7 +135,7 @@ class Attempt:
     finally:
       for running in self._left:
         running.kill()
-    return min(self._failed, key=_failed_at, default=None)
+    return min(self._failed, key=self._order, default=None)
 
   def _take(self, event: Ended | signal.Signals) -> None:
     if isinstance(event, Ended):
@@ -157,7 +159,7 @@ class Attempt:
     kill = ask + self._grace
     if not self._plan or kill < self._plan[-1][0] - KILL_SECONDS:
       self._plan = [
-        (ask, lambda: self._tell("TERM")), (kill, lambda: self._tell("KILL")),
+        (ask, self._ask), (kill, lambda: self._tell("KILL")),
         (kill + KILL_SECONDS, self._end),
       ]  # fmt: skip
 
@@ -175,6 +177,20 @@ class Attempt:
       due.append(self._last_sign + self._alive_every)
     return max(0.0, min(due) - now) if due else None
 
+  def _order(self, ended: Ended) -> tuple[bool, float]:
+    """What was killed comes before what missed it; else who said an error, or ended, first.
+
+    SIGABRT is JAX's own way to end where another process is gone.
+    """
+    killed = ended.status > 128 and ended.status - 128 != signal.SIGABRT
+    output = ended.running.output
+    when = output.last_at if output.error else ended.when  # Ending may take a while.
+    return not (killed and ended.when < self._asked_at), when
+
+  def _ask(self) -> None:
+    self._asked_at = min(self._asked_at, time.monotonic())
+    self._tell("TERM")
+
   def _tell(self, word: str) -> None:
     for running in self._left:
       running.tell(word)
@@ -182,9 +198,3 @@ class Attempt:
   def _end(self) -> None:
     for running in self._left:
       running.kill()
-
-
-def _failed_at(ended: Ended) -> float:
-  """When it said its error, or when it ended without a word: ending may take a while."""
-  output = ended.running.output
-  return output.last_at if output.error else ended.when

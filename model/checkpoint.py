@@ -33,6 +33,9 @@ __all__ = ["LAYOUT_VERSION", "Checkpoints", "Restored", "check_config", "describ
            "restore_params"]  # fmt: skip
 
 
+_SAME, _FULL, _NEW = "the same is there", "the disk is full", "to be saved"
+
+
 class Checkpoints:
   """The checkpoints of one run: the newest `keep` and the best by validation loss.
 
@@ -79,15 +82,11 @@ class Checkpoints:
     self.wait()
     record = Record.of(step, state, meta, validation_loss)
     target = self._folder / str(step)
-    if step not in self._damaged and self._record(target) == record:
+    found = files.said_by_first(lambda: self._prepare(step, target, record))
+    if found == _SAME:
       return
-    if jax.process_index() == 0:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      files.remove_unfinished(self._folder)
-    if not files.fits(self._folder, record):
+    if found == _FULL:
       raise self._disk_full(record)
-    if jax.process_index() == 0 and target.exists():
-      files.remove(target)
     self._saving = record
     absl_logging.get_absl_logger().addFilter(_own_report)
     try:
@@ -150,8 +149,9 @@ class Checkpoints:
         checkpoints but none can be read.
     """
     self.wait()
-    found = files.numbered(self._folder)
-    if not any(any(p.iterdir()) for p in found.values()):
+    listed = files.said_by_first(lambda: sorted(files.numbered(self._folder), reverse=True))
+    found = {step: self._folder / str(step) for step in listed}
+    if not files.said_by_first(lambda: any(any(p.iterdir()) for p in found.values())):
       for folder in found.values():
         pass_over(folder, "it is empty")
       return None
@@ -160,6 +160,18 @@ class Checkpoints:
       return restore_newest(found, abstract, cast=False, passed=passed)
     finally:
       self._damaged |= passed.keys()
+
+  def _prepare(self, step: int, target: epath.Path, record: Record) -> str:
+    """Makes room for a save, on process 0: whether it is needed, and fits."""
+    if step not in self._damaged and self._record(target) == record:
+      return _SAME
+    self._folder.mkdir(parents=True, exist_ok=True)
+    files.remove_unfinished(self._folder)
+    if not files.fits(self._folder, record):
+      return _FULL
+    if target.exists():
+      files.remove(target)
+    return _NEW
 
   def _finish(self) -> None:
     try:

@@ -5,16 +5,19 @@ import errno
 import functools
 import gc
 import inspect
+import json
 import logging as python_logging
 import re
 import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -28,6 +31,7 @@ from model.fingerprint import fingerprints
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _DISK_FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
+_ROOM = 1024  # Bytes that what process 0 says is filled up to a multiple of.
 _OVERHEAD_BYTES = 2**16  # Orbax's own files; they grow a little with the number of leaves.
 _OVERHEAD_BYTES_PER_LEAF = 2**10
 
@@ -120,7 +124,7 @@ def read_state(
   places = [_place(want) for _, want in wanted.values()]
   with _without_tracebacks():
     arrays, problem = _try_read(folder, leaves, places)
-  if not _all_processes(arrays is not None):
+  if not all_processes(arrays is not None):
     raise Damaged(f"its arrays cannot be read ({problem or 'on another process'})")
   for leaf, got in zip(leaves, fingerprints(arrays or []), strict=True):
     if got != leaf.fingerprint:
@@ -158,12 +162,27 @@ def free_bytes(folder: epath.Path) -> int | None:
 
 
 def fits(folder: epath.Path, record: Record) -> bool:
-  """Whether there is space for a checkpoint, as process 0 sees it; all processes agree."""
-  free = free_bytes(folder) if jax.process_index() == 0 else None
-  ok = free is None or free >= needed_bytes(record)
+  """Whether there is space for a checkpoint, as this process sees it."""
+  free = free_bytes(folder)
+  return free is None or free >= needed_bytes(record)
+
+
+def said_by_first(ask: Callable[[], Any]) -> Any:
+  """What process 0 answers, a plain value, on all processes: disks may show them other things."""
+  if jax.process_count() == 1:
+    return ask()
+  text = json.dumps(ask()).encode() if jax.process_index() == 0 else b""
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+  room = np.zeros(-(-size // _ROOM) * _ROOM, np.uint8)  # Few sizes: each is a program.
+  room[: len(text)] = np.frombuffer(text, np.uint8)
+  return json.loads(multihost_utils.broadcast_one_to_all(room).tobytes()[:size])
+
+
+def all_processes(ok: bool) -> bool:
+  """Whether it is so on all processes."""
   if jax.process_count() == 1:
     return ok
-  return bool(multihost_utils.broadcast_one_to_all(jnp.array(ok)))
+  return bool(multihost_utils.process_allgather(np.array(ok)).all())
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -277,9 +296,3 @@ def _check_x64(folder: epath.Path, saved: dict[str, Leaf]) -> None:
       f"{folder} holds 64-bit arrays ({', '.join(wide)}), which JAX would narrow: set "
       "JAX_ENABLE_X64=1."
     )
-
-
-def _all_processes(ok: bool) -> bool:
-  if jax.process_count() == 1:
-    return ok
-  return bool(multihost_utils.process_allgather(jnp.array(ok)).all())

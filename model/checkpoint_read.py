@@ -103,7 +103,7 @@ def restore_newest(
   """
   for step, folder in candidates.items():
     try:
-      record = files.read_record(folder)
+      record = _record_for_all(folder)
       state = files.read_state(folder, record, abstract, cast=cast, leave_out=leave_out)
     except Damaged as damage:
       passed[step] = str(damage)
@@ -113,6 +113,18 @@ def restore_newest(
       return Restored(state, record.meta, step)
   reasons = "; ".join(f"{candidates[step]}: {why}" for step, why in passed.items())
   raise InputError(f"no undamaged checkpoint is left: {reasons}. Restore a copy, or start afresh.")
+
+
+def _record_for_all(folder: epath.Path) -> Record:
+  """`files.read_record`, damaged for all processes where it is for one."""
+  record, damage = None, Damaged("it is damaged as another process sees it")
+  try:
+    record = files.read_record(folder)
+  except Damaged as error:
+    damage = error
+  if not files.all_processes(record is not None) or record is None:
+    raise damage
+  return record
 
 
 def _candidates(path: epath.PathLike) -> tuple[epath.Path, dict[int, epath.Path]]:

@@ -32,11 +32,27 @@ def nearest(name: str, known) -> str:
   return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
+def users_status(error: BaseException) -> int | None:
+  """The exit status of an exception that `run` tells in one line; None for a defect."""
+  if isinstance(error, Stop):
+    return error.status
+  file = isinstance(error, OSError) and error.errno in _USER_ERRNO
+  user = isinstance(error, InputError) or file or _lacks_platform(error)
+  return USER_ERROR if user else None
+
+
+def _lacks_platform(error: BaseException) -> bool:
+  """Whether JAX found no device of the platform that was asked for."""
+  said = ("Unable to initialize backend", "Unknown backend")
+  return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+
+
 def fail(message: object, status: int = USER_ERROR) -> NoReturn:
   """Prints the last line of stderr, `error: …`, and leaves with `status`."""
   sys.stdout.flush()
-  print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
-  sys.exit(status)
+  line = " ".join(str(message).split())
+  print("error: " + line, file=sys.stderr, flush=True)
+  raise Stop(line, status)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -76,7 +92,7 @@ def run(
       place = f" ({error.filename})" if error.filename else ""
       fail(f"{error.strerror}{place}{advice}.")
     except RuntimeError as error:
-      if "Unable to initialize backend" not in str(error) and "Unknown backend" not in str(error):
+      if not _lacks_platform(error):
         raise
       fail(f"JAX cannot use the platform that was asked for: {error}")
     else:

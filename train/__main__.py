@@ -7,12 +7,14 @@ if __name__ == "__main__":
   use_huge_pages()
   leave_at_once()  # Before all imports that take seconds.
 
+import traceback
 from pathlib import Path
 
 from absl import flags
 
-from model.errors import InputError
+from model.errors import DEFECT, InputError, Stop
 from train.flags import config_flag, run
+from train.processes import leave
 
 _CONFIG = config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that exists is continued.")
@@ -35,4 +37,12 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  run(main)
+  try:
+    run(main)
+  except Stop as end:
+    leave(end.status, end.message)
+  except SystemExit as end:
+    leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+  except Exception:
+    traceback.print_exc()
+    leave(DEFECT)

@@ -93,6 +93,7 @@ class Config:
   init_from: str | None = None  # Any checkpoint PATH to take parameters from.
   ema_decay: float | None = None  # Also keep a moving average of the parameters.
   max_bad_steps: int = 20  # Non-finite steps in a row that end the run.
+  barrier_seconds: float = 600.0  # How long processes wait for one that is missing, then all end.
   profile_steps: tuple[int, int] | None = None  # Trace the steps a <= step < b.
   wandb_project: str | None = None  # Also log to Weights & Biases.
   sample_prompt: str = ""  # What the sample after the last step begins with, or its masks are in.
@@ -131,6 +132,11 @@ class Config:
     traced = self.profile_steps
     if traced is not None and (len(traced) != 2 or not 0 <= traced[0] < traced[1]):
       raise InputError(f"profile_steps={traced} must be (first, end), first < end.")
+    if not 1 <= self.barrier_seconds <= 86_400:
+      raise InputError(
+        f"barrier_seconds={self.barrier_seconds} must be from 1 to 86400, a day: so long do "
+        "processes wait for one another."
+      )
     if self.wandb_project == "":
       raise InputError("wandb_project is empty: name a project, or leave it out.")
     if not self.cache_gib > 0:

@@ -53,8 +53,7 @@ def _shown(tokenizer: Tokenizer, guesses: list[int], truth: list[int]) -> Iterat
 
 def _masked_text(data: Data) -> tuple[list[int], list[int]]:
   """(ids with masks at all chosen places, the tokens that were there)."""
-  batch = next(iter(data.validation_batches()), None) or data.batch(0)
-  row = {name: values[0] for name, values in batch.items()}
+  row = {name: values[0] for name, values in data.first().items()}
   ids = row["tokens"][row["segments"] == 1][:_TOKENS].tolist()
   chosen = (row["masked_weights"] > 0) & (row["masked_places"] < len(ids))
   places = row["masked_places"][chosen]

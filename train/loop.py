@@ -12,12 +12,15 @@ from model.compilation import use_compilation_cache
 from model.errors import DONE, NON_FINITE, PREEMPTED, Stop
 from model.sharding import make_mesh
 from train import report
+from train.agreement import check_same_config, check_same_fingerprint, check_seen_by_all
 from train.config import Config
 from train.data.pipeline import Data, load_data
+from train.group import ALONE, Group
 from train.init_from import initial_params, with_its_tokenizer
 from train.metrics import MetricsLog
 from train.preemption import Preemption
-from train.program import Program, build_program, put_batch
+from train.processes import joined
+from train.program import Program, build_program, check_batch, local_rows, put_batch
 from train.resolve import check_fit, resolved
 from train.sample import check_sample, sample
 from train.step import TrainState
@@ -41,27 +44,43 @@ def train(config: Config, workdir: Path) -> int:
     Stop: with the status for a loss that stays non-finite.
   """
   check_fit(config)
-  config = with_its_tokenizer(config, workdir)
-  check_workdir(workdir, config)
-  use_compilation_cache(config.cache_dir)
-  mesh = make_mesh(**dataclasses.asdict(config.mesh))
-  workdir.mkdir(parents=True, exist_ok=True)
-  if read_config(workdir) is None:  # What a failed start leaves is known as this config's.
-    write_config(workdir, config)
-  with jax.set_mesh(mesh):
-    data = load_data(
-      config, workdir=workdir, process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )  # fmt: skip
-    config = resolved(config, data)
-    check_sample(config, data)  # What is wrong with the prompt is said before the training.
-    write_config(workdir, config)
-    program = build_program(config, mesh)
-    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-    state, start = restore_or_init(config, program, checkpoints, data)
-    report.before(config, program, data, mesh, start)
-    with Preemption() as preemption:
-      return run_steps(config, workdir, program, checkpoints, data, preemption, state, start)
+  with joined(config.barrier_seconds) as group:
+    check_same_config(group, config)
+    use_compilation_cache(config.cache_dir)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    config = prepared(config, workdir, group)
+    with jax.set_mesh(mesh):
+      check_batch(config, mesh)
+      data = load_data(
+        config, workdir=workdir, rows=local_rows(mesh, config.batch_size), process=group.index,
+        turn=group.turn("the tokenizer"),
+      )  # fmt: skip
+      check_same_fingerprint(group, data.fingerprint)
+      config = resolved(config, data)
+      check_sample(config, data)  # What is wrong with the prompt is said before the training.
+      if group.index == 0:
+        write_config(workdir, config)
+      program = build_program(config, mesh)
+      group.at("reading the checkpoint")
+      checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+      state, start = restore_or_init(config, program, checkpoints, data)
+      group.at("compiling the step")
+      report.before(config, program, data, mesh, start)
+      with Preemption(group) as preemption:
+        return run_steps(config, workdir, program, checkpoints, data, preemption, state, start)
+
+
+def prepared(config: Config, workdir: Path, group: Group) -> Config:
+  """The config with the tokenizer of `init_from`; makes the workdir that process 0 writes to."""
+  with group.turn("the workdir"):
+    config = with_its_tokenizer(config, workdir)
+    check_workdir(workdir, config)
+    if group.index == 0:
+      workdir.mkdir(parents=True, exist_ok=True)
+      if read_config(workdir) is None:  # What a failed start leaves is known as this config's.
+        write_config(workdir, config)
+  check_seen_by_all(group, workdir)
+  return config
 
 
 def run_steps(
@@ -69,25 +88,30 @@ def run_steps(
   preemption: Preemption, state: TrainState, start: int,
 ) -> int:  # fmt: skip
   """The steps from `start` on, with validation, checkpoints, and what a person sees."""
+  group = preemption.group
   log = MetricsLog(workdir, config, program, start)
   counted = {"truncated_tokens": data.truncated_tokens} if config.data.truncate else {}
   saved = start
-  with contextlib.closing(checkpoints), contextlib.closing(log):
-    for step, rows in zip(range(start + 1, config.steps + 1), data.batches(start), strict=False):
+  with contextlib.closing(checkpoints), contextlib.closing(log), group.telling():
+    train_step, batches = program.train_step, data.batches(start)
+    for step in range(start + 1, config.steps + 1):
+      group.at(f"the rows of step {step}")
       log.trace(step - 1)
-      batch = put_batch(program, rows)
+      batch = put_batch(program, next(batches))
+      group.at(f"step {step}", together=True)
       with jax.transfer_guard("disallow"):
-        state, metrics = program.train_step(state, batch)
+        state, metrics = train_step(state, batch)
       log.step(step, metrics | counted)
       if log.bad_steps >= config.max_bad_steps:
         raise Stop(_non_finite(config, step - 1, log), NON_FINITE)
       last, validation = step == config.steps, {}
       if step % config.eval_every == 0 or last:
         with log.paused():
-          validation = evaluate(program, state, data)
+          validation = evaluate(program, state, data, group)
         log.validation(step, validation)
       stopping = preemption.asked(step)
       if step % config.checkpoint_every == 0 or last or stopping:
+        group.at(f"saving step {step}")
         log.flush()
         with log.paused():
           meta = {"config": as_dict(config), "data": data.fingerprint}
@@ -95,12 +119,14 @@ def run_steps(
         saved = step
       if stopping:
         break
+    group.at(f"the end of saving step {saved}")
   if saved < config.steps:
-    if jax.process_index() == 0:
+    if group.index == 0:
       print(f"stopped: step {saved} is saved; the same command goes on.", file=sys.stderr)
     return PREEMPTED
+  group.at("the sample")
   text = sample(config, data, state)
-  if jax.process_index() == 0:
+  if group.index == 0:
     print(f"curves: {workdir / 'curves.png'}", file=sys.stderr)
     if text is not None:
       print(f"sample: {text}", flush=True)
@@ -123,10 +149,13 @@ def restore_or_init(
   return state, 0
 
 
-def evaluate(program: Program, state: TrainState, data: Data) -> dict[str, float]:
+def evaluate(
+  program: Program, state: TrainState, data: Data, group: Group = ALONE
+) -> dict[str, float]:
   """Means over the validation rows by name; `loss` is nats a target. {} where there are none."""
   sums: dict[str, list[float]] = {}
-  for rows in data.validation_batches():
+  for number, rows in enumerate(data.validation_batches(), start=1):
+    group.at(f"validation batch {number}")
     means = program.eval_step(state.params, state.frozen, put_batch(program, rows))
     for name, (total, weight) in jax.device_get(means).items():
       sums.setdefault(name, [0.0, 0.0])

@@ -77,6 +77,8 @@ class MetricsLog:
   def trace(self, step: int) -> None:
     """To be called before each step, with the steps done so far: starts and ends the profile."""
     first, end = self._config.profile_steps or (0, 0)
+    if self._progress is None:  # Of several processes the first one is traced.
+      return
     if not self._tracing and first <= step < end:
       self._settle()
       jax.profiler.start_trace(self._workdir / "profile")

@@ -4,15 +4,22 @@ import os
 import signal
 
 from model.errors import PREEMPTED
+from train import processes
+from train.group import Group
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def leave_at_once() -> None:
-  """From now on SIGTERM and SIGINT end the process with status 75: nothing is there to be saved."""
+  """From now on SIGTERM and SIGINT end the process with status 75: nothing is there to be saved.
+
+  All other processes of its run end so too.
+  """
 
   def leave(number: int, _frame: object) -> None:
-    os.write(2, f"stopped by {signal.Signals(number).name}: no step was under way.\n".encode())
+    line = f"stopped by {signal.Signals(number).name}: no step was under way."
+    processes.stopped(line)
+    os.write(2, f"{line}\n".encode())
     os._exit(PREEMPTED)
 
   for number in SIGNALS:
@@ -20,9 +27,13 @@ def leave_at_once() -> None:
 
 
 class Preemption:
-  """While it is entered, the first SIGTERM or SIGINT is noted; a second one kills the process."""
+  """While it is entered, the first SIGTERM or SIGINT is noted; a second one kills the process.
 
-  def __init__(self):
+  A signal to one process stops all of `group`, after the same step.
+  """
+
+  def __init__(self, group: Group):
+    self.group = group
     self._received = 0
     self._before: dict[int, object] = {}
 
@@ -37,14 +48,7 @@ class Preemption:
 
   def asked(self, step: int) -> bool:
     """Whether the run is to stop after `step`; all processes answer the same."""
-    import jax  # Takes seconds, in which `leave_at_once` already holds.
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() > 1:
-      return bool(multihost_utils.reached_preemption_sync_point(step)) or bool(
-        multihost_utils.process_allgather(self._received).any()
-      )
-    return self._received > 0
+    return self.group.stop_asked(step, self._received > 0)
 
   def _note(self, number: int, _frame: object) -> None:
     self._received = number

@@ -98,12 +98,35 @@ def make_loss(graphdef: nnx.GraphDef, objective: Objective) -> LossFn:
   return loss
 
 
+@functools.cache
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """The rows of a batch that devices of this process hold, ascending, int64.
+
+  Processes whose devices differ in `seq`, `tensor` or `stage` alone hold the same rows; the rows of
+  one process need not follow each other.
+  """
+  held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+  every = np.arange(batch_size, dtype=np.int64)
+  return np.unique(np.concatenate([every[index] for index in held if index is not None]))
+
+
 def put_batch(program: Program, rows: dict[str, np.ndarray]) -> Batch:
-  """This process' rows of a batch -> the global batch on the devices."""
-  place = lambda name, array: jax.make_array_from_process_local_data(
-    program.batch[name].sharding, array, program.batch[name].shape
-  )
-  return {name: place(name, array) for name, array in rows.items()}
+  """This process' rows of a batch (`local_rows`) -> the global batch on the devices."""
+
+  def place(like: jax.ShapeDtypeStruct, array: np.ndarray) -> jax.Array:
+    where: Any = like.sharding
+    number = local_rows(where.mesh, like.shape[0])
+    if len(array) != len(number):
+      raise ValueError(f"{len(array)} rows, and devices here hold {len(number)} of a batch")
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+      first, *others = index or (slice(None),)
+      begin, end, _ = first.indices(like.shape[0])
+      return array[(slice(*np.searchsorted(number, (begin, end))), *others)]
+
+    return jax.make_array_from_callback(like.shape, where, part)
+
+  return {name: place(program.batch[name], array) for name, array in rows.items()}
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:

@@ -1,14 +1,21 @@
 """What a model that was just trained says: a text that a person can judge."""
 
+import sys
+from typing import Any
+
 import jax
+import numpy as np
 
 from infer import generate
 from model.errors import InputError
+from model.hardware import hardware
 from model.heads import WORD_HEADS
+from model.sharding import make_mesh, replicated
 from model.trained import Model
 from train.config import Config
 from train.data.pipeline import Data
 from train.fill_masks import check_masked, filled_masks
+from train.report import byte_text
 from train.step import TrainState
 
 SAMPLE_TOKENS = 128
@@ -28,12 +35,45 @@ def check_sample(config: Config, data: Data) -> None:
 def sample(config: Config, data: Data, state: TrainState) -> str | None:
   """What the model says behind `config.sample_prompt`, makes of it, or puts in its masks.
 
-  Without a prompt it begins a text, or reads one of the validation set. None on more than one
-  process, and for models that write no text.
+  Without a prompt it begins a text, or reads one of the validation set. None for models that write
+  no text. Of several processes, which all call this, the first one makes it, on one device; where
+  that has no room for the parameters it says so, and there is none.
   """
-  if jax.process_count() > 1 or config.model.head_kind not in WORD_HEADS:
+  if config.model.head_kind not in WORD_HEADS:
     return None
-  m = Model(config.model, state.params, data.tokenizer)
+  params = state.params if jax.process_count() == 1 else _on_first(state.params)
+  if params is None:
+    return None
+  if jax.process_count() == 1:
+    return _sample(config, data, params)
+  with jax.set_mesh(make_mesh(devices=jax.local_devices()[:1])):
+    return _sample(config, data, params)
+
+
+def _on_first(params: dict) -> dict | None:
+  """The parameters, gathered on one device of process 0; None elsewhere, and without room."""
+  device = jax.local_devices()[0]
+  entry = hardware(device.device_kind)
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  first = jax.process_index() == 0
+  if entry is not None and size > entry.memory_bytes / 2:
+    if first:
+      print(
+        f"sample: none, {byte_text(size)} of parameters lie on several processes and one device "
+        f"has {byte_text(entry.memory_bytes)}; python -m infer reads the checkpoint.",
+        file=sys.stderr,
+      )  # fmt: skip
+    return None
+
+  where: Any = jax.tree.leaves(params)[0].sharding
+  gather = jax.jit(lambda leaf: leaf, out_shardings=replicated(where.mesh))
+  own = lambda leaf: jax.device_put(leaf.addressable_data(0), device) if first else None
+  gathered = jax.tree.map(lambda leaf: own(gather(leaf)), params)
+  return gathered if first else None
+
+
+def _sample(config: Config, data: Data, params: dict) -> str:
+  m = Model(config.model, params, data.tokenizer)
   if config.model.head_kind == "masked_lm":
     return filled_masks(m, data, config.sample_prompt)
   prompt = _prompt(config, data)
@@ -51,11 +91,11 @@ def _prompt(config: Config, data: Data) -> list[int]:
   if config.model.shape == "encoder_decoder":
     if config.sample_prompt:
       return data.tokenizer.encode(config.sample_prompt)
-    batch = next(iter(data.validation_batches()), None) or data.batch(0)
+    batch = data.first()
     return batch["tokens"][0][batch["segments"][0] == 1].tolist()
   prompt = data.tokenizer.encode_prompt(config.sample_prompt)
   # Where no special token begins a text, the first one of the corpus does.
-  return prompt or data.batch(0)["tokens"][0, :1].tolist()
+  return prompt or data.batch(0, np.zeros(1, np.int64))["tokens"][0, :1].tolist()
 
 
 def _room(config: Config, prompt: list[int]) -> int:

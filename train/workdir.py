@@ -13,8 +13,8 @@ from train.config import Config
 # What may change when a run is continued; anything else makes it another run.
 RESUMABLE = (
   "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints",
-  "max_bad_steps", "profile_steps", "wandb_project", "sample_prompt", "cache_dir", "cache_gib",
-  "mesh", "data.workers",
+  "max_bad_steps", "barrier_seconds", "profile_steps", "wandb_project", "sample_prompt",
+  "cache_dir", "cache_gib", "mesh", "data.workers",
 )  # fmt: skip
 
 # What the data decides where the config has this value (`train.resolve`).

@@ -1,5 +1,6 @@
 """Data: a config to batches. Batch s is a function of (seed, s) and of nothing else."""
 
+import contextlib
 import dataclasses
 import hashlib
 import platform
@@ -44,9 +45,10 @@ _FINER = 4
 class Data:
   """What a run learns from.
 
-  A batch is a dict of arrays (rows of this process, …): see `Objective.sides`. Counts are of the
-  whole corpus, over all processes. A piece's tokens are counted without those that the one before
-  it ends with: for causal language models they are the targets.
+  A batch is a dict of arrays (rows, …), of those rows that this process builds, in ascending order:
+  see `Objective.sides`. Counts are of the whole corpus, over all processes. A piece's tokens are
+  counted without those that the one before it ends with: for causal language models they are the
+  targets.
   """
 
   tokenizer: Tokenizer
@@ -63,21 +65,21 @@ class Data:
   _mixture: Mixture = dataclasses.field(repr=False)
   _config: Config = dataclasses.field(repr=False)
   _objective: Objective = dataclasses.field(repr=False)
-  _process: tuple[int, int] = dataclasses.field(repr=False)
+  _rows: np.ndarray = dataclasses.field(repr=False)  # int64: which of a batch are built here.
 
   @property
   def sides(self) -> Mapping[str, Side]:
     """What a batch consists of: see `Objective.sides`."""
     return self._objective.sides
 
-  def batch(self, step: int) -> Batch:
-    """This process' rows of the batch of `step`, counted from 0."""
-    source, row = self._mixture.place(self._slice(step))
+  def batch(self, step: int, rows: np.ndarray | None = None) -> Batch:
+    """Rows of the batch of `step`, counted from 0: those that are named, or this process'."""
+    source, row = self._mixture.place(self._numbers(step, rows))
     batch = empty_batch(self._objective.sides, len(row))
-    for i, (corpus, rows) in enumerate(self._parts):
+    for i, (corpus, held) in enumerate(self._parts):
       here = np.flatnonzero(source == i)
       if len(here):
-        self._fill(batch, corpus, rows, here, row[here])
+        self._fill(batch, corpus, held, here, row[here])
     return batch
 
   def batches(self, start: int = 0) -> Iterator[Batch]:
@@ -88,19 +90,20 @@ class Data:
     ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
     return iter(grain.MapDataset.range(start, sys.maxsize).map(self.batch).to_iter_dataset(ahead))
 
-  def validation_batches(self) -> Iterator[Batch]:
+  def validation_batches(self, rows: np.ndarray | None = None) -> Iterator[Batch]:
     """Every target of the validation corpus once; empty rows fill the last batch.
 
-    `eval_batches` of the config ends them early.
+    `eval_batches` of the config ends them early. Of each batch come the rows that are named, or
+    this process'.
     """
     ends = np.cumsum([len(rows) for _, rows in self._validation])
     for i in range(self.num_validation_batches):
-      wanted = self._slice(i)
+      wanted = self._numbers(i, rows)
       batch = empty_batch(self._objective.sides, len(wanted))
-      for (corpus, rows), end in zip(self._validation, ends, strict=True):
-        here = np.flatnonzero((wanted >= end - len(rows)) & (wanted < end))
+      for (corpus, held), end in zip(self._validation, ends, strict=True):
+        here = np.flatnonzero((wanted >= end - len(held)) & (wanted < end))
         if len(here):
-          self._fill(batch, corpus, rows, here, wanted[here] - (end - len(rows)))
+          self._fill(batch, corpus, held, here, wanted[here] - (end - len(held)))
       yield batch
 
   def _fill(
@@ -115,30 +118,31 @@ class Data:
     )  # fmt: skip
     self._objective.fill(batch, pieces)
 
-  def _slice(self, step: int) -> np.ndarray:
-    """Numbers of this process' rows of a batch."""
-    index, count = self._process
-    size = self._config.batch_size // count
-    return step * self._config.batch_size + index * size + np.arange(size, dtype=np.int64)
+  def first(self) -> Batch:
+    """One row that a person can be shown: of the validation corpus, or of the first batch."""
+    one = np.zeros(1, np.int64)
+    return next(iter(self.validation_batches(one)), None) or self.batch(0, one)
+
+  def _numbers(self, step: int, rows: np.ndarray | None) -> np.ndarray:
+    """Numbers of rows of a batch, counted on over all batches."""
+    return step * self._config.batch_size + (self._rows if rows is None else rows)
 
 
 def load_data(
-  config: Config, *, workdir: Path | None = None, process_index: int = 0, process_count: int = 1
-) -> Data:
+  config: Config, *, workdir: Path | None = None, rows: np.ndarray | None = None,
+  process: int = 0, turn: contextlib.AbstractContextManager | None = None,
+) -> Data:  # fmt: skip
   """Reads, tokenizes and splits what `config.data` names.
 
   Args:
     workdir: where the tokenizer is kept, and taken from when it is there; None: nowhere.
-    process_index, process_count: which part of each batch this process builds.
+    rows: which rows of each batch this process builds, int64, ascending; None: all.
+    process: its number; process 0 alone writes into `workdir`.
+    turn: entered around the choice of the tokenizer; lets process 0 through first.
 
   Raises:
     InputError: for a source or tokenizer that does not exist, is damaged, empty or does not fit.
   """
-  if config.batch_size % process_count:
-    raise InputError(
-      f"batch_size={config.batch_size} is not a multiple of the {process_count} processes: each "
-      "must build the same number of rows."
-    )
   cache = Cache(Path(config.cache_dir) / "data", config.cache_gib * 2**30)
   mixture = parse_mixture(config.data.source)
   task = is_task(config)
@@ -147,10 +151,11 @@ def load_data(
     open_validation(config) if task else _text_sources(config.data.validation_source, config)
   )
   texts = [s.texts() if isinstance(s, ExampleSource) else s for s in sources]
-  tokenizer = choose_tokenizer(
-    config.data.tokenizer, texts, cache, workdir, write=process_index == 0,
-    extra=extra_tokens(config),
-  )  # fmt: skip
+  with turn or contextlib.nullcontext():
+    tokenizer = choose_tokenizer(
+      config.data.tokenizer, texts, cache, workdir, write=process == 0,
+      extra=extra_tokens(config),
+    )  # fmt: skip
   read = lambda source: _read(source, tokenizer, cache)
   training = [read(source) for source in sources]
   validation = [read(source) for source in held_out]
@@ -169,13 +174,14 @@ def load_data(
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=labels))
   return _assemble(
     config, tokenizer, training, validation, [weight for weight, _ in mixture],
-    _fingerprint(tokenizer, sources, held_out), (process_index, process_count),
+    _fingerprint(tokenizer, sources, held_out),
+    np.arange(config.batch_size, dtype=np.int64) if rows is None else rows,
   )  # fmt: skip
 
 
 def _assemble(
   config: Config, tokenizer: Tokenizer, training: list[Corpus], validation: list[Corpus],
-  weights: list[float], fingerprint: dict[str, Any], process: tuple[int, int],
+  weights: list[float], fingerprint: dict[str, Any], rows: np.ndarray,
 ) -> Data:  # fmt: skip
   objective = make_objective(config, tokenizer)
   if bare(config):  # Pieces get the template's special tokens when they are made.
@@ -207,7 +213,7 @@ def _assemble(
     _mixture=mix(weights),
     _config=config,
     _objective=objective,
-    _process=process,
+    _rows=rows,
   )
 
 
