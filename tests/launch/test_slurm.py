@@ -164,20 +164,24 @@ def test_sigterm_comes_before_the_time_limit_and_the_job_goes_on(real, place):
 
 
 @pytest.mark.slow
-def test_a_preempted_run_goes_on_and_gives_the_losses_of_an_undisturbed_one(real, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_preempted_run_goes_on_and_gives_the_losses_of_an_undisturbed_one(
+  real, tmp_path, processes
+):
   config = ["--config=configs/gpt_tiny.py", "--config.steps=30", "--config.checkpoint_every=1000"]
   config += ["--config.log_every=1", "--config.eval_every=1000", "--config.model.num_layers=1"]
   losses = {}
   for name in ("alone", "preempted"):
     command = ["train", *config, f"--workdir={tmp_path / name}"]
-    words = ["--max_restarts=3", "--backoff=1", "--follow", f"--logs={tmp_path}", f"--name={name}"]
+    words = [f"--processes={processes}", "--max_restarts=3", "--backoff=1", "--follow"]
+    words += [f"--logs={tmp_path}", f"--name={name}"]
     process = launch(real, ROOT, *words, "--", *command)
     _, log = number_and_log(process)
     metrics = tmp_path / name / "metrics.jsonl"
     if name == "preempted":
-      wait(lambda path=metrics: path.read_text() if path.exists() else "", '"step": 5,', 200)
+      wait(lambda path=metrics: path.read_text() if path.exists() else "", '"step": 5,', 300)
       real.run("sbatch", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=sleep 5")
-    assert process.wait(timeout=400) == 0, log.read_text()
+    assert process.wait(timeout=600) == 0, log.read_text()
     assert ("restart 1 of 3" in log.read_text()) == (name == "preempted")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     losses[name] = {row["step"]: row["loss"] for row in rows if "loss" in row}

@@ -1,4 +1,4 @@
-"""`--target=tpu` against a stand-in of gcloud, gcloud_stand_in.py: no machine of Google's is used."""
+"""`--target=tpu` against a stand-in of gcloud (gcloud_stand_in.py): Google is not asked."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import pytest
 from launch import tpu
 from launch.job import Job
 from model.errors import InputError
+from tests import commands
 from tests.commands import ROOT
 from tests.launch import gcloud_stand_in
 
@@ -30,7 +31,9 @@ signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(7
 print("words:", sys.argv[1:], os.environ.get("ODD"), flush=True)
 while step < int(given.get("steps", 6)):
   step += 1
-  kept.write_text(str(step))
+  part = kept.with_suffix(".part")
+  part.write_text(str(step))
+  part.replace(kept)
   print("step", step, flush=True)
   if given.get("fail", "").startswith(f"{me.name}:{step}:"):
     os._exit(int(given["fail"].split(":")[2]))
@@ -136,7 +139,7 @@ def test_machines_that_are_taken_away_are_made_anew_and_the_run_goes_on(cloud, c
   job = cloud.job("--steps=8", "--pause=0.3", max_restarts=2)
   assert tpu.submit(job, cloud.options(spot=True), dry_run=False) == 0
   out = capsys.readouterr().out
-  assert "the VMs are SUSPENDED; restart 1 of 2" in out
+  assert re.search("(the VMs are SUSPENDED|node run is PREEMPTED); restart 1 of 2", out)
   calls = without_looks(cloud.calls())
   assert [c for c in calls if "queued" in c] == [
     "queued-resource create", "queued-resource delete", "queued-resource create",
@@ -188,7 +191,8 @@ def test_what_was_not_made_whole_is_deleted_and_made_again(cloud, capsys, first,
 @pytest.mark.slow
 def test_restarts_end_when_there_are_none_left(cloud, capsys):
   cloud.plays({"preempt": "step"})
-  assert tpu.submit(cloud.job(max_restarts=2), cloud.options(), dry_run=False) == 75
+  job = cloud.job("--steps=900", max_restarts=2)
+  assert tpu.submit(job, cloud.options(), dry_run=False) == 75
   assert cloud.calls().count("queued-resource create") == 3
   assert not cloud.left()
 
@@ -250,19 +254,26 @@ def test_kept_machines_serve_the_next_run_and_others_are_not_touched(cloud, caps
   assert cloud.calls().count("queued-resource create") == 1
 
 
+def launched(
+  cloud: Cloud, options: tpu.Options, *words: str, shared: tuple[str, ...] = ()
+) -> subprocess.Popen:
+  """`python -m launch --target=tpu` as a process of its own; the tree has a `launch` too."""
+  ours = f"import runpy, sys; sys.path[0] = {str(ROOT)!r}; "
+  ours += "runpy.run_module('launch', None, '__main__')"
+  given = {name: value for name, value in vars(options).items() if value not in (None, ())}
+  flags = [f"--{name}={value}" for name, value in given.items()]
+  command = [sys.executable, "-c", ours, "--target=tpu", "--name=run", *flags, *shared]
+  command += ["--", "train"]
+  return subprocess.Popen(
+    [*command, f"--workdir={cloud.mount}/run", *words], stdout=subprocess.PIPE, text=True
+  )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_is_saved_and_its_machines_deleted_unless_kept(cloud, keep, number):
-  flags = [
-    f"--{name}={value}" for name, value in vars(cloud.options(keep=keep)).items()
-    if value not in (None, ())
-  ]  # fmt: skip
-  words = [sys.executable, "-m", "launch", "--target=tpu", "--name=run", *flags, "--", "train"]
-  process = subprocess.Popen(
-    [*words, f"--workdir={cloud.mount}/run", "--steps=900"],
-    env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
-  )  # fmt: skip
+  process = launched(cloud, cloud.options(keep=keep), "--steps=900")
   lines = []
   for line in process.stdout or ():
     lines.append(line)
@@ -277,6 +288,66 @@ def test_an_interrupted_run_is_saved_and_its_machines_deleted_unless_kept(cloud,
   time.sleep(0.5)
   pids = [path.read_text() for path in cloud.stand_in.glob("vms/*/*/*/.launch/pid")]
   assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.slow
+def test_our_own_training_goes_on_from_the_bucket_with_the_losses_of_an_undisturbed_run(
+  cloud, monkeypatch
+):
+  """The whole tree is copied, and the run killed between two checkpoints."""
+  monkeypatch.chdir(ROOT)
+  monkeypatch.delenv("PYTHONPATH")
+  config = ["--config=configs/gpt_tiny.py", "--config.steps=30", "--config.checkpoint_every=10"]
+  config += ["--config.log_every=1", "--config.eval_every=1000", "--config.model.num_layers=1"]
+  alone = commands.run("train", *config, f"--workdir={cloud.folder / 'alone'}")
+  assert alone.returncode == 0, alone.stderr
+  shared = ("--max_restarts=1", "--backoff=0.1", f"--logs={cloud.folder / 'logs'}")
+  process = launched(cloud, cloud.options(), *config, shared=shared)
+  metrics = cloud.mount / "run" / "metrics.jsonl"
+  end = time.monotonic() + 300
+  while not (metrics.exists() and '"step": 13,' in metrics.read_text()):
+    assert time.monotonic() < end
+    assert process.poll() is None
+    time.sleep(0.05)
+  subprocess.run([sys.executable, gcloud_stand_in.__file__, "take-away"], check=True)
+  out, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, out
+  assert "restart 1 of 1" in out
+  assert cloud.calls().count("queued-resource create") == 2
+  assert losses(metrics) == losses(cloud.folder / "alone" / "metrics.jsonl")
+
+
+def losses(path: Path) -> dict[int, float]:
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  found = {row["step"]: row["loss"] for row in rows if "loss" in row}
+  assert sorted(found) == list(range(1, 31))
+  return found
+
+
+@pytest.mark.slow
+def test_a_request_that_waits_in_the_queue_keeps_its_place(cloud, capsys):
+  cloud.plays({"states": ["WAITING_FOR_RESOURCES"]})
+  process = launched(cloud, cloud.options(keep=True))
+  assert process.stdout is not None
+  assert "WAITING_FOR_RESOURCES" in process.stdout.readline()
+  process.kill()
+  process.wait()
+  cloud.plays({"states": ["WAITING_FOR_RESOURCES", "ACTIVE"]})
+  assert tpu.submit(cloud.job(), cloud.options(keep=True), dry_run=False) == 0
+  assert cloud.calls().count("queued-resource create") == 1
+  assert "queued-resource delete" not in cloud.calls()
+
+
+@pytest.mark.slow
+def test_a_request_that_is_interrupted_in_the_queue_is_taken_back(cloud):
+  cloud.plays({"states": ["WAITING_FOR_RESOURCES"]})
+  process = launched(cloud, cloud.options())
+  assert process.stdout is not None
+  assert "WAITING_FOR_RESOURCES" in process.stdout.readline()
+  process.send_signal(signal.SIGINT)
+  process.communicate(timeout=60)
+  assert process.returncode == 75
+  assert not cloud.left()
 
 
 @pytest.mark.parametrize(
