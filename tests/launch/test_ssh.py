@@ -16,6 +16,9 @@ from model.errors import InputError
 from tests.commands import ROOT
 from tests.launch.launched import PYTHON, environment, prepare, wait_for
 from tests.launch.namespaces import Network, sshd_path
+from tests.quick import xla_flags
+from tests.train.test_run import Bench as Training
+from tests.train.test_run import assert_same_run, newest
 
 
 def hosts_file(folder: Path, text: str) -> str:
@@ -269,3 +272,36 @@ def test_the_tree_that_git_tracks_is_copied(bench, tmp_path):
   names = {path.name for path in target.iterdir()}
   assert {"train", "launch", "spaced name.txt"} <= names
   assert not names & {"ignored.txt", "gone.txt", "untracked.txt"}
+
+
+@pytest.mark.slow
+def test_training_goes_on_bit_for_bit_after_a_host_was_cut_off(bench, tmp_path):
+  training = Training(tmp_path)
+  bench.hosts("node1", "node2")
+
+  def start(name: str) -> subprocess.Popen:
+    own = [f"--remote_dir={ROOT}", f"--env=XLA_FLAGS={xla_flags(1)}", f"--logs={tmp_path / 'logs'}",
+           "--device=cpu", "--grace=5", "--", "train"]  # fmt: skip
+    command = training.arguments(tmp_path / name, "--config.barrier_seconds=120")
+    return subprocess.Popen(
+      bench.words(f"--env=PYTHONPATH={ROOT}", *own, *command), cwd=tmp_path, env=environment(),
+      stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+  def finish(process: subprocess.Popen) -> str:
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return err
+
+  assert "2 processes" in finish(start("undisturbed"))
+  process = start("cut")
+  wait_for(lambda: newest(tmp_path / "cut") >= 3, 300)
+  bench.network.link("node2", "down")
+  began = time.monotonic()
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 255 and time.monotonic() - began < 60, err
+  assert err.splitlines()[-1].startswith("error: host node2, process 1, was cut off: "), err
+  wait_for(lambda: not bench.left(), 90)
+  bench.network.link("node2", "up")
+  assert " of 30 done, continuing" in finish(start("cut"))
+  assert_same_run(tmp_path / "cut", tmp_path / "undisturbed")

@@ -1,4 +1,4 @@
-"""The table of compiler flags: joined with the user's own, documented, and known to the compilers."""
+"""The table of compiler flags: joined with the user's own, documented, known to the compilers."""
 
 import importlib.util
 import os
