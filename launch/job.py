@@ -1,6 +1,7 @@
 """What is to be run: one of our commands on a number of processes, wherever that is."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -52,6 +53,8 @@ class Job:
         f"--name={self.name}: a run's name is at most 48 lower-case letters, digits and dashes, "
         "with a letter or digit at both ends."
       )
+    if not math.isfinite(self.backoff):
+      raise InputError(f"--backoff={self.backoff}: a number of seconds is needed.")
     taken = [name for name in OF_PROCESSES if name in self.environment]
     if taken:
       raise InputError(f"--env={taken[0]}=… is set by the launcher, differently for each process.")

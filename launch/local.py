@@ -29,10 +29,13 @@ class Options:
     "divided evenly.", at_least=1,
   )  # fmt: skip
   port: int | None = option(
-    None, "Port at which the processes meet; left out, a free one.", at_least=1
+    None, "Port at which the processes meet; left out, a free one.", at_least=1, at_most=65_535
   )
   grace: float = option(
-    30.0, "Seconds that a process has for its end after another one failed.", at_least=0
+    30.0,
+    "Seconds that a process has for its end after another one failed.",
+    at_least=0,
+    at_most=86_400,
   )
 
 

@@ -12,14 +12,19 @@ from model.errors import InputError, nearest
 
 
 def option(
-  default: Any, text: str, *, choices: tuple[str, ...] = (), at_least: float | None = None
+  default: Any,
+  text: str,
+  *,
+  choices: tuple[str, ...] = (),
+  at_least: float | None = None,
+  at_most: float | None = None,
 ) -> Any:
   """A field of a target's Options: the flag --NAME with this help text.
 
   The field is a str, int, float, bool, one of them or None, or a tuple[str, ...] (a flag that may
   be given several times).
   """
-  metadata = {"text": text, "choices": choices, "at_least": at_least}
+  metadata = {"text": text, "choices": choices, "at_least": at_least, "at_most": at_most}
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -68,12 +73,14 @@ def _given(name: str) -> bool:
 
 
 def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
-  choices, at_least = metadata["choices"], metadata["at_least"]
+  choices, at_least, at_most = (metadata[key] for key in ("choices", "at_least", "at_most"))
   if choices and value not in choices:
     known = f" Known: {', '.join(choices)}."
     raise InputError(f"--{name}={value} is not known.{nearest(value, choices)}{known}")
   if at_least is not None and not value >= at_least:
     raise InputError(f"--{name}={value}: at least {at_least} is needed.")
+  if at_most is not None and not value <= at_most:
+    raise InputError(f"--{name}={value}: at most {at_most} is allowed.")
 
 
 def _fields(options: type) -> list[tuple[dataclasses.Field, type]]:

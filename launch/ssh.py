@@ -48,13 +48,19 @@ class Options:
     None, "The first host as the others reach it; left out, its name in the file."
   )
   port: int | None = option(
-    None, "Port at which the processes meet; left out, drawn for each attempt.", at_least=1
+    None,
+    "Port at which the processes meet; left out, drawn for each attempt.",
+    at_least=1,
+    at_most=65_535,
   )
   ssh_option: tuple[str, ...] = option(
     (), "NAME=VALUE for the ssh client's -o, before our own; may be given several times."
   )
   grace: float = option(
-    30.0, "Seconds that a process has for its end after another one failed.", at_least=0
+    30.0,
+    "Seconds that a process has for its end after another one failed.",
+    at_least=0,
+    at_most=86_400,
   )
 
   @property

@@ -86,7 +86,7 @@ time.sleep(60)
     ("[1, 75, 0][attempt]", 2, 0, 3),
     pytest.param("3", 1, 3, 2, marks=pytest.mark.slow),
     pytest.param("[1, 2][attempt]", 5, 2, 2, marks=pytest.mark.slow),
-    ("os.kill(os.getpid(), 9)", 1, 137, 2),
+    pytest.param("os.kill(os.getpid(), 9)", 1, 137, 2, marks=pytest.mark.slow),
   ],
 )
 def test_what_failed_is_started_again_until_it_is_the_users_error(
@@ -107,7 +107,9 @@ def test_waits_between_restarts_double_up_to_a_bound():
   assert max(job(max_restarts=40, backoff=5.0).delays()) == 600
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_launcher_reaches_all_and_is_no_failure(folder, number):
   process = start(
     folder, "--processes=2", "--max_restarts=2", "--backoff=0.1", "--", "train",
@@ -123,6 +125,7 @@ def test_a_signal_to_the_launcher_reaches_all_and_is_no_failure(folder, number):
 
 
 @linux
+@pytest.mark.slow
 def test_a_second_signal_kills(folder):
   process = start(
     folder, "--processes=2", "--", "train",
@@ -239,6 +242,7 @@ else:
     (["train", "--config=x"], "stands behind --"),
     (["--hosts_file=x", "--", "train"], "--hosts_file has no effect with --target=local"),
     (["--env=3=x", "--", "train"], "NAME=VALUE"),
+    (["--port=70000", "--", "train"], "--port=70000: at most 65535"),
     (["--procesess=2", "--", "train"], "procesess"),
   ],
 )
@@ -256,6 +260,7 @@ def test_wrong_flags_are_one_line_and_status_2(folder, words, said):
     (dict(command=("infer.evaluate",)), "--processes=2: infer.evaluate is not shared out"),
     (dict(name="Two Words"), "--name=Two Words"),
     (dict(name="-x"), "--name=-x"),
+    (dict(backoff=float("nan")), "--backoff=nan"),
     (dict(environment={"JAX_PROCESS_ID": "1"}), "set by the launcher"),
   ],
 )
