@@ -104,6 +104,7 @@ def slots_of(job: Job, options: Options) -> list[tuple[Host, int]]:
     raise InputError(
       f"--processes={count}, but {options.hosts_file} has {len(slots)} slots: add hosts or slots=N."
     )
+  dataclasses.replace(job, processes=count)  # Refuses several for what is not shared out.
   used, left = slots[:count], slots[count:]
   if left:
     names = ", ".join(dict.fromkeys(host.name for host, _ in left))

@@ -72,6 +72,13 @@ def test_a_missing_hosts_file_is_refused(tmp_path):
     slots_of(job(), Options(hosts_file=str(tmp_path / "none")))
 
 
+def test_what_is_not_shared_out_runs_on_one_host_only(tmp_path):
+  options = Options(hosts_file=hosts_file(tmp_path, "a\nb\n"))
+  with pytest.raises(InputError, match="--processes=2: infer is not shared out"):
+    slots_of(job(command=("infer",)), options)
+  assert len(slots_of(job(command=("infer",), processes=1), options)) == 1
+
+
 def test_processes_fill_the_hosts_in_order_and_meet_at_the_first(tmp_path):
   options = Options(
     hosts_file=hosts_file(tmp_path, "me@a:23 slots=2\nb\n"), port=1234, remote_dir="~/my tree",
