@@ -64,7 +64,8 @@ def submit(job: Job, options: Options, dry_run: bool) -> int:
   Raises:
     InputError: for options that contradict each other, and in kubectl's own words where it fails.
   """
-  manifest = yaml.safe_dump(job_set(job, options), sort_keys=False, width=1000)
+  made = job_set(job, options)
+  manifest = yaml.safe_dump(made, sort_keys=False, width=1000)
   path = job.logs.absolute() / f"{job.name}.yaml"
   client = kubectl.Client(job.name, options.namespace, options.context)
   if dry_run:
@@ -79,7 +80,8 @@ def submit(job: Job, options: Options, dry_run: bool) -> int:
   if not options.follow:
     return DONE
   try:
-    return kubectl.follow(client, path.with_suffix(".log"))
+    hosts = made["spec"]["replicatedJobs"][0]["template"]["spec"]["completions"]
+    return kubectl.follow(client, path.with_suffix(".log"), options.slices * hosts)
   except KeyboardInterrupt:
     print(f"jobset {job.name} goes on", flush=True)
     return INTERRUPTED

@@ -226,10 +226,13 @@ elif words[:2] == ["get", "jobset"]:
   end = {"terminalState": os.environ["END"]} if seen["logs"] == 2 else {}
   print(json.dumps({"status": {"restarts": restarts, **end}}))
 elif words[:2] == ["get", "pods"]:
-  attempt = words[2].rpartition("=")[2]
+  seen["looks"] = seen.get("looks", 0) + 1
   ended = {"phase": "Failed", "containerStatuses": [{"state": {"terminated": {"exitCode": 2}}}]}
-  print(json.dumps({"items": [{"status": ended}]}))
+  count = 1 if seen["looks"] == 1 else 2
+  print(json.dumps({"items": [{"status": ended}] * count}))
 elif words[0] == "logs":
+  if seen["looks"] < 2:
+    sys.exit("only one of two pods is there")
   print(words[-1])
   seen["logs"] += 1
 else:
@@ -250,7 +253,7 @@ def test_the_logs_of_every_attempt_are_printed_and_the_status_handed_on(
   for name, value in dict(PATH=str(tmp_path), STATE=str(tmp_path / "state"), END=end).items():
     monkeypatch.setenv(name, value)
   job = a_job(logs=tmp_path / "logs")
-  options = kubernetes.Options(image="i", pvc="runs", follow=True)
+  options = kubernetes.Options(image="i", pvc="runs", nodes=2, follow=True)
   assert kubernetes.submit(job, options, dry_run=False) == status
   out = capsys.readouterr().out
   assert "restart-attempt=0" in out

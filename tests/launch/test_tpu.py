@@ -270,8 +270,9 @@ def launched(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+  ("number", "keep"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGHUP, False)]
+)
 def test_an_interrupted_run_is_saved_and_its_machines_deleted_unless_kept(cloud, keep, number):
   process = launched(cloud, cloud.options(keep=keep), "--steps=900")
   lines = []
