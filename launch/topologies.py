@@ -1,5 +1,6 @@
-"""Devices by name: TPU slices that need not be there, simulated CPU devices, those of this machine."""
+"""Devices by name: TPU slices that are not here, simulated CPU devices, those of this machine."""
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -61,10 +62,8 @@ def _cpu(topology: str, size: str, slices: int) -> list:
 
   wanted = int(size) * slices
   jax.config.update("jax_platforms", "cpu")
-  try:
+  with contextlib.suppress(RuntimeError):  # JAX has begun: the devices that there are must do.
     jax.config.update("jax_num_cpu_devices", wanted)
-  except RuntimeError:  # JAX has begun: as many devices as there are must do.
-    pass
   devices = jax.devices()
   if len(devices) < wanted:
     raise InputError(f"--topology={topology!r}: JAX has begun with {len(devices)} devices here.")

@@ -7,9 +7,9 @@ without structured sparsity: half of the figures that are starred there.
 
 Networks of TPUs, from the same pages: "bidirectional inter-chip interconnect bandwidth per chip" is
 the sum of both directions of all ports, so a port sends bandwidth / (2 * ports); "data center
-network bandwidth" per pod or chip, by chip. Of v4, whose page has neither: 50 GB/s and direction for
-each of six links (Jouppi et al., arXiv:2304.01433, table 4), and one 100 Gbit/s card for a host of
-four chips (an assumption). GPUs: NVLink of the data sheets, one direction, and one 400 Gbit/s
+network bandwidth" per pod or chip, by chip. Of v4, whose page has neither: 50 GB/s and direction
+for each of six links (Jouppi et al., arXiv:2304.01433, table 4), and one 100 Gbit/s card for a host
+of four chips (an assumption). GPUs: NVLink of the data sheets, one direction, and one 400 Gbit/s
 card for each (DGX H100); where a card has no NVLink, PCIe.
 
 Memory that programs can use is what TPU's compiler says when it runs out ("exceeds available HBM"

@@ -12,6 +12,7 @@ from model.compilation import use_compilation_cache
 from model.errors import DONE, NON_FINITE, PREEMPTED, Stop
 from model.sharding import make_mesh
 from train import report
+from train.analysis.exhausted import explained
 from train.config import Config
 from train.data.pipeline import Data, load_data
 from train.init_from import initial_params, with_its_tokenizer
@@ -58,9 +59,9 @@ def train(config: Config, workdir: Path) -> int:
     write_config(workdir, config)
     program = build_program(config, mesh)
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-    state, start = restore_or_init(config, program, checkpoints, data)
-    report.before(config, program, data, mesh, start)
-    with Preemption() as preemption:
+    with explained(config, mesh, program), Preemption() as preemption:
+      state, start = restore_or_init(config, program, checkpoints, data)
+      report.before(config, program, data, mesh, start)
       return run_steps(config, workdir, program, checkpoints, data, preemption, state, start)
 
 

@@ -1,5 +1,6 @@
 """Which blocks of scores the splash kernels of a program compute: read from their masks."""
 
+import importlib
 import re
 
 import jax
@@ -41,15 +42,15 @@ def visited(compiled: jax.stages.Compiled, module: Module) -> dict[str, float]:
 
 def _small_integers(compiled: jax.stages.Compiled) -> dict[str, list[int]]:
   """The values of integer constants by name; the usual text leaves long ones out."""
-  from jaxlib import _hlo
-
-  options = _hlo.HloPrintOptions()
+  options = importlib.import_module("jaxlib._hlo").HloPrintOptions()
   options.print_large_constants = True
   options.print_metadata = options.print_backend_config = False
   executable = compiled.runtime_executable()
   text = executable.hlo_modules()[0].to_string(options) if executable is not None else ""
   pattern = re.compile(r"%?([\w.\-]+) = s(?:8|16|32)\[[\d,]+\]\S* constant\((.*)\)")
-  return {name: list(map(int, re.findall(r"-?\d+", value))) for name, value in pattern.findall(text)}
+  return {
+    name: list(map(int, re.findall(r"-?\d+", value))) for name, value in pattern.findall(text)
+  }
 
 
 def _origin(module: Module, computation: Computation, name: str) -> Instruction | None:
@@ -59,14 +60,17 @@ def _origin(module: Module, computation: Computation, name: str) -> Instruction 
     return i
   if i.opcode != "get-tuple-element" or outer is not None:
     return None
-  if where.instructions[i.operands[0]].opcode != "parameter":
+  index, source = int(i.attribute("index") or 0), where.instructions[i.operands[0]]
+  if source.opcode == "while":  # What a loop hands through.
+    state = where.instructions[source.operands[0]]
+    return _origin(module, where, state.operands[index]) if state.opcode == "tuple" else None
+  if source.opcode != "parameter":
     return None
-  index = int(i.attribute("index") or 0)
   for caller in module.computations.values():
     for loop in caller.instructions.values():
       if loop.opcode == "while" and loop.called("body") == [where.name]:
         state = caller.instructions[loop.operands[0]]
-        return _origin(module, caller, state.operands[index]) if state.operands else None
+        return _origin(module, caller, state.operands[index]) if state.opcode == "tuple" else None
   return None
 
 

@@ -26,8 +26,8 @@ class Collective:
 
   kind: str
   axis: str
-  count: float
-  bytes: float
+  count: int
+  bytes: int
 
 
 def collectives(module: Module, found: list[Run], mesh: Mesh) -> list[Collective]:
@@ -47,7 +47,9 @@ def collectives(module: Module, found: list[Run], mesh: Mesh) -> list[Collective
       entry = totals.setdefault((kind, axis_name(groups, mesh)), [0.0, 0.0])
       entry[0] += run.times
       entry[1] += sent * run.times
-  made = [Collective(kind, axis, n, size) for (kind, axis), (n, size) in totals.items()]
+  made = [
+    Collective(kind, axis, round(n), round(size)) for (kind, axis), (n, size) in totals.items()
+  ]
   return sorted(made, key=lambda c: -c.bytes)
 
 
@@ -96,9 +98,9 @@ def device_groups(i: Instruction, devices: int) -> list[tuple[int, ...]]:
     ValueError: for a notation that is not known.
   """
   text = i.structure
-  pairs = re.search(r"source_target_pairs=\{(.*?)\}(?:,|$|\s)", text + " ")
+  pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?\s*)*)\}", text)
   if pairs:
-    return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", "{" + pairs[1] + "}}")]
+    return [(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs[1])]
   found = re.search(r"replica_groups=", text)
   if not found:
     return [tuple(range(devices))]

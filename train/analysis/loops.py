@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 from train.analysis.hlo import Computation, Instruction, Module
 
@@ -63,20 +64,17 @@ def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | 
     return int(noted[1])
   condition = module.computations[loop.called("condition")[0]]
   body = module.computations[loop.called("body")[0]]
-  compared = definition(module, condition, condition.root)
-  if compared is None:
-    return None
-  inner, compare, outer = compared
+  inner, compare, outer = definition(module, condition, condition.root)
   if compare.opcode != "compare":
     return None
-  sides = [_element(module, inner, name, outer) for name in compare.operands]
-  direction = compare.attribute("direction")
-  if sides[0] is None or sides[1] is None:
+  left, right = (_element(module, inner, name, outer) for name in compare.operands)
+  direction = compare.attribute("direction") or ""
+  if left is None or right is None:
     return None
-  if sides[0][0] != "element":
-    sides.reverse()
-    direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction or "", direction)
-  (kind, index), limit = sides
+  if left[0] != "element":
+    left, right = right, left
+    direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction)
+  (kind, index), limit = left, right
   if kind != "element":
     return None
   last = limit[1] if limit[0] == "constant" else _start(module, caller, loop, limit[1])
@@ -91,10 +89,12 @@ def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | 
 
 
 # What stands around a computation inside a fusion: the computation of the fusion, and the fusion.
-_Outer = tuple[Computation, Instruction, "_Outer"] | None
+_Outer = Any
 
 
-def definition(module: Module, computation: Computation, i: Instruction, outer: _Outer = None):
+def definition(
+  module: Module, computation: Computation, i: Instruction, outer: _Outer = None
+) -> tuple[Computation, Instruction, _Outer]:
   """(computation, instruction, outer) that makes a value, seen through copies and fusions."""
   if i.opcode in _THROUGH and i.operands:
     return definition(module, computation, computation.instructions[i.operands[0]], outer)
@@ -124,10 +124,10 @@ def _element(module: Module, computation: Computation, name: str, outer: _Outer)
   where, i, around = definition(module, computation, computation.instructions[name], outer)
   if i.opcode == "constant":
     return ("constant", int(i.argument)) if re.fullmatch(r"-?\d+", i.argument) else None
-  if i.opcode == "get-tuple-element" and around is None:
-    if where.instructions[i.operands[0]].opcode == "parameter":
-      return "element", int(i.attribute("index") or 0)
-  return None
+  if i.opcode != "get-tuple-element" or around is not None:
+    return None
+  carried = where.instructions[i.operands[0]].opcode == "parameter"
+  return ("element", int(i.attribute("index") or 0)) if carried else None
 
 
 def _start(module: Module, caller: Computation, loop: Instruction, index: int) -> int | None:

@@ -105,7 +105,11 @@ def _peak(module: Module, computation: Computation, frames: Frames) -> list[Buff
   for name, size in made.items():
     changes[place[name]] += size
     changes[last.get(name, place[name]) + 1] -= size
-  inner = {i.name: _inside(module, i, frames) for i in order if i.opcode in ("while", "conditional", "call")}
+  inner = {
+    i.name: _inside(module, i, frames)
+    for i in order
+    if i.opcode in ("while", "conditional", "call")
+  }
   best, held, at = -1.0, 0.0, 0
   for n, i in enumerate(order):
     held += changes[n]

@@ -1,5 +1,7 @@
 """FLOPs that the mathematics of a step needs, from the config alone: rows that are full."""
 
+from collections.abc import Mapping
+
 from model.flops import visible_pairs
 from train.config import Config
 from train.objectives import make_objective, step_flops
@@ -38,7 +40,7 @@ def step_tokens(config: Config) -> int:
   return config.batch_size * sum(side.length for side in sides.values() if side.read)
 
 
-def _head_length(sides: dict[str, Side]) -> int:
+def _head_length(sides: Mapping[str, Side]) -> int:
   """Vectors that the head reads in a row: those that have a target."""
   answers = [side for side in sides.values() if "weights" in side.fields]
   return answers[0].length if answers else next(iter(sides.values())).length

@@ -124,18 +124,20 @@ class Report:
     e = self.estimate
     if e.step_seconds is None or e.mfu is None:
       return [f"estimate: none, {e.assumptions[0]}"]
-    parts = {"products": e.compute_seconds, "memory": e.memory_seconds, "network": e.network_seconds}
-    each = ", ".join(f"{name} {(s or 0) * 1e3:,.1f} ms" for name, s in parts.items())
+    parts = (e.compute_seconds, e.memory_seconds, e.network_seconds)
+    named = zip(("products", "memory", "network"), parts, strict=True)
+    each = ", ".join(f"{name} {(s or 0) * 1e3:,.1f} ms" for name, s in named)
     lines = [f"estimate: a step in {e.step_seconds * 1e3:,.1f} ms, MFU {e.mfu:.1%} ({each})"]
     return lines + [f"  assumed: {text}" for text in e.assumptions]
 
   def _end_lines(self) -> list[str]:
-    if self.fits is None:
-      return ["the memory of a device is not known: give --memory_gib=N"]
-    if self.fits:
-      return [f"fits: {self.peak_bytes / self.memory_bytes:.1%} of the memory"]
-    words = f"does not fit: {byte_text(self.peak_bytes)} of {byte_text(self.memory_bytes)}"
-    return [words, *[f"  try {text}" for text in self.suggestions]]
+    peak, memory = self.peak_bytes, self.memory_bytes
+    tried = [f"  try {text}" for text in self.suggestions]
+    if peak is None or memory is None:
+      return ["it is not known whether this fits: --memory_gib=N gives the memory", *tried]
+    if peak <= memory:
+      return [f"fits: {peak / memory:.1%} of the memory", *tried]
+    return [f"does not fit: {byte_text(peak)} of {byte_text(memory)}", *tried]
 
 
 def analyse(config: Config, mesh: Mesh, program: Program, memory: int | None) -> Report:
@@ -155,14 +157,14 @@ def analyse(config: Config, mesh: Mesh, program: Program, memory: int | None) ->
   done = work(module, found, visited(compiled, module))
   crossing = collectives(module, found, mesh)
   needed = model_flops(config)
-  notes = [*done.notes, *(f"loop {name}: its length is not known, counted once" for name in unknown)]
-  notes.append(f"model FLOPs: {FULL_ROWS}")
+  loops = (f"loop {name}: its length is not known, counted once" for name in unknown)
+  notes = (*done.notes, *loops, f"model FLOPs: {FULL_ROWS}")
   return Report(
     title(config, mesh), mesh.size, state_bytes(program), peak_bytes(compiled, mesh), memory,
     config.model.num_params(), needed, step_tokens(config), done, crossing,
     program_buffers(module, Frames.of(text)),
     estimate(mesh, config.model.compute_dtype, done.flops, done.bytes, crossing, needed),
-    tuple(notes),
+    notes,
   )  # fmt: skip
 
 
@@ -214,7 +216,7 @@ def peak_bytes(compiled: jax.stages.Compiled, mesh: Mesh) -> int | None:
 
 
 def device_memory(mesh: Mesh) -> int | None:
-  """Bytes of one device's memory that a program can have; simulated CPU devices share the host's."""
+  """Bytes of a device's memory that a program can have; CPU devices share the host's."""
   device = mesh.devices.flat[0]
   if device.platform == "cpu":
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size

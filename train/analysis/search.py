@@ -70,9 +70,7 @@ def _line(config: Config, mesh, devices: list, memory: int | None) -> list[Confi
   parts = [n for n in parts_of(placed, devices) if n & (n - 1) == 0]
   remat = lambda name: dataclasses.replace(placed.model, remat=name)
   at_once = [dataclasses.replace(placed, model=remat(name), accumulation=1) for name in _REMAT]
-  split = [
-    dataclasses.replace(placed, model=remat("full"), accumulation=n) for n in parts if n > 1
-  ]
+  split = [dataclasses.replace(placed, model=remat("full"), accumulation=n) for n in parts if n > 1]
   return at_once + split
 
 

@@ -112,7 +112,7 @@ def _windows(i: Instruction, axes: int) -> list[dict[str, int]]:
 def _valid_places(
   base: int, kernel: int, made: int, *, low: int, stride: int, spread: int, reach: int
 ) -> int:
-  """Pairs of an output place and a kernel place that meet an input element, not padding or a gap."""
+  """Pairs of an output place and a kernel place that meet an input element."""
   extent = (base - 1) * spread + 1
   if spread == 1:
     total = 0
