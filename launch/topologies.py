@@ -13,6 +13,7 @@ TPUS = {"v4": (3, 16), "v5e": (2, 16), "v5p": (3, 24), "v6e": (2, 16), "tpu7x": 
 _QUIET = {
   "TPU_SKIP_MDS_QUERY": "1",  # There is no metadata server to ask which machine this is.
   "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5p-8",  # Of this machine, which has none; asked for, then not used.
   "TPU_STDERR_LOG_LEVEL": "3",
   "TPU_MIN_LOG_LEVEL": "3",
   # libtpu lets one process in at a time because chips can serve one. No chip is used here.
@@ -61,6 +62,8 @@ def _cpu(topology: str, size: str, slices: int) -> list:
   import jax
 
   wanted = int(size) * slices
+  flag = r"--xla_force_host_platform_device_count=\d+"  # It would win over the number asked for.
+  os.environ["XLA_FLAGS"] = re.sub(flag, "", os.environ.get("XLA_FLAGS", ""))
   jax.config.update("jax_platforms", "cpu")
   with contextlib.suppress(RuntimeError):  # JAX has begun: the devices that there are must do.
     jax.config.update("jax_num_cpu_devices", wanted)

@@ -41,10 +41,12 @@ def explained(config: Config, mesh: Mesh, program: Program) -> Iterator[None]:
 
 def _report(config: Config, mesh: Mesh, program: Program, message: str) -> Report:
   memory = device_memory(mesh)
+  if "HLO temporaries" in message or "program allocations" in message:  # The compiler gave up.
+    return unfinished(config, mesh, program, memory, message)
   try:
-    return analyse(config, mesh, program, memory)  # It was compiled before, unless that failed.
+    return analyse(config, mesh, program, memory)
   except (jax.errors.JaxRuntimeError, ValueError) as error:
-    return unfinished(config, mesh, program, memory, f"{error}\n{message}")
+    return unfinished(config, mesh, program, memory, str(error))
 
 
 def cheaper(config: Config, devices: list, report: Report) -> tuple[str, ...]:

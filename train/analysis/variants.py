@@ -13,6 +13,7 @@ from train.report import byte_text
 
 REMAT = ("none", "attention", "dots", "full")  # What is kept for the backward pass falls.
 _TRIES = 8  # Programs compiled at most for one suggestion: they take minutes each.
+_FAR = 3  # Times the room, what activations take where keeping products will not do.
 _ROOM = 0.95  # Of the memory, what the state may take to leave any for a step.
 
 
@@ -65,15 +66,17 @@ def fitting(
 
 def _smaller(config: Config, devices: list, report: Report, memory: int) -> Config | None:
   """The next cheaper config on the same mesh: all remat first, then parts as small as needed."""
-  remat = config.model.remat
+  remat, spare = config.model.remat, memory - report.state.total
+  wants = report.activation_bytes or 2 * spare
   if remat in REMAT and remat != "full":
-    better = "dots" if REMAT.index(remat) < REMAT.index("dots") else "full"
+    weak, near = REMAT.index(remat) < REMAT.index("dots"), wants < _FAR * spare
+    better = "dots" if weak and near else "full"
     return dataclasses.replace(config, model=dataclasses.replace(config.model, remat=better))
-  least, spare = parts_of(config, devices), memory - report.state.total
+  least = parts_of(config, devices)
   possible = [n for n in least if n > config.accumulation]
   if not possible or spare <= 0:
     return None
-  wanted = config.accumulation * (report.activation_bytes or 2 * spare) / spare
+  wanted = config.accumulation * wants / spare
   enough = next((n for n in possible if n >= wanted), possible[-1])
   return dataclasses.replace(config, accumulation=enough)
 
