@@ -13,6 +13,7 @@ from model.errors import DONE, NON_FINITE, PREEMPTED, Stop
 from model.sharding import make_mesh
 from train import report
 from train.agreement import check_same_config, check_same_fingerprint, check_seen_by_all
+from train.analysis.exhausted import explained
 from train.config import Config
 from train.data.pipeline import Data, load_data
 from train.group import ALONE, Group
@@ -60,13 +61,14 @@ def train(config: Config, workdir: Path) -> int:
       if group.index == 0:
         write_config(workdir, config)
       program = build_program(config, mesh)
-      group.at("reading the checkpoint")
       checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-      state, start = restore_or_init(config, program, checkpoints, data)
-      group.at("compiling the step", patient=True)
-      report.before(config, program, data, mesh, start)
-      with Preemption(group) as preemption:
-        return run_steps(config, workdir, program, checkpoints, data, preemption, state, start)
+      with explained(config, mesh, program):
+        group.at("reading the checkpoint")
+        state, start = restore_or_init(config, program, checkpoints, data)
+        group.at("compiling the step", patient=True)
+        report.before(config, program, data, mesh, start)
+        with Preemption(group) as preemption:
+          return run_steps(config, workdir, program, checkpoints, data, preemption, state, start)
 
 
 def prepared(config: Config, workdir: Path, group: Group) -> Config:
