@@ -93,7 +93,7 @@ def resolved(config: Config, data: "Data") -> Config:
       labels than the data.
   """
   model = _with_vocabulary(config.model, data.tokenizer)
-  model = _with_head(model, config)
+  model = with_head(model, config)
   if data.labels is not None and model.problem != "regression":
     if model.num_labels not in (None, len(data.labels)):
       raise InputError(
@@ -123,7 +123,8 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
   )  # fmt: skip
 
 
-def _with_head(model: ModelConfig, config: Config) -> ModelConfig:
+def with_head(model: ModelConfig, config: Config) -> ModelConfig:
+  """The model with the head, and the reading of prefixes, that the objective trains."""
   head = SHAPES[config.objective.name][model.shape]
   prefix = model.shape == "decoder" and config.objective.name in PREFIXED
   return dataclasses.replace(
