@@ -4,9 +4,10 @@ from typing import Any
 
 from model.config import LayerKind, ModelConfig
 
-EXECUTION_FIELDS = ("dtype", "scan_layers", "remat", "attention_kernel", "expert_kernel",
-                    "dropout", "attention_dropout", "mlp_dropout", "balance_loss", "router_z_loss",
-                    "init_std", "init_embed_std", "init_residual_scale", "param_dtype")  # fmt: skip
+EXECUTION_FIELDS = ("dtype", "scan_layers", "remat", "attention_kernel", "context_attention",
+                    "expert_kernel", "dropout", "attention_dropout", "mlp_dropout", "balance_loss",
+                    "router_z_loss", "init_std", "init_embed_std", "init_residual_scale",
+                    "param_dtype")  # fmt: skip
 HEAD_FIELDS = ("head", "head_dense", "head_activation", "head_norm", "head_dense_bias", "head_bias",
                "pair_head", "num_labels", "problem", "pooling", "normalize", "logit_scale",
                "logit_softcap", "logit_bias", "tie_embeddings")  # fmt: skip

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from model.context import seq_parts
 from model.errors import InputError
 from model.fused import cudnn_attention, splash_attention
 from model.mask import attention_mask
+from model.ring import ring_attention
+from model.sharding import constrain
 
 
 def attend(
@@ -28,7 +31,9 @@ def attend(
   sinks: Float[Array, "N"] | None = None,
   bias: Float[Array, "#B N T S"] | None = None,
   ordered: bool,
+  balanced: int = 1,
   kernel: str,
+  ring: bool = False,
   dropout: float = 0.0,
   key: jax.Array | None = None,
 ) -> Float[Array, "B T N Hv"]:
@@ -47,26 +52,45 @@ def attend(
     bias: added to the scores (T5, ALiBi).
     ordered: a static promise that key time is query time and that in each segment tokens lie in
       row order with positions rising by one, so that kernels may mask by index.
+    balanced: tokens lie in the balanced order of so many devices (see `balanced_parts`), and
+      `ordered` is of the order that they had before; 1: they lie as they are.
     kernel: "auto", "xla", "cudnn" or "splash".
+    ring: where the mesh in use splits both lengths, keys go from device to device; otherwise each
+      gets all of them.
     dropout: share of the probabilities that is dropped while there is a `key`.
 
   Raises:
     InputError: if the named kernel cannot serve this call, with the reason.
   """
   dropping = dropout > 0 and key is not None
+  parts = seq_parts()
+  if ring and parts > 1 and q.shape[1] % parts == 0 and k.shape[1] % parts == 0:
+    if bias is not None or dropping or bidirectional is not None:
+      raise InputError(
+        "model.context_attention='ring' knows no biases on scores, dropout of probabilities or "
+        "bidirectional prefixes: use 'gather'."
+      )
+    _announce("ring", f"mesh.seq={parts}")
+    return ring_attention(
+      q, k, v, q_pos=q_pos, kv_pos=kv_pos, q_seg=q_seg, kv_seg=kv_seg, causal=causal,
+      window=window, scale=scale, softcap=softcap, sinks=sinks,
+    )  # fmt: skip
   platform, head_limit = device_facts()
   name, reason = choose_kernel(
     kernel, platform=platform, dtype=q.dtype, q_shape=q.shape, k_shape=k.shape, ordered=ordered,
     softcap=softcap is not None, sinks=sinks is not None, bias=bias is not None, dropout=dropping,
     prefix=bidirectional is not None, widths=v.shape != k.shape, head_limit=head_limit,
+    parts=parts,
   )  # fmt: skip
   _announce(name, reason)
   if name == "splash":
     seg = jnp.ones_like(q_pos) if q_seg is None else q_seg
     seg = jnp.where(q_pos >= 0, seg, 0)
     return splash_attention(
-      q, k, v, seg, causal=causal, window=window, scale=scale, softcap=softcap, sinks=sinks
-    )
+      q, k, v, seg, causal=causal, window=window, scale=scale, softcap=softcap, sinks=sinks,
+      balanced=balanced,
+    )  # fmt: skip
+  k, v = (constrain(x, ("batch", None, "kv_heads", None)) for x in (k, v))
   mask = attention_mask(
     q_pos, kv_pos, q_seg, kv_seg, causal=causal, window=window, bidirectional=bidirectional
   )
@@ -146,6 +170,7 @@ def choose_kernel(
   prefix: bool = False,
   widths: bool = False,
   head_limit: int = 128,
+  parts: int = 1,
 ) -> tuple[str, str]:
   """The kernel that serves a call, and why: (name, reason).
 
@@ -158,6 +183,7 @@ def choose_kernel(
     ordered: see `attend`.
     softcap, sinks, bias, dropout, prefix, widths: what the call asks for.
     head_limit: widest head of this GPU's cuDNN attention.
+    parts: how many devices a text is split over.
 
   Raises:
     InputError: if `kernel` names one that cannot serve the call.
@@ -168,8 +194,8 @@ def choose_kernel(
   facts = (platform, jnp.dtype(dtype), q_shape, k_shape)
   refusals = {
     "xla": lambda: None,
-    "splash": lambda: _splash_refusal(*facts, ordered, asked),
-    "cudnn": lambda: _cudnn_refusal(*facts, head_limit, asked),
+    "splash": lambda: _splash_refusal(*facts, ordered, parts, asked),
+    "cudnn": lambda: _cudnn_refusal(*facts, head_limit, parts, asked),
   }
   if kernel == "auto":
     best = {"tpu": "splash", "nvidia": "cudnn"}.get(platform, "xla")
@@ -189,7 +215,7 @@ def choose_kernel(
   return kernel, "as configured"
 
 
-def _splash_refusal(platform, dtype, q_shape, k_shape, ordered, asked) -> str | None:
+def _splash_refusal(platform, dtype, q_shape, k_shape, ordered, parts, asked) -> str | None:
   T, S = q_shape[1], k_shape[1]
   if platform != "tpu":
     return f"runs on TPUs, and this is {platform}"
@@ -197,12 +223,13 @@ def _splash_refusal(platform, dtype, q_shape, k_shape, ordered, asked) -> str | 
     return f"takes bfloat16 and float32, not {dtype.name}"
   if not ordered:
     return "masks by index: it serves training, not a pass with a cache or positions of its own"
-  if T != S or T % 128:
-    return f"takes sequences of a multiple of 128 tokens, not {T} queries and {S} keys"
+  if T != S or T % (128 * parts):
+    split = f" on each of mesh.seq={parts} devices" if parts > 1 else ""
+    return f"takes sequences of a multiple of 128 tokens{split}, not {T} queries and {S} keys"
   return _feature(asked, ("bias", "dropout", "prefix", "widths"))
 
 
-def _cudnn_refusal(platform, dtype, q_shape, k_shape, head_limit, asked) -> str | None:
+def _cudnn_refusal(platform, dtype, q_shape, k_shape, head_limit, parts, asked) -> str | None:
   T, S, H = q_shape[1], k_shape[1], q_shape[3]
   if platform != "nvidia":
     return f"runs on NVIDIA GPUs, and this is {platform}"
@@ -210,6 +237,8 @@ def _cudnn_refusal(platform, dtype, q_shape, k_shape, head_limit, asked) -> str 
     return f"takes bfloat16 and float16, not {dtype.name}"
   if H % 8 or head_limit < H:
     return f"takes heads of a multiple of 8 up to {head_limit} wide on this GPU, not {H}"
+  if parts > 1:
+    return f"takes whole texts, and mesh.seq={parts} splits them"
   if T % 2 or S % 2:
     return f"takes even lengths, not {T} queries and {S} keys"
   return _feature(asked, ("softcap", "sinks", "bias", "dropout", "widths"))

@@ -16,7 +16,7 @@ from model.disentangled import Relative, RelativeProjections, disentangled
 from model.errors import InputError
 from model.latent import LatentKeysValues, LatentQueries
 from model.layers import Linear, Norm, param, residual_init
-from model.sharding import constrain
+from model.sharding import constrain, constrain_tokens
 
 Angles = tuple[Float[Array, "B T R"], Float[Array, "B T R"]]
 
@@ -39,7 +39,8 @@ class Where:
   `angles` and `local_angles` are rotary; `bias` is the relative bias of a pass without a cache;
   `table` holds what computes it against a cache's positions; `relative` is what disentangled
   attention knows of positions. `bidirectional` marks the tokens of prefixes. `ordered` promises,
-  statically, that tokens lie in row order with positions rising by one in each segment.
+  statically, that tokens lie in row order with positions rising by one in each segment: those of
+  `balanced` > 1 devices did before they were dealt out (`model.context.balanced_parts`).
   """
 
   pos: Int[Array, "B T"]
@@ -52,6 +53,7 @@ class Where:
   context: Context | None = None
   relative: Relative | None = None
   ordered: bool = dataclasses.field(default=False, metadata={"static": True})
+  balanced: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 def relative_table(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.Param:
@@ -65,17 +67,19 @@ def relative_bias(
   *, causal: bool,
 ) -> Float[Array, "B N T S"] | None:  # fmt: skip
   """What T5's buckets or ALiBi add to the scores; None for the other position schemes."""
+  place = lambda bias: constrain(bias, ("batch", "heads", "seq", None))
+  q_pos = constrain(q_pos, ("batch", "seq"))
   if cfg.positions == "alibi":
     scale = cfg.score_scale if cfg.alibi_scaled else 1.0
     rounded = cfg.alibi_rounded
-    return positions.alibi_bias(q_pos, kv_pos, cfg.num_heads, scale=scale, rounded=rounded)
+    return place(positions.alibi_bias(q_pos, kv_pos, cfg.num_heads, scale=scale, rounded=rounded))
   if not cfg.bucketed or table is None:
     return None
   buckets = positions.relative_bias_buckets(
     q_pos, kv_pos, bidirectional=not causal,
     num_buckets=cfg.relative_buckets, max_distance=cfg.relative_max_distance,
   )  # fmt: skip
-  return jnp.moveaxis(table[buckets], -1, 1)
+  return place(jnp.moveaxis(table[buckets], -1, 1))
 
 
 class Attention(nnx.Module):
@@ -137,6 +141,8 @@ class Attention(nnx.Module):
     cfg, causal = self.cfg, self.kind.causal and not self.cross
     q = self._turned(self.q_proj(x), where, "q_norm")
     k, v, kv_pos, kv_seg, cache = self._seen(x, where, cache)
+    if cache is None:  # Made where their tokens are, before they are gathered.
+      k, v = (constrain(heads, ("batch", "seq", "kv_heads", None)) for heads in (k, v))
     absorbed = self.latent and cache is not None and self.kv_proj.absorbs(x.shape[1])
     if absorbed:
       q, v = self.kv_proj.absorbed(q), k
@@ -156,7 +162,9 @@ class Attention(nnx.Module):
       attend, causal=causal, window=None if self.cross else self.kind.window,
       scale=cfg.score_scale, softcap=cfg.attention_softcap,
       ordered=where.ordered and cache is None and not self.cross,
+      balanced=1 if self.cross else where.balanced,
       kernel=cfg.attention_kernel if cache is None else "auto", dropout=cfg.attention_dropout,
+      ring=cfg.context_attention == "ring" and cache is None,
     )  # fmt: skip
     if where.relative is not None:
       drops = None if key is None else jax.random.fold_in(key, 1)
@@ -190,7 +198,7 @@ class Attention(nnx.Module):
       context = where.context
       if context is None:
         raise InputError("cross-attention needs what the encoder has read: give its tokens.")
-      return *self.keys_values(context.x, context), context.pos, context.seg, None
+      return *self.keys_values(constrain_tokens(context.x), context), context.pos, context.seg, None
     if not self.cross:
       unturned = dataclasses.replace(where, angles=None, local_angles=None)
       written = self.keys_values(x, unturned if self.late else where, kept=True)

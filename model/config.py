@@ -20,6 +20,7 @@ HEADS = ("language", "masked_lm", "replaced_token", "sequence", "token", "span",
 PROBLEMS = ("single_label", "multi_label", "regression")
 POOLINGS = ("first", "last", "mean")
 REMAT = ("none", "full", "dots", "attention", "offload")
+CONTEXT_ATTENTION = ("gather", "ring")
 ATTENTION_KERNELS = ("auto", "xla", "cudnn", "splash")
 EXPERT_KERNELS = ("ragged", "dense")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -193,6 +194,8 @@ class ModelConfig:
   scan_layers: bool = True
   remat: str = "none"
   attention_kernel: str = "auto"
+  context_attention: str = "gather"  # Where mesh.seq splits texts: each device gets all keys, or
+  # (ring) they go from one to the next, which needs less memory and knows less.
   expert_kernel: str = "ragged"
 
   def __post_init__(self):

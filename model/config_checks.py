@@ -3,6 +3,7 @@
 from model.config import (
   ACTIVATIONS,
   ATTENTION_KERNELS,
+  CONTEXT_ATTENTION,
   DTYPES,
   EXPERT_KERNELS,
   HEADS,
@@ -24,6 +25,7 @@ from model.config_checks_attention import (
   check_disentangled,
   check_latents,
   check_positions,
+  check_ring,
   check_router,
 )
 from model.errors import InputError, nearest
@@ -37,6 +39,7 @@ def check(cfg: ModelConfig) -> None:
   _check_layers(cfg)
   check_latents(cfg)
   check_disentangled(cfg)
+  check_ring(cfg)
   check_router(cfg)
   _check_shape(cfg)
   _check_head(cfg)
@@ -46,8 +49,9 @@ def _check_choices(cfg: ModelConfig) -> None:
   choices: dict[str, tuple[str, ...]] = dict(
     shape=SHAPES, positions=POSITIONS, rope_scaling=ROPE_SCALINGS, norm=NORMS,
     norm_placement=NORM_PLACEMENTS, residual=RESIDUALS, qk_norm=QK_NORMS, activation=ACTIVATIONS,
-    remat=REMAT, attention_kernel=ATTENTION_KERNELS, expert_kernel=EXPERT_KERNELS, dtype=DTYPES,
-    param_dtype=PARAM_DTYPES, router_scores=("softmax", "sigmoid"), head_activation=ACTIVATIONS,
+    remat=REMAT, attention_kernel=ATTENTION_KERNELS, context_attention=CONTEXT_ATTENTION,
+    expert_kernel=EXPERT_KERNELS, dtype=DTYPES, param_dtype=PARAM_DTYPES,
+    router_scores=("softmax", "sigmoid"), head_activation=ACTIVATIONS,
     problem=PROBLEMS, conv_activation=ACTIVATIONS,
   )  # fmt: skip
   for name, allowed in (("head", HEADS), ("pooling", POOLINGS)):

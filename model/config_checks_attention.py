@@ -128,6 +128,24 @@ def check_disentangled(cfg: ModelConfig) -> None:
     )
 
 
+def check_ring(cfg: ModelConfig) -> None:
+  if cfg.context_attention != "ring":
+    return
+  unfit = _unfit(
+    cfg,
+      ("positions", cfg.positions not in ("t5_bias", "alibi", "disentangled")),
+      ("relative_bias", not cfg.relative_bias), ("attention_dropout", not cfg.attention_dropout),
+      ("prefix_attention", not cfg.prefix_attention),
+      ("attention_kernel", cfg.attention_kernel in ("auto", "xla")),
+  )  # fmt: skip
+  if unfit is not None:
+    raise InputError(
+      f"model.{unfit} does not go with model.context_attention='ring', which knows no biases on "
+      "scores, no dropout of probabilities, no bidirectional prefixes and no other kernel: use "
+      "model.context_attention='gather'."
+    )
+
+
 def _unfit(cfg: ModelConfig, *fields: tuple[str, bool]) -> str | None:
   """`name=value` of the first field that does not fit."""
   return next((f"{name}={getattr(cfg, name)!r}" for name, fits in fields if not fits), None)

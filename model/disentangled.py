@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from model import positions
 from model.config import ModelConfig
 from model.layers import Embed, Linear, Norm, dropout
+from model.sharding import constrain
 
 Projection = Callable[[Float[Array, "R D"]], Float[Array, "R N H"]]
 
@@ -51,9 +52,9 @@ class RelativeTable(nnx.Module):
     vectors = self.embed.table[...].astype(self.embed.dtype)
     vectors = self.norm(vectors) if hasattr(self, "norm") else vectors
     between = positions.signed_buckets(
-      pos, pos, num_buckets=self.buckets, max_distance=self.distance
+      constrain(pos, ("batch", "seq")), pos, num_buckets=self.buckets, max_distance=self.distance
     )
-    return Relative(vectors, between)
+    return Relative(vectors, constrain(between, ("batch", "seq", None)))
 
 
 class RelativeProjections(nnx.Module):

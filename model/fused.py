@@ -1,13 +1,24 @@
 """Fused attention kernels of others: cuDNN's on NVIDIA GPUs, splash attention on TPUs."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from model.sharding import mesh_axes, mesh_parts
+from model.context import (
+  SEQ,
+  balanced_index,
+  batch_axes,
+  free_axes,
+  in_row_order,
+  seq_parts,
+  split_heads,
+)
 
 _BLOCKS = (512, 384, 256, 128)  # Of splash attention, in tokens; the first that divides.
 
@@ -46,12 +57,13 @@ def splash_attention(
   scale: float,
   softcap: float | None,
   sinks: Float[Array, "N"] | None = None,
+  balanced: int = 1,
   interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
   """Splash attention of JAX's Pallas kernels; T is a multiple of 128.
 
-  On a mesh the batch and the heads are split as the table of axes says, as far as they divide; each
-  device runs the kernel on its part.
+  On a mesh the batch, the heads and the queries are split as the table of axes says, as far as they
+  divide; each device runs the kernel on its part, with all keys.
 
   Args:
     q, k, v: bfloat16 or float32.
@@ -60,55 +72,70 @@ def splash_attention(
     scale: multiplies the scores.
     softcap: bounds the scaled scores.
     sinks: a score per head that joins the denominator of the softmax.
+    balanced: see `attend`.
     interpret: run the kernel's program step by step on any device, for tests.
   """
-  part = functools.partial(
-    _splash_on_one_device, causal=causal, window=window, softcap=softcap, interpret=interpret
-  )
-  q = q * jnp.asarray(scale, q.dtype)
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
-    y = part(q, k, v, seg, sinks)
-  else:
-    y = _splash_on_mesh(part, q, k, v, seg, sinks, mesh)
+  mesh, parts, T = jax.sharding.get_abstract_mesh(), seq_parts(), q.shape[1]
+  heads, k, v = split_heads(mesh, q, k, v)
+  held = q.shape[2] // (math.prod(mesh.shape[axis] for axis in heads) if heads else 1)
+  alike = not causal and window is None  # All see all: every device's part of the mask is the same.
+  kernel = _splash_kernel(
+    (T // parts if alike else T, T), held, 1 if alike else parts, balanced=balanced,
+    causal=causal, window=window, softcap=softcap, interpret=interpret,
+  )  # fmt: skip
+  run = functools.partial(_splash_on_one_device, balanced=balanced)
+  if not mesh.empty and mesh.size > 1:
+    batch, split = batch_axes(mesh, q.shape[0]), SEQ if parts > 1 else None
+    tokens, place = P(batch, split, heads, None), P(None, None if alike else split)
+    tables = kernel.manual_sharding_spec(NamedSharding(mesh, place))
+    run = jax.shard_map(
+      functools.partial(run, split=parts > 1), out_specs=tokens, check_vma=False,
+      in_specs=(tables, tokens, tokens, tokens, P(batch, split), P(heads)),
+      axis_names=free_axes(mesh),
+    )  # fmt: skip
+  y = run(kernel, q * jnp.asarray(scale, q.dtype), k, v, seg, sinks)
   return jnp.where((seg > 0)[:, :, None, None], y, 0)
 
 
-def _splash_on_one_device(q, k, v, seg, sinks, *, causal: bool, window, softcap, interpret: bool):
+def _splash_kernel(
+  shape: tuple[int, int], heads: int, parts: int, *, balanced: int, causal: bool,
+  window: int | None, softcap: float | None, interpret: bool,
+):  # fmt: skip
+  """Splash attention of `shape` queries and keys; each of `parts` devices has its queries."""
   # Pallas' TPU part is large to import and not needed elsewhere.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-  T, N = q.shape[1], q.shape[2]
-  block = next(size for size in _BLOCKS if T % size == 0)
+  T, S = shape
+  chunk = T // parts // (2 if balanced > 1 else 1)
+  block_q = next((size for size in _BLOCKS if chunk % size == 0), _BLOCKS[-1])
+  block_kv = next(size for size in _BLOCKS if S % size == 0)
   if window is None:
-    mask = splash.CausalMask((T, T)) if causal else splash.FullMask((T, T))
+    mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
   else:
-    span = (window - 1, 0) if causal else (window // 2, window // 2)
-    mask = splash.LocalMask((T, T), span, 0)
+    mask = splash.LocalMask(shape, (window - 1, 0) if causal else (window // 2, window // 2), 0)
+  if balanced > 1:
+    mask.q_sequence = np.asarray(balanced_index(T, balanced), np.int32)
   blocks = splash.BlockSizes(
-    block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
-    block_q_dq=block, block_kv_dq=block,
+    block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
+    block_q_dq=block_q, block_kv_dq=block_kv,
   )  # fmt: skip
-  kernel = splash.make_splash_mha(
-    splash.MultiHeadMask([mask] * N), block_sizes=blocks, attn_logits_soft_cap=softcap,
-    head_shards=1, q_seq_shards=1, interpret=interpret,
+  return splash.make_splash_mha(
+    splash.MultiHeadMask([mask] * heads), block_sizes=blocks, attn_logits_soft_cap=softcap,
+    head_shards=1, q_seq_shards=parts, interpret=interpret,
   )  # fmt: skip
-  row = lambda q, k, v, seg: kernel(q, k, v, splash.SegmentIds(seg, seg), sinks)
+
+
+def _splash_on_one_device(
+  kernel, q, k, v, seg, sinks, *, balanced: int, split: bool = False
+) -> Array:
+  # Pallas' TPU part is large to import and not needed elsewhere.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  keys = (k, v, seg)
+  if split:  # The kernel masks by index: queries as they are dealt, keys in the order of the row.
+    whole = lambda x: jax.lax.all_gather(x, SEQ, axis=1, tiled=True)
+    keys = tuple(in_row_order(whole(x), balanced) for x in keys)
   heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-  return heads_first(jax.vmap(row)(heads_first(q), heads_first(k), heads_first(v), seg))
-
-
-def _splash_on_mesh(part, q, k, v, seg, sinks, mesh):
-  """`part` on each device's rows and heads; devices that share a key/value head hold copies."""
-  batch = mesh_axes("batch", mesh) if q.shape[0] % mesh_parts("batch", mesh) == 0 else None
-  N, K, parts = q.shape[2], k.shape[2], mesh.shape.get("tensor", 1)
-  heads = "tensor" if N % parts == 0 and (K % parts == 0 or parts % K == 0) else None
-  if heads and K % parts:
-    k, v = jnp.repeat(k, parts // K, axis=2), jnp.repeat(v, parts // K, axis=2)
-  whole = P(batch, None, heads, None)
-  sink_place = None if sinks is None else P(heads)
-  run = jax.shard_map(
-    part, in_specs=(whole, whole, whole, P(batch, None), sink_place), out_specs=whole,
-    check_vma=False,
-  )  # fmt: skip
-  return run(q, k, v, seg, sinks)
+  row = lambda q, k, v, q_seg, kv_seg: kernel(q, k, v, splash.SegmentIds(q_seg, kv_seg), sinks)
+  k, v, kv_seg = keys
+  return heads_first(jax.vmap(row)(*map(heads_first, (q, k, v)), seg, kv_seg))

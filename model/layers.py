@@ -194,10 +194,11 @@ class Embed(nnx.Module):
 
   def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     table = constrain(self.table[...].astype(self.dtype), (self.row_axis, None))
+    ids = constrain(ids, ("rows", "seq"))
     if len(table) > _FEW_VECTORS:
-      return constrain(table[ids], ("batch", "seq", None))
+      return constrain(table[ids], ("rows", "seq", None))
     chosen = jax.nn.one_hot(ids, len(table), dtype=table.dtype)
-    return constrain(jnp.matmul(chosen, table, precision="highest"), ("batch", "seq", None))
+    return constrain(jnp.matmul(chosen, table, precision="highest"), ("rows", "seq", None))
 
   def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Scores in at least float32."""

@@ -17,8 +17,10 @@ MESH_AXES = ("slices", "stage", "data", "fsdp", "expert", "seq", "tensor")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
   None: None,
-  "batch": ("slices", "data", "fsdp", "expert"),
-  "seq": None,
+  "batch": ("slices", "data", "fsdp", "expert"),  # Rows of activations inside layers.
+  "rows": ("slices", "data", "fsdp", "expert"),  # Rows everywhere else.
+  "seq": "seq",
+  "residual": ("seq", "tensor"),
   "layers": None,
   "vocab": "tensor",
   "embed": "fsdp",
@@ -138,7 +140,7 @@ def shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Where the rows of a (batch, …) array go."""
-  return NamedSharding(mesh, P(mesh_axes("batch", mesh)))
+  return NamedSharding(mesh, P(mesh_axes("rows", mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -162,9 +164,29 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-  """`constrain` for an activation of which only the first axis, the rows of a batch, is split.
+  """`constrain` for vectors of tokens (batch, length, …) or of whole texts (batch, …), outside
+  layers.
 
   Without it the compiler may leave gathered hidden states split like the weights that follow; of
   jax 0.10 on meshes with data, fsdp and tensor axes their gradients were then wrong.
   """
-  return constrain(x, ("batch", *(None,) * (x.ndim - 1)))
+  length = ("seq",) * (x.ndim > 2)
+  return constrain(x, ("rows", *length, *(None,) * (x.ndim - 1 - len(length))))
+
+
+def constrain_tokens(x: jax.Array) -> jax.Array:
+  """`constrain` for what the matrices of a layer read and give (batch, length, width)."""
+  return constrain(x, ("batch", "seq", None))
+
+
+def constrain_residual(x: jax.Array) -> jax.Array:
+  """Places the residual stream (batch, length, width): its length is split over `tensor` too.
+
+  What tensor parallelism would sum on every device is then summed in parts, and gathered before the
+  next matrices: as many bytes move, and norms, dropouts and what is kept of them shrink
+  (Korthikanti et al., arXiv:2205.05198, section 4.2). A length that this does not divide, such as
+  the single token of a step of decoding, is split over `seq` alone.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  whole = mesh.empty or x.shape[1] % mesh_parts("residual", mesh)
+  return constrain(x, ("batch", "seq" if whole else "residual", None))

@@ -13,11 +13,12 @@ from model import positions
 from model.attention import Attention, Context, Where, relative_bias, relative_table
 from model.cache import Cache, LayerCache
 from model.config import LayerKind, ModelConfig
+from model.context import balanced, balanced_parts, sent_home
 from model.convolution import Convolution
 from model.disentangled import RelativeTable
 from model.layers import MLP, Embed, Linear, Norm, dropout
 from model.moe import Experts
-from model.sharding import constrain
+from model.sharding import constrain_residual, constrain_rows, constrain_tokens
 
 Aux = dict[str, Array]
 
@@ -75,21 +76,20 @@ class Block(nnx.Module):
     cache: LayerCache | None = None, key: jax.Array | None = None,
   ) -> tuple[Float[Array, "B T D"], LayerCache | None, Aux]:  # fmt: skip
     keys = (None,) * 6 if key is None else jax.random.split(key, 6)
-    start = x = constrain(x, ("batch", "seq", None))
-    normed = self._norm("attn_norm", x)
+    start = x = constrain_residual(x)
+    normed = self._read("attn_norm", x)
     own, cross = (None, None) if cache is None else (cache.own, cache.cross)
     y, own = self.attn(normed, where, cache=own, key=keys[0])
     cache = None if own is None else LayerCache(own, cross)
     if self.cfg.residual == "serial":
       x = self._add(x, y, "attn_post_norm", keys[1])
       if hasattr(self, "cross_attn"):
-        normed = self._norm("cross_attn_norm", x)
-        y, _ = self.cross_attn(normed, where, cache=cross, key=keys[3])
+        y, _ = self.cross_attn(self._read("cross_attn_norm", x), where, cache=cross, key=keys[3])
         x = self._add(x, y, "cross_attn_post_norm", keys[4])
-      y, aux = self._mlp(self._norm("mlp_norm", x), where, keys[5])
+      y, aux = self._mlp(self._read("mlp_norm", x), where, keys[5])
       x = self._add(x, y, "mlp_post_norm", keys[2])
       return self._beside(start, x, where, key), cache, aux
-    both = normed if self.cfg.residual == "parallel" else self._norm("mlp_norm", x)
+    both = normed if self.cfg.residual == "parallel" else self._read("mlp_norm", x)
     z, aux = self._mlp(both, where, keys[5])
     x = self._add(x, y, "attn_post_norm", keys[1])
     x = self._add(x, z, "mlp_post_norm", keys[2])
@@ -104,6 +104,10 @@ class Block(nnx.Module):
   def _norm(self, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return getattr(self, name)(x) if hasattr(self, name) else x
 
+  def _read(self, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """What the matrices of a part of the block read: normed, and gathered over `tensor`."""
+    return constrain_tokens(self._norm(name, x))
+
   def _mlp(
     self, x: Float[Array, "B T D"], where: Where, key: jax.Array | None
   ) -> tuple[Float[Array, "B T D"], Aux]:
@@ -113,6 +117,8 @@ class Block(nnx.Module):
 
   def _add(self, x: Array, y: Array, norm: str, key: jax.Array | None) -> Float[Array, "B T D"]:
     post = self.cfg.norm_placement == "post"
+    # First what a product gives, whole: asked for parts of it, XLA gathers what is multiplied.
+    y = constrain_residual(constrain_tokens(y))
     y = dropout(y if post else self._norm(norm, y), self.cfg.dropout, key)
     if self.cfg.residual_scale is not None:
       y *= jnp.asarray(self.cfg.residual_scale, y.dtype)
@@ -165,7 +171,12 @@ class Stack(nnx.Module):
       context: what the encoder has read, for a decoder that attends to one; not needed with a
         cache that holds it (`read`).
     """
+    parts = 1
+    if self.name == "decoder" and cache is None and not self._draws(key):
+      parts = balanced_parts(inputs.pos.shape[1])
+    inputs, x = jax.tree.map(functools.partial(balanced, parts=parts), (inputs, x))
     where = self._where(inputs, context, cached=cache is not None)
+    where = dataclasses.replace(where, balanced=parts)
     h = self.embedded(embed, inputs) if x is None else x
     if key is not None:
       h = dropout(h, self.cfg.dropout, jax.random.fold_in(key, self.cfg.depth(self.name)))
@@ -173,7 +184,15 @@ class Stack(nnx.Module):
       h = self.embed_proj(h)
     run = self._run_stacked if self.stacked else self._run_unstacked
     h, cache, aux = run(h, where, cache, key)
-    return (self.final_norm(h) if self.cfg.final_norm else h), cache, aux
+    h = constrain_rows(self.final_norm(h) if self.cfg.final_norm else h)
+    return sent_home(h, parts), cache, aux
+
+  def _draws(self, key: jax.Array | None) -> bool:
+    """Whether dropout draws by place: tokens then stay where they are, so that any mesh draws the
+    same.
+    """
+    cfg = self.cfg
+    return key is not None and max(cfg.dropout, cfg.attention_dropout, cfg.mlp_dropout) > 0
 
   def read(self, cache: Cache, context: Context) -> Cache:
     """The cache with keys and values of what the encoder has read, once for all steps."""

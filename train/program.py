@@ -54,9 +54,10 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   """Abstract shapes, then shardings, then the initialization and the steps.
 
   Raises:
-    InputError: if the mesh does not divide the batch or an axis of the model.
+    InputError: if the mesh does not divide the batch, a length or an axis of the model.
   """
   check_batch(config, mesh)
+  check_lengths(config, mesh)
   check_precision(config)
   objective = make_objective(config)
   net = nnx.eval_shape(lambda: objective.build(config.model, nnx.Rngs(0)))
@@ -116,6 +117,34 @@ def check_batch(config: Config, mesh: Mesh) -> None:
       f"not a multiple of the {shares} parts that {_shown_axes('batch', mesh)} split them into: "
       "change one of them."
     )
+
+
+def check_lengths(config: Config, mesh: Mesh) -> None:
+  """Raises an InputError if the devices cannot share the tokens of a text equally.
+
+  Where attention is causal, each gets two chunks of them: see `model.context.balanced_parts`.
+  """
+  parts, model = mesh_parts("seq", mesh), config.model
+  if parts == 1:
+    if model.context_attention == "ring":
+      raise InputError(
+        "model.context_attention='ring' has no effect with mesh.seq=1: split texts with mesh.seq, "
+        "or leave it out."
+      )
+    return
+  lengths = {"seq_len": config.seq_len, "target_len": config.target_len}
+  if model.shape != "encoder_decoder" or config.target_len is None:
+    lengths["target_len"] = None
+  last = "seq_len" if lengths["target_len"] is None else "target_len"  # What a last stack reads.
+  for name, length in lengths.items():
+    chunks = 2 * parts if name == last and model.stacks[-1] == "decoder" else parts
+    if length is not None and length % chunks:
+      each = "two of them to each" if chunks > parts else "one to each"
+      raise InputError(
+        f"{name}={length} is not a multiple of {chunks}: tokens are dealt out in {chunks} parts, "
+        f"{each} of mesh.seq={parts} devices. Use {name}={-(-length // chunks) * chunks}, or "
+        "change mesh.seq."
+      )
 
 
 def _shown_axes(name: str, mesh: Mesh) -> str:

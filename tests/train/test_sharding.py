@@ -17,13 +17,19 @@ MESHES = {
   "fsdp": MeshConfig(data=1, fsdp=8),
   "tensor": MeshConfig(data=2, tensor=4),
   "mix": MeshConfig(data=2, fsdp=2, tensor=2),
+  "seq": MeshConfig(data=1, seq=8),
+  "seq_tensor": MeshConfig(data=1, seq=4, tensor=2),
+  "fsdp_seq": MeshConfig(data=1, fsdp=4, seq=2),
+  "data_seq_tensor": MeshConfig(data=2, seq=2, tensor=2),
 }
+SPLIT = [name for name, mesh in MESHES.items() if (mesh.seq or 1) > 1]  # Texts, along their length.
 MODEL = dataclasses.replace(tiny.ROTARY, dtype="float64", param_dtype="float64")
 
 
-def wide_run(mesh: MeshConfig, optimizer: str, devices: int, steps: int = 3):
+def wide_run(mesh: MeshConfig, optimizer: str, devices: int, steps: int = 3, **changes):
   settings = OptimizerConfig(name=optimizer, warmup_steps=1, learning_rate=0.01)
-  config = tiny.config(MODEL, mesh=mesh, optimizer=settings)
+  model = dataclasses.replace(MODEL, **changes)
+  config = tiny.config(model, mesh=mesh, optimizer=settings)
   with jax.enable_x64(True):
     return run(config, [tiny.random_batch(seed) for seed in range(steps)], devices)
 
@@ -44,7 +50,7 @@ def alone():
 slow = pytest.mark.slow
 CASES = [
   ("adamw", "mix"), ("muon", "mix"),
-  *(pytest.param("adamw", mesh, marks=slow) for mesh in ("data", "fsdp", "tensor")),
+  *(pytest.param("adamw", mesh, marks=slow) for mesh in ("data", "fsdp", "tensor", *SPLIT)),
   *(pytest.param(optimizer, "mix", marks=slow) for optimizer in ("adafactor", "lion", "sgd")),
 ]  # fmt: skip
 
@@ -60,12 +66,48 @@ def test_eight_devices_equal_one_in_float64(alone, optimizer, mesh):
   jax.tree.map(near, state.opt_state, want.opt_state)
 
 
-def test_eight_devices_equal_one_over_twenty_losses_in_float32():
+RINGS = [pytest.param(name, marks=() if name == "seq_tensor" else slow) for name in SPLIT]
+
+
+@pytest.mark.parametrize("mesh", RINGS)
+def test_a_ring_of_devices_equals_one_in_float64(alone, mesh):
+  state, losses = wide_run(MESHES[mesh], "adamw", 8, context_attention="ring")
+  want, want_losses = alone("adamw")
+  np.testing.assert_allclose(losses, want_losses, rtol=0, atol=1e-9)
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
+  jax.tree.map(near, state.params, want.params)
+  jax.tree.map(near, state.opt_state, want.opt_state)
+
+
+@slow
+@pytest.mark.parametrize("name", [n for n in tiny.MODELS if "expert" not in n])
+@pytest.mark.parametrize("variant", ["gather", "ring"])
+def test_every_kind_of_model_is_the_same_with_texts_split(name, variant):
+  model = dataclasses.replace(tiny.MODELS[name], dtype="float64", param_dtype="float64")
+  biased = model.bucketed or model.positions == "alibi"
+  if biased and variant == "ring":
+    pytest.skip("a ring knows no biases on scores, and refuses them")
+  batches = [tiny.random_batch(seed) for seed in range(2)]
+  with jax.enable_x64(True):
+    want, want_losses = run(tiny.config(model), batches, 1)
+    model = dataclasses.replace(model, context_attention=variant, remat="attention")
+    split = tiny.config(model, mesh=MESHES["data_seq_tensor"], accumulation=2)
+    state, losses = run(split, batches, 8)
+  np.testing.assert_allclose(losses, want_losses, rtol=0, atol=1e-9)
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
+  jax.tree.map(near, state.params, want.params)
+
+
+TWENTY = ["mix", *(pytest.param(mesh, marks=slow) for mesh in SPLIT)]
+
+
+@pytest.mark.parametrize("mesh", TWENTY)
+def test_eight_devices_equal_one_over_twenty_losses_in_float32(mesh):
   batches = [tiny.random_batch(seed) for seed in range(20)]
   settings = OptimizerConfig(warmup_steps=1, learning_rate=1e-3)
   model = dataclasses.replace(tiny.ROTARY, dropout=0.1)
   one = run(tiny.config(model, optimizer=settings), batches, 1)[1]
-  mixed = run(tiny.config(model, optimizer=settings, mesh=MESHES["mix"]), batches, 8)[1]
+  mixed = run(tiny.config(model, optimizer=settings, mesh=MESHES[mesh]), batches, 8)[1]
   np.testing.assert_allclose(mixed, one, rtol=0, atol=1e-5)
 
 
@@ -88,6 +130,7 @@ def shape_run(folder, shape, devices, steps, **changes):
 
 ENCODER_CASES = [("adamw", "mix"), *(pytest.param(*case, marks=slow) for case in (
   ("adamw", "fsdp"), ("adamw", "tensor"), ("adafactor", "mix"), ("muon", "mix"),
+  *(("adamw", name) for name in SPLIT),
 ))]  # fmt: skip
 
 
@@ -108,12 +151,29 @@ def test_eight_devices_equal_one_in_float64_with_an_encoder(text, shape, optimiz
 
 
 @slow
+@pytest.mark.parametrize("mesh", SPLIT)
 @pytest.mark.parametrize("shape", tiny.SHAPES)
-def test_eight_devices_equal_one_over_twenty_losses_with_an_encoder(text, shape):
+def test_a_ring_of_devices_equals_one_in_float64_with_an_encoder(text, shape, mesh):
+  unbiased = dict(relative_bias=False) if shape == "encoder" else dict(positions="rotary")
+  same = dict(dtype="float64", param_dtype="float64", **unbiased)
+  with jax.enable_x64(True):
+    want, want_losses = shape_run(text, shape, 1, 3, **same)
+    ring = dict(mesh=MESHES[mesh], context_attention="ring")
+    state, losses = shape_run(text, shape, 8, 3, **ring, **same)
+  np.testing.assert_allclose(losses, want_losses, rtol=0, atol=1e-9)
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
+  jax.tree.map(near, state.params, want.params)
+  jax.tree.map(near, state.opt_state, want.opt_state)
+
+
+@slow
+@pytest.mark.parametrize("mesh", ["mix", *SPLIT])
+@pytest.mark.parametrize("shape", tiny.SHAPES)
+def test_eight_devices_equal_one_over_twenty_losses_with_an_encoder(text, shape, mesh):
   settings = OptimizerConfig(warmup_steps=1, learning_rate=1e-3)
   same = dict(optimizer=settings, dropout=0.1)
   one = shape_run(text, shape, 1, 20, **same)[1]
-  mixed = shape_run(text, shape, 8, 20, mesh=MESHES["mix"], **same)[1]
+  mixed = shape_run(text, shape, 8, 20, mesh=MESHES[mesh], **same)[1]
   np.testing.assert_allclose(mixed, one, rtol=0, atol=1e-5)
 
 
