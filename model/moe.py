@@ -1,19 +1,17 @@
 """Mixture of experts: the router, its experts, and the sums that its losses are formed from."""
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig
+from model.dropless import ragged_experts
 from model.layers import MLP, Initializer, Linear, activated, param, residual_init
-from model.sharding import mesh_axes
+from model.sharding import constrain
 
 
 class Router(nnx.Module):
@@ -46,7 +44,9 @@ class Router(nnx.Module):
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     precision = jax.lax.Precision.HIGHEST  # The choice must not hang on how a device rounds.
-    logits = jnp.matmul(x.astype(wide), self.w[...].astype(wide), precision=precision)
+    # Experts of all devices: which of them a token needs is told where the token is.
+    w = constrain(self.w[...].astype(wide), (None, None))
+    logits = constrain(jnp.matmul(x.astype(wide), w, precision=precision), ("batch", "seq", None))
     if hasattr(self, "b"):
       logits += self.b[...].astype(wide)
     if self.scores == "softmax":
@@ -99,6 +99,10 @@ class ExpertMatrix(nnx.Module):
     """The parameters as plain arrays of the compute dtype."""
     return {name: getattr(self, name)[...].astype(dtype) for name in "wb" if hasattr(self, name)}
 
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """Their logical axes."""
+    return {name: getattr(self, name).axes for name in "wb" if hasattr(self, name)}
+
 
 class Experts(nnx.Module):
   """A mixture of experts in place of the MLP; no token is ever dropped.
@@ -136,8 +140,12 @@ class Experts(nnx.Module):
     weights = jnp.where(keep, weights, 0)
     names = [n for n in ("gate_proj", "up_proj", "down_proj") if hasattr(self, n)]
     matrices = {name: getattr(self, name).arrays(self.dtype) for name in names}
-    run = dense_experts if self.kernel == "dense" else ragged_experts
-    y = run(x, weights, chosen, matrices, functools.partial(activated, self.cfg))
+    act = functools.partial(activated, self.cfg)
+    if self.kernel == "dense":
+      y = dense_experts(x, weights, chosen, matrices, act)
+    else:
+      axes = {name: getattr(self, name).axes() for name in names}
+      y = ragged_experts(x, weights, chosen, valid, matrices, axes, act)
     if hasattr(self, "shared"):
       shared = self.shared(x)
       if hasattr(self, "shared_gate"):
@@ -166,57 +174,6 @@ def dense_experts(
   picked = chosen[..., None] == jnp.arange(y.shape[0])
   share = jnp.where(picked, weights[..., None], 0).sum(axis=2)
   return jnp.einsum("EBTD,BTE->BTD", y.astype(weights.dtype), share).astype(x.dtype)
-
-
-def ragged_experts(
-  x: Float[Array, "B T D"],
-  weights: Float[Array, "B T k"],
-  chosen: Int[Array, "B T k"],
-  matrices: dict[str, dict[str, Array]],
-  act: Callable[[Array, Array | None], Array],
-) -> Float[Array, "B T D"]:
-  """Each token through its own experts only: sorted by expert, multiplied in ragged groups.
-
-  On a mesh each device sorts the rows of the batch that it holds (a global sort would gather the
-  whole batch on each), with the experts' matrices whole along the batch's mesh axes.
-  """
-
-  def local(x, weights, chosen, matrices):
-    k = chosen.shape[-1]
-    expert = chosen.reshape(-1)
-    order = jnp.argsort(expert, stable=True)
-    back = jnp.argsort(order, stable=True)
-    sizes = jnp.bincount(expert, length=matrices["up_proj"]["w"].shape[0]).astype(jnp.int32)
-
-    def through(h, name):
-      y = jax.lax.ragged_dot(h, matrices[name]["w"], sizes)
-      return y + matrices[name]["b"][expert[order]] if "b" in matrices[name] else y
-
-    rows = jnp.repeat(x.reshape(-1, x.shape[-1]), k, axis=0)
-    rows = rows.at[order].get(unique_indices=True)  # Unique: the gradient adds in no random order.
-    gate = through(rows, "gate_proj") if "gate_proj" in matrices else None
-    hidden = act(through(rows, "up_proj"), gate)
-    y = through(hidden, "down_proj").at[back].get(unique_indices=True)
-    y = y.reshape(*chosen.shape, -1).astype(weights.dtype)
-    return jnp.einsum("BTkD,BTk->BTD", y, weights).astype(x.dtype)
-
-  axes = _batch_axes(x.shape[0])
-  if axes:
-    batch = P(axes)
-    specs = (batch, batch, batch, P())
-    local = jax.shard_map(local, in_specs=specs, out_specs=batch, axis_names=set(axes))
-  return local(x, weights, chosen, matrices)
-
-
-def _batch_axes(rows: int) -> tuple[str, ...]:
-  """The mesh axes that a batch of `rows` is split over; none where they do not divide it."""
-  mesh = jax.sharding.get_abstract_mesh()
-  free = {
-    n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto
-  }
-  names = tuple(n for n in mesh_axes("batch", mesh) if n in free) if free else ()
-  parts = math.prod(mesh.shape[n] for n in names)
-  return names if parts > 1 and rows % parts == 0 else ()
 
 
 def router_sums(

@@ -30,7 +30,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
   "head_dim": None,
   "latent": None,
   "mlp": "tensor",
-  "expert": None,
+  "expert": "expert",
   "position": None,
   "label": None,
 }

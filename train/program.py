@@ -58,6 +58,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   """
   check_batch(config, mesh)
   check_lengths(config, mesh)
+  check_experts(config, mesh)
   check_precision(config)
   objective = make_objective(config)
   net = nnx.eval_shape(lambda: objective.build(config.model, nnx.Rngs(0)))
@@ -145,6 +146,24 @@ def check_lengths(config: Config, mesh: Mesh) -> None:
         f"{each} of mesh.seq={parts} devices. Use {name}={-(-length // chunks) * chunks}, or "
         "change mesh.seq."
       )
+
+
+def check_experts(config: Config, mesh: Mesh) -> None:
+  """Raises an InputError if the devices cannot share the experts equally, or there are none."""
+  model, parts = config.model, mesh_parts("expert", mesh)
+  if parts == 1:
+    return
+  where = _shown_axes("expert", mesh)
+  if not any(kind.experts for stack in model.stacks for kind in model.layers(stack)):
+    raise InputError(
+      f"{where} splits experts, and no layer of this model has any: use mesh.data={parts} or "
+      f"mesh.fsdp={parts} instead."
+    )
+  if model.num_experts % parts:
+    raise InputError(
+      f"model.num_experts={model.num_experts} is not a multiple of {where}: each part of the mesh "
+      "has as many experts as any other. Change one of them."
+    )
 
 
 def _shown_axes(name: str, mesh: Mesh) -> str:

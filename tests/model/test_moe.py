@@ -1,16 +1,21 @@
 """The mixture of experts against its dense reference, Transformers, and itself on 8 devices."""
 
+import itertools
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from model import dropless
 from model.config import ModelConfig
 from model.errors import InputError
+from model.exchange import slices
 from model.layers import param_info
 from model.moe import Experts, Router, router_losses
-from model.sharding import batch_sharding, make_mesh, shardings
+from model.sharding import batch_sharding, make_mesh, mesh_parts, replicated, shardings
 
 SETTINGS = {
   "mixtral": {},
@@ -216,22 +221,175 @@ def test_scanned_and_rematerialized_layers_equal_a_loop():
   close(jax.jit(jax.value_and_grad(scanned))(stack), jax.jit(jax.value_and_grad(looped))(stack))
 
 
-def test_eight_devices_equal_one_and_none_holds_the_whole_batch():
+def on_mesh(moe: Experts, x, valid, **sizes):
+  """(what `grads` gives on a mesh of eight devices, the program)."""
+  mesh = make_mesh(**(dict(data=1) | sizes))
+  axes = jax.tree.map(lambda i: i.axes, param_info(moe))
+  graphdef, state = nnx.split(moe)
+  params = nnx.to_pure_dict(state)
+  params = jax.device_put(params, shardings(params, axes, mesh))
+  whole = len(x) % mesh_parts("batch", mesh)
+  placed = jax.device_put((x, valid), replicated(mesh) if whole else batch_sharding(mesh))
+  anew = lambda *args: jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*args)
+  with jax.set_mesh(mesh):
+    step = jax.jit(anew).lower(nnx.merge(graphdef, params), *placed).compile()
+    return step(nnx.merge(graphdef, params), *placed), step.as_text()
+
+
+@pytest.fixture
+def wide():
   with jax.enable_x64(True):
-    cfg = config(dtype="float64", param_dtype="float64", shared_experts=1)
-    moe, (x, valid) = noised(cfg, "ragged"), inputs(rows=8)
-    x = x.astype("float64")
-    want = grads(moe, x, valid)
-    assert all(a.dtype == np.float64 for a in jax.tree.leaves(want))
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    axes = jax.tree.map(lambda i: i.axes, param_info(moe))
-    graphdef, state = nnx.split(moe)
-    params = nnx.to_pure_dict(state)
-    params = jax.device_put(params, shardings(params, axes, mesh))
-    placed = jax.device_put((x, valid), batch_sharding(mesh))
-    with jax.set_mesh(mesh):
-      step = grads.lower(nnx.merge(graphdef, params), *placed).compile()
-      close(step(nnx.merge(graphdef, params), *placed), want, tol=1e-12)
-    text = step.as_text()
-    assert "f64[2,9,8]" in text
-    assert not any(shape in text for shape in ("f64[8,9,8]", "f64[144,8]"))
+    yield dict(dtype="float64", param_dtype="float64")
+
+
+def wide_inputs(rows=8):
+  x, valid = inputs(rows=rows)
+  return x.astype("float64"), valid
+
+
+def test_eight_devices_equal_one_and_none_holds_the_whole_batch(wide):
+  moe, (x, valid) = noised(config(**wide, shared_experts=1), "ragged"), wide_inputs()
+  want = grads(moe, x, valid)
+  assert all(a.dtype == np.float64 for a in jax.tree.leaves(want))
+  got, text = on_mesh(moe, x, valid, data=2, fsdp=2, tensor=2)
+  close(got, want, tol=1e-12)
+  assert "f64[2,9,8]" in text
+  assert not any(shape in text for shape in ("f64[8,9,8]", "f64[144,8]"))
+
+
+def simulated_exchange(
+  operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
+):
+  """jax.lax.ragged_all_to_all as its documentation has it, which CPUs do not have.
+
+  What it leaves undefined is NaN: a slice whose sender and receiver disagree, and a row that two
+  slices are written to.
+  """
+  gather = lambda a: jax.lax.all_gather(a, axis_name)
+  rows, begin, size, to = map(gather, (operand, input_offsets, send_sizes, output_offsets))
+  n, me = len(rows), jax.lax.axis_index(axis_name)
+  each = size.shape[1] // n
+  place = jnp.arange(len(output))
+  times = jnp.zeros(len(output), jnp.int32)
+  for device in range(n):
+    for i in range(each):
+      own = me * each + i
+      at = place - to[device, own]
+      inside = (at >= 0) & (at < size[device, own])
+      row = rows[device].at[begin[device, own] + at].get(mode="fill", fill_value=jnp.nan)
+      agreed = size[device, own] == recv_sizes[device * each + i]
+      output = jnp.where(inside[:, None], jnp.where(agreed, row, jnp.nan), output)
+      times += inside
+  return jnp.where(times[:, None] < 2, output, jnp.nan)
+
+
+def careless(original):
+  """jax.lax.ragged_dot by a kernel that leaves NaN in rows of no group, as a TPU's may, and that
+  multiplies them for the gradient of the last matrix."""
+
+  def real(h, sizes):
+    return (jnp.arange(len(h)) < sizes.sum())[:, None]
+
+  @jax.custom_vjp
+  def ragged_dot(h, w, sizes):
+    return jnp.where(real(h, sizes), original(h, w, sizes), jnp.nan)
+
+  def backward(saved, change):
+    h, w, sizes = saved
+    all_rows = sizes.at[-1].add((len(h) - sizes.sum()).astype(sizes.dtype))
+    into_h, into_w = jax.vjp(lambda h, w: original(h, w, all_rows), h, w)[1](change)
+    return jnp.where(real(h, sizes), into_h, jnp.nan), into_w, None
+
+  ragged_dot.defvjp(lambda *args: (ragged_dot(*args), args), backward)
+  return ragged_dot
+
+
+@pytest.fixture(params=["gathered", "exchanged"])
+def route(request, monkeypatch):
+  """How tokens come to their experts: as on CPUs, and as on TPUs and GPUs but for the wires."""
+  exchange = mock.Mock(side_effect=simulated_exchange)
+  monkeypatch.setattr(jax.lax, "ragged_dot", careless(jax.lax.ragged_dot))
+  monkeypatch.setattr(jax.lax, "ragged_all_to_all", exchange)
+  if request.param == "exchanged":
+    monkeypatch.setattr(dropless, "device_facts", lambda: ("tpu", 0))
+  yield request.param
+  assert exchange.called == (request.param == "exchanged")
+
+
+EXPERT_MESHES = {
+  "data x expert x tensor": dict(data=2, expert=2, tensor=2),
+  "data x expert": dict(data=2, expert=4),
+  "fsdp x expert": dict(fsdp=4, expert=2),
+  "expert": dict(expert=8),
+}
+EXPERT_CASES = [("clamped", "data x expert x tensor"), *(
+  pytest.param(*case, marks=pytest.mark.slow)
+  for case in itertools.product(("mixtral", "plain", "clamped", "shared by a gate"), EXPERT_MESHES)
+  if case != ("clamped", "data x expert x tensor")
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "mesh"), EXPERT_CASES)
+def test_experts_on_a_mesh_equal_one_device(wide, route, name, mesh):
+  cfg = config(**wide, **SETTINGS[name], num_experts=8)
+  x, valid = wide_inputs()
+  want = grads(noised(cfg, "dense"), x, valid)
+  got, text = on_mesh(noised(cfg, "ragged"), x, valid, **EXPERT_MESHES[mesh])
+  close(got, want, tol=1e-12)
+  whole = "f64[8,8,12]", "f64[8,12,8]"
+  assert not any(shape in text for shape in whole), "no device has all experts"
+
+
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_all_tokens_may_choose_the_same_experts(wide, route, k):
+  """The most that one device can get: all tokens of the others, for its last experts."""
+  cfg = config(**wide, num_experts=8, router_bias=True, experts_per_token=k)
+  x, valid = wide_inputs()
+  dense, ragged = noised(cfg, "dense"), noised(cfg, "ragged")
+  for moe in (dense, ragged):
+    moe.router.b[...] = jnp.full(8, -100.0).at[5 - k : 5].set(100.0)
+  valid = valid.at[:, :3].set(True).at[-1].set(False)  # A row of padding too.
+  want = grads(dense, x, valid)
+  counts = want[0][1][1]["counts"]
+  assert counts[4] == valid.sum() and counts.sum() == k * valid.sum()
+  close(on_mesh(ragged, x, valid, data=2, expert=4)[0], want, tol=1e-12)
+
+
+@pytest.mark.slow
+def test_tokens_that_the_mesh_does_not_split_reach_all_experts(wide, monkeypatch):
+  """A short batch, as in generation: each device adds what its own experts make of it."""
+  monkeypatch.setattr(jax.lax, "ragged_dot", careless(jax.lax.ragged_dot))
+  cfg = config(**wide, num_experts=8, mlp_bias=True)
+  x, valid = wide_inputs(rows=3)
+  want = grads(noised(cfg, "dense"), x, valid)
+  got, _ = on_mesh(noised(cfg, "ragged"), x, valid, data=2, expert=2, tensor=2)
+  close(got, want, tol=1e-12)
+
+
+@pytest.mark.parametrize(("devices", "experts"), [(1, 3), (2, 4), (4, 4), (4, 12)])
+def test_slices_lie_sorted_by_expert_and_come_back_to_where_they_were(devices, experts):
+  rng = np.random.default_rng(devices * experts)
+  table = rng.integers(0, 5, (devices, experts)) * (rng.random((devices, experts)) < 0.7)
+  plans = [slices(jnp.asarray(table), jnp.asarray(i)) for i in range(devices)]
+
+  def exchange(sent, way, rooms):
+    """`sent`, a list for each device, moved as the documentation of the collective says."""
+    got = [[None] * room for room in rooms]
+    each = experts // devices
+    for device, plan in enumerate(plans):
+      begin, size, to, _ = np.asarray(plan[way])
+      for s in range(experts):
+        other = s // each
+        told = np.asarray(plans[other][way].recv_sizes)[device * each + s % each]
+        assert told == size[s], "the receiver knows how much comes"
+        for i in range(size[s]):
+          assert got[other][to[s] + i] is None, "no row is written twice"
+          got[other][to[s] + i] = sent[device][begin[s] + i]
+    return got
+
+  rows = [[(e, d, i) for e in range(experts) for i in range(table[d, e])] for d in range(devices)]
+  totals = table.sum(0).reshape(devices, -1).sum(1)
+  there = exchange(rows, 0, totals)
+  assert there == [sorted(got) for got in there]
+  assert sorted(itertools.chain(*there)) == sorted(itertools.chain(*rows))
+  assert exchange(there, 1, table.sum(1)) == rows
