@@ -14,7 +14,7 @@ from train.config import Config
 RESUMABLE = (
   "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints",
   "max_bad_steps", "profile_steps", "wandb_project", "sample_prompt", "cache_dir", "cache_gib",
-  "mesh", "data.workers",
+  "mesh", "data.workers", "objective.loss_parts",
 )  # fmt: skip
 
 # What the data decides where the config has this value (`train.resolve`).
