@@ -3,8 +3,9 @@
     python -m train --config=configs/mixtral_8x7b.py --workdir=/mnt/BUCKET/mixtral_8x7b \
         --config.data.source=tfds:c4/en:3.1.0 --config.data.tokenizer=TOKENIZER_FOLDER
 
-where the folder holds a tokenizer of at most 32,000 entries. Parameters and moments take 560 GB in
-float32, shared by the devices of the fsdp and tensor axes. Not trained by us yet.
+where the folder holds a tokenizer of at most 32,000 entries. On v5p:4x4x4, 2M tokens a step: an
+expert of each layer on each of 8 devices, tokens travel to theirs; parameters and moments, 560 GB,
+are shared by all. What it needs and takes is in docs/scale.md. Not trained by us yet.
 """
 
 from model.config import ModelConfig
@@ -15,6 +16,7 @@ def get_config() -> Config:
   return Config(
     steps=100_000,
     batch_size=512,
+    accumulation=2,
     seq_len=4096,
     log_every=10,
     eval_every=1000,
@@ -26,5 +28,5 @@ def get_config() -> Config:
     ),
     data=DataConfig(source="python_stdlib", tokenizer="bpe:32000"),
     optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
-    mesh=MeshConfig(data=1, fsdp=None, tensor=4),
+    mesh=MeshConfig(data=1, fsdp=None, expert=8),
   )  # fmt: skip

@@ -94,6 +94,7 @@ def _tpu(kind: str, size: str, slices: int) -> list:
 
   jax.config.update("jax_platforms", "cpu")
   options: dict = {"num_slices": slices} if slices > 1 else {}
+  options["wrap"] = _closed(kind, dims)
   if kind == "v4":  # Both cores of a chip are one device, as on a v4 machine.
     options["chip_config_name"] = "megacore"
   if math.prod(dims) < 4:
@@ -105,3 +106,15 @@ def _tpu(kind: str, size: str, slices: int) -> list:
   except jax.errors.JaxRuntimeError as error:
     reason = " ".join(str(error).split())[:300]
     raise InputError(f"--topology={kind}:{size}: TPU's compiler refuses it: {reason}") from error
+
+
+def _closed(kind: str, dims: list[int]) -> tuple[bool, bool, bool]:
+  """Along which dimensions a slice is a ring; its compiler takes it for a line unless it is told.
+
+  Without rings it has no algorithm that gathers over a whole slice, and sums in place of it. Cubes
+  of 4 chips are joined by optical switches, which close every dimension; v5e and v6e close those of
+  16. Source: docs.cloud.google.com/tpu/docs, the architecture pages of v4, v5e, v5p, v6e and tpu7x.
+  """
+  if len(dims) == 3:
+    return (all(d % 4 == 0 for d in dims),) * 3
+  return dims[0] == 16, dims[1] == 16, False

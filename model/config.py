@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from model.errors import InputError, nearest
+from model.sharding import platform
 
 SHAPES = ("decoder", "encoder", "encoder_decoder")
 POSITIONS = ("learned", "sinusoidal", "rotary", "t5_bias", "alibi", "disentangled", "none")
@@ -292,8 +292,8 @@ class ModelConfig:
 
   @property
   def compute_dtype(self) -> jnp.dtype:
-    """Dtype of activations and matrix products on this machine."""
-    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    """Dtype of activations and matrix products on the devices in use."""
+    auto = "float32" if platform() == "cpu" else "bfloat16"
     return jnp.dtype(auto if self.dtype == "auto" else self.dtype)
 
   @property

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
-from model.sharding import constrain
+from model.sharding import constrain, platform
 
 FEW_ROWS = 32  # Up to so many rows, a product costs the reading of its matrix.
 # Of token types: the gradient of a gather would add all tokens to few rows, one after the other. As
@@ -143,7 +143,7 @@ def scores(
   it saw that its result is turned.
   """
   rows = math.prod(x.shape[:-1])
-  if rows > FEW_ROWS or jax.default_backend() != "cpu":
+  if rows > FEW_ROWS or platform() != "cpu":
     return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=dtype)
   y = jnp.matmul(table, x.reshape(rows, -1).T, preferred_element_type=dtype)
   return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)

@@ -85,6 +85,18 @@ def _laid_out(devices: list, shape: list[int]) -> np.ndarray:
   )
 
 
+def platform() -> str:
+  """What the devices of the mesh in use are, or without one the default device: "cpu", "tpu", "gpu".
+
+  A mesh may describe devices that are not here, as when a program is compiled ahead of time.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  described = None if mesh.empty else mesh.abstract_device
+  if described is not None and described.device_kind.upper().startswith("TPU"):
+    return "tpu"
+  return jax.default_backend()
+
+
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
   """Logical names of a shape's axes -> PartitionSpec on `mesh`.
 

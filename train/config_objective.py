@@ -30,6 +30,10 @@ OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {
   "contrastive": dict(temperature=0.05),
 }  # fmt: skip
 OBJECTIVES = tuple(OBJECTIVE_SETTINGS)
+# Those that score the vocabulary for their loss alone.
+WORD_OBJECTIVES = (
+  "causal_lm", "prefix_lm", "masked_lm", "span_corruption", "denoising", "ul2", "seq2seq",
+)  # fmt: skip
 MASK_UNITS = ("token", "word", "ngram")
 PAIRS = ("none", "next_sentence", "sentence_order")
 
@@ -46,6 +50,7 @@ class ObjectiveConfig:
   name: str = "causal_lm"
   z_loss: float = 0.0  # Weight of log² of the softmax normalizer (PaLM uses 1e-4).
   label_smoothing: float = 0.0
+  loss_parts: int = 1  # Parts of a row that the vocabulary is scored for, one after the other.
   mask_rate: float | None = None  # Share of the tokens that are masked, replaced or left out.
   mask_unit: str | None = None  # What is masked together: a token, a word, an n-gram of words.
   max_ngram: int | None = None  # Words of the longest n-gram.
@@ -103,6 +108,13 @@ class ObjectiveConfig:
         )
     if self.mask_rate is not None and not 0 < self.mask_rate < 1:
       raise InputError(f"objective.mask_rate={self.mask_rate} must lie between 0 and 1.")
+    if self.loss_parts < 1:
+      raise InputError(f"objective.loss_parts={self.loss_parts} must be at least 1.")
+    if self.loss_parts > 1 and self.name not in WORD_OBJECTIVES:
+      raise InputError(
+        f"objective.loss_parts={self.loss_parts} has no effect on {self.name}: leave it out, or "
+        f"use {', '.join(WORD_OBJECTIVES)}."
+      )
     shares = self.mask_share or 0.0, self.random_share or 0.0
     if min(shares) < 0 or sum(shares) > 1:
       raise InputError(

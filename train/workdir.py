@@ -15,7 +15,7 @@ RESUMABLE = (
   "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints",
   "max_bad_steps", "barrier_seconds", "profile_steps", "wandb_project", "sample_prompt",
   "cache_dir", "cache_gib", "mesh", "data.workers", "model.micro_batches", "model.stage_rounds",
-  "model.context_attention",
+  "model.context_attention", "objective.loss_parts",
 )  # fmt: skip
 
 # What the data decides where the config has this value (`train.resolve`).

@@ -1,7 +1,7 @@
 """Causal language models: each token of a document predicts the next one."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,15 @@ from model.heads import Network, build
 from model.tokenizer import Tokenizer
 from train.config import Config, ObjectiveConfig
 from train.data.arrays import Corpus
-from train.objectives.loss import Loss, inputs_of, router_penalty, token_loss, work
+from train.objectives.loss import (
+  Loss,
+  in_parts,
+  inputs_of,
+  right_answers,
+  router_penalty,
+  token_loss,
+  work,
+)  # fmt: skip
 from train.objectives.objective import Batch, Field, Pieces, Side
 
 TOKENS = Field(np.int32)
@@ -91,7 +99,7 @@ def next_token_loss(
   inputs = inputs_of(batch)
   x, _, stats = net.hidden(inputs, key=key)
   done = work(cfg, inputs, head=jnp.sum(inputs.pos >= 0))
-  return word_loss(objective, cfg, net.logits(x), batch, stats, **done)
+  return word_loss(objective, cfg, net.logits, x, batch, stats, **done)
 
 
 def word_weights(batch: Mapping[str, Array], side: str = "") -> dict[str, Array]:
@@ -100,13 +108,28 @@ def word_weights(batch: Mapping[str, Array], side: str = "") -> dict[str, Array]
 
 
 def word_loss(
-  objective: ObjectiveConfig, cfg: ModelConfig, logits: Array, batch: Mapping[str, Array],
-  stats: dict[str, Array], *, tokens: dict[str, Array], pairs: dict[str, Array], side: str = "",
+  objective: ObjectiveConfig, cfg: ModelConfig, score: Callable[[Array], Array], x: Array,
+  batch: Mapping[str, Array], stats: dict[str, Array], *, tokens: dict[str, Array],
+  pairs: dict[str, Array], side: str = "", accuracy: bool = False,
 ) -> Loss:  # fmt: skip
-  """The loss of an objective whose targets are tokens: `targets` and `weights` of a side."""
-  minimized, weight, nats = token_loss(
-    logits, batch[f"{side}targets"], batch[f"{side}weights"], vocab_size=cfg.real_vocab,
-    z_loss=objective.z_loss, label_smoothing=objective.label_smoothing,
-  )  # fmt: skip
+  """The loss of an objective whose targets are tokens: `targets` and `weights` of a side.
+
+  Args:
+    score: hidden states (B, T, D) -> scores of words.
+    x: hidden states at the places of the side.
+    accuracy: also report the share of targets that score highest.
+  """
+
+  def sums(x: Array, targets: Array, weights: Array) -> tuple[Array, ...]:
+    logits = score(x)
+    found = token_loss(
+      logits, targets, weights, vocab_size=cfg.real_vocab, z_loss=objective.z_loss,
+      label_smoothing=objective.label_smoothing,
+    )  # fmt: skip
+    return (*found, *right_answers(logits, targets, weights)) if accuracy else found
+
+  read = batch[f"{side}targets"], batch[f"{side}weights"]
+  minimized, weight, nats, *right = in_parts(sums, x, *read, objective.loss_parts)
   penalty = router_penalty(stats, cfg).astype(nats.dtype)
-  return Loss({"loss": minimized}, {"loss": (nats, weight)}, penalty, tokens, pairs)
+  means = {"loss": (nats, weight)} | ({"accuracy": tuple(right)} if accuracy else {})
+  return Loss({"loss": minimized}, means, penalty, tokens, pairs)

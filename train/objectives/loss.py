@@ -1,7 +1,7 @@
 """Losses as sums with weights, which makes every kind of averaging exact."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
+from model.errors import InputError
 from model.moe import router_losses
 from model.transformer import Aux, Inputs
 
@@ -88,6 +89,41 @@ def router_penalty(stats: Aux, cfg: ModelConfig) -> Float[Array, ""]:
     return jnp.zeros(())
   losses = router_losses(stats)
   return cfg.balance_loss * losses["balance_loss"] + cfg.router_z_loss * losses["router_z_loss"]
+
+
+def in_parts(
+  sums: Callable[[Array, Array, Array], tuple[Array, ...]],
+  x: Float[Array, "B T D"],
+  targets: Int[Array, "B T"],
+  weights: Float[Array, "B T"],
+  parts: int,
+) -> tuple[Array, ...]:
+  """`sums(x, targets, weights)`, the scores of whose words are in memory for one part at a time.
+
+  Part i has the tokens i, i + parts, … of each row, so that a length that is split over devices
+  stays where it is. The backward pass scores a part's words once more, unless there is one part.
+
+  Raises:
+    InputError: if the parts are not equally long.
+  """
+  if parts == 1:
+    return sums(x, targets, weights)
+  length = x.shape[1]
+  if length % parts:
+    raise InputError(
+      f"objective.loss_parts={parts} does not divide the {length} places of a row that the head "
+      "reads: change one of them."
+    )
+
+  def split(rows: Array) -> Array:
+    return jnp.moveaxis(rows.reshape(rows.shape[0], -1, parts, *rows.shape[2:]), 2, 0)
+
+  one = jax.checkpoint(sums)
+  pieces = tuple(map(split, (x, targets, weights)))
+  first = jax.eval_shape(one, *(piece[0] for piece in pieces))
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
+  add = lambda total, piece: (jax.tree.map(jnp.add, total, one(*piece)), None)
+  return jax.lax.scan(add, zeros, pieces)[0]
 
 
 class Work(TypedDict):

@@ -152,11 +152,12 @@ class MaskedLM:
     """Cross-entropy of the masked tokens, and of which pairs follow each other."""
     inputs = inputs_of(batch)
     x, _, stats = net.hidden(inputs, key=key)
-    logits = net.logits(at_places(x, batch["masked_places"]))
+    masked = at_places(x, batch["masked_places"])
     counted = work(self.model, inputs, head=jnp.sum(batch["masked_weights"] > 0))
-    loss = word_loss(self.config, self.model, logits, batch, stats, side=MASKED, **counted)
-    right = right_answers(logits, batch["masked_targets"], batch["masked_weights"])
-    loss = dataclasses.replace(loss, means={**loss.means, "accuracy": right})
+    loss = word_loss(
+      self.config, self.model, net.logits, masked, batch, stats, side=MASKED, accuracy=True,
+      **counted,
+    )  # fmt: skip
     return self._with_pairs(loss, net, batch, x, inputs) if self.paired else loss
 
   def _with_pairs(

@@ -20,7 +20,7 @@ from model.transformer import Aux, Inputs, Stack
 from train.config import Config
 from train.data.arrays import Corpus
 from train.objectives.causal_lm import word_loss
-from train.objectives.loss import Loss, inputs_of, right_answers, router_penalty, work
+from train.objectives.loss import Loss, inputs_of, router_penalty, work
 from train.objectives.masked_lm import MASKED, MaskedLM, at_places
 from train.objectives.objective import Batch, Pieces, Side
 
@@ -132,11 +132,13 @@ class ReplacedToken:
     x, _, more = net.hidden(dataclasses.replace(inputs, tokens=tokens), key=keys[1])
     term, means = _detection(net.logits(x)[..., 0], replaced, inputs.pos >= 0)
     counted = self._work(inputs, jnp.sum(batch["masked_weights"] > 0))
-    loss = word_loss(config, cfg, logits, batch, stats, side=MASKED, **counted)
-    right = right_answers(logits, batch["masked_targets"], batch["masked_weights"])
+    scored = lambda scores: scores
+    loss = word_loss(
+      config, cfg, scored, logits, batch, stats, side=MASKED, accuracy=True, **counted
+    )
     return dataclasses.replace(
       loss, terms={**loss.terms, "replaced": (config.replaced_weight or 0.0) * term},
-      means={**loss.means, "accuracy": right, **means},
+      means={**loss.means, **means},
       penalty=loss.penalty + router_penalty(more, cfg),
     )  # fmt: skip
 

@@ -127,6 +127,6 @@ class Seq2Seq:
       return written_loss(self.config, self.model, net, batch, key)
     inputs = inputs_of(batch)
     x, _, stats = net.hidden(inputs, key=key)
-    return word_loss(self.config, self.model, net.logits(x), batch, stats, **work(
+    return word_loss(self.config, self.model, net.logits, x, batch, stats, **work(
       self.model, inputs, head=jnp.sum(inputs.pos >= 0)
     ))  # fmt: skip

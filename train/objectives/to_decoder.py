@@ -91,7 +91,7 @@ def written_loss(
   source, inputs = inputs_of(batch), inputs_of(batch, DECODER)
   x, _, stats = net.hidden(inputs, source=source, key=key)
   done = work(cfg, inputs, source, head=jnp.sum(inputs.pos >= 0))
-  return word_loss(objective, cfg, net.logits(x), batch, stats, side=DECODER, **done)
+  return word_loss(objective, cfg, net.logits, x, batch, stats, side=DECODER, **done)
 
 
 def longest(
