@@ -88,8 +88,11 @@ class Client:
       ) from None
 
 
-def follow(client: Client, log: Path) -> int:
+def follow(client: Client, log: Path, count: int) -> int:
   """Prints the logs of each attempt until the JobSet has ended.
+
+  Args:
+    count: pods of an attempt: kubectl reads along with those that are there, not with later ones.
 
   Returns:
     0 if it completed, else the exit status of a process that failed, or 1 if none is known.
@@ -103,7 +106,8 @@ def follow(client: Client, log: Path) -> int:
     status = client.read("jobset", client.name).get("status", {})
     attempt, end = int(status.get("restarts", 0)), status.get("terminalState")
     pods = client.pods(attempt) or pods
-    if attempt > printed and pods and all(_has_started(pod) for pod in pods):
+    started = sum(map(_has_started, pods))
+    if attempt > printed and (started >= count or (end and started)):
       client.stream(client.logs(attempt), log)
       printed = attempt
       continue

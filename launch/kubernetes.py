@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from pathlib import PurePosixPath
+import signal
 from typing import Any
 
 import yaml
@@ -10,7 +10,7 @@ import yaml
 from launch import kubectl, slices
 from launch.job import Job, process_environment
 from launch.options import option
-from launch.workdir import check_lasting
+from launch.workdir import MOUNT, check_lasting, check_mount
 from launch.xla_flags import xla_environment
 from model.errors import DONE, USER_ERROR, InputError
 
@@ -19,7 +19,9 @@ REPLICATED = "slice"  # Name of the jobs in a set, one for each slice.
 CONTAINER = "run"
 _PORT = 8482  # Of the coordinator; a pod has an address of its own.
 _WRONG_INPUT = "wrongInput"
+INTERRUPTED = 128 + signal.SIGINT  # The status of who stops reading along.
 _BUCKET = "gcsfuse.csi.storage.gke.io"
+_QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|[KMGTPE]i|[MGTPE])?")
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
@@ -37,7 +39,9 @@ class Options:
   memory: str | None = option(None, "Memory that each pod asks for, for example 400Gi.")
   pvc: str | None = option(None, "Persistent volume claim that is mounted at --mount.")
   bucket: str | None = option(None, "Cloud Storage bucket that is mounted at --mount (gcsfuse).")
-  mount: str = option("/runs", "Where the volume is mounted: --workdir has to be in it.")
+  mount: str | None = option(
+    None, "Where the volume is mounted; left out, /runs. --workdir has to be in it."
+  )
   namespace: str = option("default", "Namespace.")
   context: str | None = option(None, "Context of kubectl; left out, the current one.")
   service_account: str | None = option(None, "Kubernetes service account of the pods.")
@@ -60,7 +64,8 @@ def submit(job: Job, options: Options, dry_run: bool) -> int:
   Raises:
     InputError: for options that contradict each other, and in kubectl's own words where it fails.
   """
-  manifest = yaml.safe_dump(job_set(job, options), sort_keys=False, width=1000)
+  made = job_set(job, options)
+  manifest = yaml.safe_dump(made, sort_keys=False, width=1000)
   path = job.logs.absolute() / f"{job.name}.yaml"
   client = kubectl.Client(job.name, options.namespace, options.context)
   if dry_run:
@@ -72,7 +77,14 @@ def submit(job: Job, options: Options, dry_run: bool) -> int:
   print(f"jobset {job.name} is created; manifest: {path}")
   print(f"to read along: {client.shown(*client.logs())}")
   print(f"to end it: {client.shown('delete', 'jobset', job.name)}")
-  return kubectl.follow(client, path.with_suffix(".log")) if options.follow else DONE
+  if not options.follow:
+    return DONE
+  try:
+    hosts = made["spec"]["replicatedJobs"][0]["template"]["spec"]["completions"]
+    return kubectl.follow(client, path.with_suffix(".log"), options.slices * hosts)
+  except KeyboardInterrupt:
+    print(f"jobset {job.name} goes on", flush=True)
+    return INTERRUPTED
 
 
 def job_set(job: Job, options: Options) -> dict[str, Any]:
@@ -85,7 +97,9 @@ def job_set(job: Job, options: Options) -> dict[str, Any]:
   hosts = part.hosts if part else options.nodes or 1
   job = dataclasses.replace(job, processes=options.slices * hosts)
   _check_names(job, options)
-  check_lasting(job, options.mount if options.pvc or options.bucket else None, "--pvc or --bucket")
+  volume = "--pvc or --bucket"
+  mount = check_mount(options.mount, options.bucket, options.pvc or options.bucket, volume)
+  check_lasting(job, mount, volume)
   labels = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
   annotations = {}
   if options.slices > 1:  # Pods of one job on one slice, of two jobs on two.
@@ -219,7 +233,7 @@ def _volumes(job: Job, options: Options) -> tuple[list[dict], list[dict]]:
     attributes = {"bucketName": options.bucket, "mountOptions": "implicit-dirs"}
     volumes.append({"name": "runs", "csi": {"driver": _BUCKET, "volumeAttributes": attributes}})
   if volumes:
-    mounts.append({"name": "runs", "mountPath": options.mount})
+    mounts.append({"name": "runs", "mountPath": options.mount or MOUNT})
   if options.gpus_per_node:  # NCCL needs more shared memory than the 64 MiB that a pod has.
     volumes.append({"name": "shared-memory", "emptyDir": {"medium": "Memory"}})
     mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
@@ -232,9 +246,8 @@ def _slice(options: Options) -> slices.Slice | None:
   if options.pvc and options.bucket:
     raise InputError("--pvc and --bucket are both given: one volume is mounted.")
   if options.topology is None:
-    for name in ("slices", "chips_per_host"):
-      if getattr(options, name) not in (None, 1):
-        raise InputError(f"--{name} needs --topology: only TPUs come in slices.")
+    if options.slices > 1 or options.chips_per_host is not None:
+      raise InputError("--slices and --chips_per_host need --topology: only TPUs come in slices.")
     return None
   if options.nodes or options.gpus_per_node:
     raise InputError("--topology says how many TPU hosts there are: leave out --nodes and GPUs.")
@@ -261,8 +274,12 @@ def _check_names(job: Job, options: Options) -> None:
         f"--{name}={value}: a name is at most 63 lower-case letters, digits and dashes, with a "
         "letter or digit at both ends."
       )
-  if not PurePosixPath(options.mount).is_absolute():
-    raise InputError(f"--mount={options.mount}: an absolute path is needed.")
+  for name in ("cpu", "memory"):
+    value = getattr(options, name)
+    if value is not None and not _QUANTITY.fullmatch(value):
+      raise InputError(
+        f"--{name}={value}: a quantity of Kubernetes is needed, as 96, 500m or 400Gi."
+      )
 
 
 def _literal(text: str) -> str:

@@ -1,8 +1,10 @@
 """`--target=slurm`: a batch script that runs on all nodes and puts itself back into the queue."""
 
 import dataclasses
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -77,7 +79,13 @@ def submit(job: Job, options: Options, dry_run: bool) -> int:
   number = _run(command).partition(";")[0].strip()
   log = path.with_name(f"{job.name}-{number}.log")
   print(f"job {number} is queued; script: {path}; log: {log}; to end it: scancel {number}")
-  return follow(number, log) if options.follow else DONE
+  if not options.follow:
+    return DONE
+  try:
+    return follow(number, log)
+  except KeyboardInterrupt:
+    print(f"job {number} goes on", flush=True)
+    return 128 + signal.SIGINT
 
 
 def batch_script(job: Job, options: Options, folder: Path) -> str:
@@ -91,7 +99,8 @@ def batch_script(job: Job, options: Options, folder: Path) -> str:
   job = dataclasses.replace(job, processes=processes)  # Refuses several for what is not shared out.
   python = options.python or sys.executable
   kind = "cpu" if options.gpus_per_node is None else "gpu"
-  values = {**job.environment, **xla_environment(kind, job.environment, table=job.xla_table)}
+  own = {**os.environ, **job.environment}
+  values = {**job.environment, **xla_environment(kind, own, table=job.xla_table)}
   delays = " ".join(str(round(delay)) for delay in job.delays())
   # --wait, and not --kill-on-bad-exit: those left by a lost one end by themselves and name it.
   words = ["srun", "--label", "--export=ALL", "--kill-on-bad-exit=0", f"--wait={options.exit_wait}"]

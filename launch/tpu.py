@@ -35,7 +35,7 @@ def submit(job: Job, options: Options, dry_run: bool) -> int:
     print(pod.shown())
     return DONE
   job.logs.mkdir(parents=True, exist_ok=True)
-  with _sigterm_as_interrupt(), tempfile.TemporaryDirectory() as folder:
+  with _ended_like_ctrl_c(), tempfile.TemporaryDirectory() as folder:
     pod.pack(Path(folder))
     try:
       return _attempts(pod, job)
@@ -69,13 +69,15 @@ def _attempts(pod: Pod, job: Job) -> int:
 
 
 @contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-  """SIGTERM ends the launcher as Ctrl-C does: the VMs are deleted."""
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
-  before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _ended_like_ctrl_c() -> Iterator[None]:
+  """SIGTERM, and a terminal that is closed, end the launcher as Ctrl-C does: VMs are deleted."""
+  before = {}
+  if threading.current_thread() is threading.main_thread():
+    for number in (signal.SIGTERM, signal.SIGHUP):
+      if signal.getsignal(number) != signal.SIG_IGN:  # As nohup has it.
+        before[number] = signal.signal(number, signal.default_int_handler)
   try:
     yield
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)

@@ -2,12 +2,11 @@
 
 import dataclasses
 import re
-from pathlib import PurePosixPath
 
 from launch import slices
 from launch.job import Job
 from launch.options import option
-from launch.workdir import check_lasting
+from launch.workdir import check_lasting, check_mount
 from model.errors import InputError
 
 _TYPE = re.compile(r"[a-z0-9]+-\d+")
@@ -29,8 +28,10 @@ class Options:
   )
   internal_ips: bool = option(False, "VMs without external addresses, reached by internal ones.")
   bucket: str | None = option(None, "Cloud Storage bucket that is mounted at --mount (gcsfuse).")
-  mount: str = option("/runs", "Where the bucket is mounted: --workdir has to be in it.")
-  python: str = option("3.12", "Version of Python on the VMs.")
+  mount: str | None = option(
+    None, "Where the bucket is mounted; left out, /runs. --workdir has to be in it."
+  )
+  python: str | None = option(None, "Version of Python that uv installs; left out, 3.12.")
   install: str | None = option(
     None, "Shell command that makes .venv in the copied tree; left out, uv and the extra [tpu]."
   )
@@ -52,10 +53,11 @@ def check(job: Job, options: Options) -> None:
   for word in options.gcloud:
     if not re.match(r"--[a-z]", word):
       raise InputError(f"--gcloud={word}: a flag is needed, as in --gcloud=--reserved.")
-  if not PurePosixPath(options.mount).is_absolute():
-    raise InputError(f"--mount={options.mount}: an absolute path is needed.")
+  if options.install and options.python:
+    raise InputError("--python has no effect with --install, which brings a Python of its own.")
+  mount = check_mount(options.mount, options.bucket, options.bucket, "--bucket")
   if job.max_restarts or not options.keep:  # Else the workdir stays where it is.
-    check_lasting(job, options.mount if options.bucket else None, "--bucket")
+    check_lasting(job, mount, "--bucket")
   dataclasses.replace(job, processes=2)  # Refuses what is not shared out: pods have many workers.
 
 

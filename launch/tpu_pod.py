@@ -13,6 +13,7 @@ from launch.gcloud import Gcloud, Lost
 from launch.job import Job
 from launch.tpu_follow import Run
 from launch.tpu_options import Options, accelerator_type, check
+from launch.workdir import MOUNT
 from launch.xla_flags import xla_environment
 from model.errors import InputError
 
@@ -217,10 +218,10 @@ class Pod:
   def _further(self) -> dict[str, str]:
     """Texts beside the tree: what is installed, and what is run."""
     options, environment = self._options, self._job.environment
-    install = options.install or _INSTALL.format(python=shlex.quote(options.python))
+    install = options.install or _INSTALL.format(python=shlex.quote(options.python or "3.12"))
     mount = ""
     if options.bucket:
-      quoted = shlex.quote(options.mount), shlex.quote(options.bucket)
+      quoted = shlex.quote(options.mount or MOUNT), shlex.quote(options.bucket)
       mount = _GCSFUSE.format(mount=quoted[0], bucket=quoted[1])
     flags = xla_environment("tpu", environment, table=self._job.xla_table)
     values = {**environment, **flags}

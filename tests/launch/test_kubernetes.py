@@ -170,13 +170,18 @@ def test_names_of_pods_fit_into_dns(length):
     (dict(image=None), {}, "--image is needed"),
     (dict(pvc=None), {}, "mounts what lasts"),
     (dict(bucket="b"), {}, "one volume is mounted"),
-    (dict(slices=2), {}, "--slices needs --topology"),
+    (dict(slices=2), {}, "--slices and --chips_per_host need --topology"),
     (dict(topology="v5e:4x4", gpus_per_node=1), {}, "leave out --nodes and GPUs"),
     (dict(topology="v5e:4x4x4"), {}, "v5e has 1x1"),
     (dict(topology="v5p:4x4"), {}, "multiples of 4"),
     (dict(topology="v5p:8x4x4"), {}, "ascending"),
     (dict(topology="v5q:4x4"), {}, "Did you mean 'v5[ep]'"),
     (dict(topology="v5e:4x4", chips_per_host=8), {}, "comes with 4 on each host"),
+    (dict(chips_per_host=4), {}, "--slices and --chips_per_host need --topology"),
+    (dict(pvc=None, mount="/x"), dict(command=("infer",)), "--mount=/x has no effect"),
+    (dict(mount="x"), {}, "an absolute path"),
+    (dict(pvc=None, bucket="gs://b"), {}, "without gs://"),
+    (dict(memory="400 GB"), {}, "a quantity of Kubernetes"),
     (dict(namespace="Not_a_name"), {}, "--namespace=Not_a_name"),
     (dict(node_selector=("a",)), {}, "KEY=VALUE"),
     ({}, dict(name="1st"), "letter at the start"),
@@ -221,10 +226,13 @@ elif words[:2] == ["get", "jobset"]:
   end = {"terminalState": os.environ["END"]} if seen["logs"] == 2 else {}
   print(json.dumps({"status": {"restarts": restarts, **end}}))
 elif words[:2] == ["get", "pods"]:
-  attempt = words[2].rpartition("=")[2]
+  seen["looks"] = seen.get("looks", 0) + 1
   ended = {"phase": "Failed", "containerStatuses": [{"state": {"terminated": {"exitCode": 2}}}]}
-  print(json.dumps({"items": [{"status": ended}]}))
+  count = 1 if seen["looks"] == 1 else 2
+  print(json.dumps({"items": [{"status": ended}] * count}))
 elif words[0] == "logs":
+  if seen["looks"] < 2:
+    sys.exit("only one of two pods is there")
   print(words[-1])
   seen["logs"] += 1
 else:
@@ -245,7 +253,7 @@ def test_the_logs_of_every_attempt_are_printed_and_the_status_handed_on(
   for name, value in dict(PATH=str(tmp_path), STATE=str(tmp_path / "state"), END=end).items():
     monkeypatch.setenv(name, value)
   job = a_job(logs=tmp_path / "logs")
-  options = kubernetes.Options(image="i", pvc="runs", follow=True)
+  options = kubernetes.Options(image="i", pvc="runs", nodes=2, follow=True)
   assert kubernetes.submit(job, options, dry_run=False) == status
   out = capsys.readouterr().out
   assert "restart-attempt=0" in out

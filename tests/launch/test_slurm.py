@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,7 +103,14 @@ def launch(real: Cluster, folder: Path, *words: str) -> subprocess.Popen:
   """`python -m launch --target=slurm` in `folder`."""
   values = {**real.environment, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
   command = [sys.executable, "-m", "launch", "--target=slurm", *words]
-  return subprocess.Popen(command, cwd=folder, env=values, stdout=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    command, cwd=folder, env=values, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  )
+
+
+def ended(process: subprocess.Popen, seconds: float) -> int:
+  process.communicate(timeout=seconds)
+  return process.returncode
 
 
 def number_and_log(process: subprocess.Popen) -> tuple[str, Path]:
@@ -135,9 +143,31 @@ def test_a_failure_is_repeated_as_often_as_allowed_and_wrong_input_never(
   words = ("--max_restarts=2", "--backoff=1", "--follow", "--", "train", f"--end={status}")
   process = launch(real, place, *words)
   _, log = number_and_log(process)
-  assert process.wait(timeout=180) == status
+  assert ended(process, 180) == status
   restarts = re.findall(r"0: restarts: (\d)", log.read_text())
   assert restarts == ["0", "1", "2"][:starts]
+
+
+@pytest.mark.slow
+def test_what_slurm_refuses_is_told_in_its_words(real, place):
+  process = launch(real, place, "--partition=fast", "--", "train")
+  _, error = process.communicate(timeout=60)
+  assert process.returncode == 2
+  assert error.startswith("error: sbatch refused: ")
+  assert "invalid partition" in error
+
+
+@pytest.mark.slow
+def test_who_stops_reading_along_does_not_stop_the_job(real, place):
+  process = launch(real, place, "--follow", "--", "train", "--end=wait")
+  number, log = number_and_log(process)
+  wait(lambda: log.read_text() if log.exists() else "", "restarts: 0")
+  process.send_signal(signal.SIGINT)
+  out, _ = process.communicate(timeout=60)
+  assert process.returncode == 130
+  assert f"job {number} goes on" in out
+  assert real.shows(number, "JobState") == "RUNNING"
+  real.run("scancel", number)
 
 
 @pytest.mark.slow
@@ -146,7 +176,7 @@ def test_a_cancelled_job_stays_cancelled(real, place):
   number, log = number_and_log(process)
   wait(lambda: log.read_text() if log.exists() else "", "restarts: 0")
   real.run("scancel", number)
-  assert process.wait(timeout=120) == 75
+  assert ended(process, 120) == 75
   assert real.shows(number, "JobState") == "CANCELLED"
   assert log.read_text().count("process 0 of 1") == 1
 
@@ -156,7 +186,7 @@ def test_sigterm_comes_before_the_time_limit_and_the_job_goes_on(real, place):
   words = ("--time=1", "--signal_before=40", "--max_restarts=1", "--backoff=1", "--follow")
   process = launch(real, place, *words, "--", "train", "--end=wait")
   _, log = number_and_log(process)
-  assert process.wait(timeout=300) == 75
+  assert ended(process, 300) == 75
   text = log.read_text()
   assert re.findall(r"0: restarts: (\d)", text) == ["0", "1"]
   assert text.count("the run ended with status 75") == 2
@@ -181,7 +211,7 @@ def test_a_preempted_run_goes_on_and_gives_the_losses_of_an_undisturbed_one(
     if name == "preempted":
       wait(lambda path=metrics: path.read_text() if path.exists() else "", '"step": 5,', 300)
       real.run("sbatch", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=sleep 5")
-    assert process.wait(timeout=600) == 0, log.read_text()
+    assert ended(process, 600) == 0, log.read_text()
     assert ("restart 1 of 3" in log.read_text()) == (name == "preempted")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     losses[name] = {row["step"]: row["loss"] for row in rows if "loss" in row}

@@ -270,8 +270,9 @@ def launched(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+  ("number", "keep"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGHUP, False)]
+)
 def test_an_interrupted_run_is_saved_and_its_machines_deleted_unless_kept(cloud, keep, number):
   process = launched(cloud, cloud.options(keep=keep), "--steps=900")
   lines = []
@@ -360,8 +361,11 @@ def test_a_request_that_is_interrupted_in_the_queue_is_taken_back(cloud):
     (dict(tpu_type="v5p-128 --spot"), {}, "a name such as v5p-128"),
     (dict(tpu_type=None, topology="tpu7x:4x4x4"), {}, "comes with GKE only"),
     (dict(gcloud=("delete",)), {}, "a flag is needed"),
-    (dict(bucket=None), {}, "is lost with the machine: --bucket"),
+    (dict(bucket=None, mount=None), {}, "is lost with the machine: --bucket"),
     (dict(mount="runs"), {}, "an absolute path"),
+    (dict(bucket=None, keep=True), {}, "--mount=.* has no effect without --bucket"),
+    (dict(bucket="gs://ours"), {}, "without gs://"),
+    (dict(python="3.13"), {}, "no effect with --install"),
     ({}, dict(command=("train", "--workdir=/tmp/run")), "is lost with the machine"),
     ({}, dict(command=("infer",)), "not shared out"),
     ({}, dict(name="1st"), "letter at the start"),
