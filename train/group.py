@@ -17,6 +17,7 @@ from train.watch import LIMIT, Hub, Message, host_name, period, post, receive
 
 _RETRY = 0.2  # Seconds between attempts to reach process 0.
 _LAST = 5.0  # Seconds that a process which ends waits for what the others have to say.
+_UNWINDING = 30.0  # Seconds that a process which failed has for what it does at its end.
 _SELDOM = 0.2  # Seconds between reports of places, which steps of milliseconds come to.
 _GOES_ON = "The same command goes on from the last checkpoint."
 
@@ -47,8 +48,14 @@ class Group:
 
   index, count = 0, 1
 
-  def at(self, label: str, *, together: bool = False) -> None:
-    """Says where this process is; `together`: nobody can leave this place before all are there."""
+  def at(self, label: str, *, together: bool = False, patient: bool = False) -> None:
+    """Says where this process is.
+
+    Args:
+      label: the place, in the words of an error.
+      together: nobody can leave it before all are there.
+      patient: some may take much longer here than others, who have a cache.
+    """
 
   def share(self, label: str, value: Any) -> list[Any]:
     """The plain values that all processes give, by process; waits for them."""
@@ -57,11 +64,12 @@ class Group:
   @contextlib.contextmanager
   def turn(self, label: str) -> Iterator[None]:
     """Lets process 0 through first: the others find what it made."""
+    self.at(label, patient=True)
     if self.index > 0:
-      self.share(label, None)
+      self.share(f"what process 0 makes of {label}", None)
     yield
     if self.index == 0:
-      self.share(label, None)
+      self.share(f"what process 0 makes of {label}", None)
 
   def name(self, index: int) -> str:
     """A process as a person knows it."""
@@ -93,7 +101,7 @@ class Joined(Group):
     self._shared: list[list[Any]] = []
     self._asked, self._stop_step = -1, None
     self._count, self._reported, self._label = 0, 0.0, "the start"
-    self._place_message: Message = dict(kind="at", count=0, label=self._label, together=False)
+    self._place_message = _at(0, self._label)
     self._end: Message | None = None  # What the hub said of an end that this process caused.
     self._heard = time.monotonic()
     self._writer: asyncio.StreamWriter | None = None
@@ -101,9 +109,9 @@ class Joined(Group):
     self._tasks: set[Any] = set()
     threading.Thread(target=self._run, name="processes", daemon=True).start()
 
-  def at(self, label: str, *, together: bool = False) -> None:
+  def at(self, label: str, *, together: bool = False, patient: bool = False) -> None:
     self._count, self._label = self._count + 1, label
-    self._place_message = dict(kind="at", count=self._count, label=label, together=together)
+    self._place_message = _at(self._count, label, together, patient)
     now = time.monotonic()
     if now - self._reported > _SELDOM:
       self._reported = now
@@ -139,11 +147,13 @@ class Joined(Group):
   def start(self) -> None:
     """Waits for all processes, then joins them in JAX."""
     self._wait(lambda: self._started)
-    settled = threading.Event()
-    thread = threading.Thread(target=self._initialize, args=(settled,), daemon=True)
+    outcome: list[Exception | None] = []
+    thread = threading.Thread(target=self._initialize, args=(outcome,), daemon=True)
     thread.start()  # In the main thread no signal would be heard.
-    while not settled.wait(0.1):
-      pass
+    while not outcome:
+      thread.join(0.1)
+    if outcome[0] is not None:
+      raise outcome[0]
 
   def finish(self) -> None:
     """Waits until all have come to the end, and leaves JAX's group."""
@@ -162,7 +172,7 @@ class Joined(Group):
     """Around what others wait for: an exception in it makes them end.
 
     Where another process is the cause, this one ends with the others; else the exception goes on,
-    for some seconds at most.
+    for half a minute at most.
     """
     try:
       yield
@@ -184,7 +194,8 @@ class Joined(Group):
       lines = ["error: " + " ".join(str(getattr(error, "message", error)).split())]
       self.tell(status, f"{lines[0]} ({self.name_here()})")
     # What the unwinding waits for may never come: the others have ended.
-    timer = threading.Timer(_LAST, last_words, ("".join(lines), status))
+    seconds = max(_LAST, min(_UNWINDING, self._bound))
+    timer = threading.Timer(seconds, last_words, ("".join(lines), status))
     timer.daemon = True
     timer.start()
 
@@ -202,7 +213,7 @@ class Joined(Group):
       "above. The same command goes on from the last checkpoint.", DEFECT
     )  # fmt: skip
 
-  def _initialize(self, settled: threading.Event) -> None:
+  def _initialize(self, outcome: list[Exception | None]) -> None:
     import jax
 
     # Two devices in a process of the CPU wait for each other for ever (jax 0.10) when steps are
@@ -210,12 +221,16 @@ class Joined(Group):
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_enable_preemption_service", False)
     wait = max(1, round(self._bound))
-    jax.distributed.initialize(
-      self._place.coordinator, self.count, self.index, cluster_detection_method="deactivate",
-      initialization_timeout=wait, heartbeat_timeout_seconds=2 * wait + 60,
-      shutdown_timeout_seconds=wait,
-    )  # fmt: skip
-    settled.set()
+    try:
+      jax.distributed.initialize(
+        self._place.coordinator, self.count, self.index, cluster_detection_method="deactivate",
+        initialization_timeout=wait, heartbeat_timeout_seconds=2 * wait + 60,
+        shutdown_timeout_seconds=wait,
+      )  # fmt: skip
+    except Exception as error:  # Raised by `start` in the main thread.
+      outcome.append(error)
+    else:
+      outcome.append(None)
 
   def _wait(self, done: Callable[[], Any], seconds: float = float("inf")) -> None:
     """Waits for what the other thread hears; in short pieces, so that signals are heard too."""
@@ -234,8 +249,12 @@ class Joined(Group):
 
   def _run(self) -> None:
     asyncio.set_event_loop(self._loop)
-    with contextlib.suppress(RuntimeError):  # Stopped by `finish`.
+    try:
       self._loop.run_until_complete(self._member())
+    except Exception as error:
+      if not self._done:  # `finish` stops the loop; anything else leaves nobody on watch.
+        line = f"error: {self.name_here()} can watch the others no more."
+        last_words("".join([*traceback.format_exception(error), line]), DEFECT)
 
   async def _member(self) -> None:
     try:
@@ -313,6 +332,10 @@ class Joined(Group):
 
 
 ALONE = Group()
+
+
+def _at(count: int, label: str, together: bool = False, patient: bool = False) -> Message:
+  return dict(kind="at", count=count, label=label, together=together, patient=patient)
 
 
 def last_words(line: str, status: int) -> NoReturn:

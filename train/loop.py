@@ -52,9 +52,8 @@ def train(config: Config, workdir: Path) -> int:
     with jax.set_mesh(mesh):
       check_batch(config, mesh)
       data = load_data(
-        config, workdir=workdir, rows=local_rows(mesh, config.batch_size), process=group.index,
-        turn=group.turn("the tokenizer"),
-      )  # fmt: skip
+        config, workdir=workdir, rows=local_rows(mesh, config.batch_size), group=group
+      )
       check_same_fingerprint(group, data.fingerprint)
       config = resolved(config, data)
       check_sample(config, data)  # What is wrong with the prompt is said before the training.
@@ -64,7 +63,7 @@ def train(config: Config, workdir: Path) -> int:
       group.at("reading the checkpoint")
       checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
       state, start = restore_or_init(config, program, checkpoints, data)
-      group.at("compiling the step")
+      group.at("compiling the step", patient=True)
       report.before(config, program, data, mesh, start)
       with Preemption(group) as preemption:
         return run_steps(config, workdir, program, checkpoints, data, preemption, state, start)
@@ -124,7 +123,7 @@ def run_steps(
     if group.index == 0:
       print(f"stopped: step {saved} is saved; the same command goes on.", file=sys.stderr)
     return PREEMPTED
-  group.at("the sample")
+  group.at("the sample", patient=True)
   text = sample(config, data, state)
   if group.index == 0:
     print(f"curves: {workdir / 'curves.png'}", file=sys.stderr)
@@ -155,7 +154,7 @@ def evaluate(
   """Means over the validation rows by name; `loss` is nats a target. {} where there are none."""
   sums: dict[str, list[float]] = {}
   for number, rows in enumerate(data.validation_batches(), start=1):
-    group.at(f"validation batch {number}")
+    group.at(f"validation batch {number}", patient=number == 1)  # The first is compiled.
     means = program.eval_step(state.params, state.frozen, put_batch(program, rows))
     for name, (total, weight) in jax.device_get(means).items():
       sums.setdefault(name, [0.0, 0.0])

@@ -82,8 +82,8 @@ def joined(bound: float) -> Iterator[Group]:
   _keep_stdout()
   _group = group = Joined(place, bound)
   _hear_aborts(group)
-  group.start()
   with group.telling():
+    group.start()
     yield group
     group.finish()
 
@@ -97,10 +97,11 @@ async def refuse(place: Place, status: int, line: str) -> None:
     hub.refuse(told)
     server = await asyncio.start_server(hub.serve, sock=listen(place.address[1]))
     await hub.refused()
-    return server.close()
-  reader, writer = await reach(place, LINGER)
-  post(writer, told)
-  await asyncio.wait_for(receive(reader), LINGER)
+    server.close()
+  else:
+    reader, writer = await reach(place, LINGER)
+    post(writer, told)
+    await asyncio.wait_for(receive(reader), LINGER)
 
 
 def _keep_stdout() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from model.errors import DEFECT
 
 _GRACE = 1.0  # Seconds in which further symptoms of one cause are collected.
+_PATIENCE = 10  # Times the bound where a cache that only some have saves much time.
 LINGER = 20.0  # Seconds in which all processes of a run are expected to have started.
 LIMIT = 1 << 26  # Bytes of a message at most.
 _GOES_ON = "The same command goes on from the last checkpoint."
@@ -33,7 +34,8 @@ async def receive(reader: asyncio.StreamReader) -> Message | None:
   """The next message; None when the connection has ended."""
   try:
     line = await reader.readline()
-    return json.loads(line) if line.endswith(b"\n") else None
+    message = json.loads(line) if line.endswith(b"\n") else None
+    return message if isinstance(message, dict) else None
   except (OSError, ValueError):
     return None
 
@@ -54,6 +56,7 @@ class _Member:
   count: int = 0  # Places that it has come to.
   label: str = "the start"
   together: bool = False  # Whether nobody leaves this place before all have come to it.
+  patient: bool = False  # Whether one may be here for much longer than the others.
   since: float = 0.0  # When it came there.
   gone: bool = False
   done: bool = False
@@ -82,7 +85,7 @@ class Hub:
     """Listens to one process until its connection ends."""
     hello = await receive(reader)
     if hello is None or hello.get("kind") not in ("hello", "refuse"):
-      writer.close()
+      writer.close()  # It is none of ours.
       return
     if hello["kind"] == "refuse":
       self.refuse(hello)
@@ -161,7 +164,7 @@ class Hub:
       if message["count"] != member.count:
         member.since = member.heard
       member.count, member.label = message["count"], message["label"]
-      member.together = message["together"]
+      member.together, member.patient = message["together"], message["patient"]
     elif kind == "share":
       member.values.append(message["value"])
       if all(m.values for m in self._members.values()):
@@ -200,9 +203,10 @@ class Hub:
     waiting = now - min(arrived, default=now)
     behind = [(i, m) for i, m in living.items() if m.count < first]
     for index, member in behind:
-      if min(waiting, now - member.since) > self._bound:
+      bound = self._bound * (_PATIENCE if member.patient else 1)
+      if min(waiting, now - member.since) > bound:
         self._symptom(
-          0, index, f"has not come to {label} in {self._bound:g} s, it is still at {member.label}"
+          0, index, f"has not come to {label} in {bound:g} s, it is still at {member.label}"
         )
     stuck = not behind and living and all(m.together for m in living.values())
     if stuck and now - max(m.since for m in living.values()) > self._bound:

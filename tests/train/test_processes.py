@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import model
 from model.errors import InputError
 from tests.commands import Command, Done
 from tests.quick import xla_flags
@@ -326,3 +327,30 @@ def test_meshes_across_processes_equal_one_device(bench, shape, mesh):
 def test_two_devices_in_each_process_equal_one_device(bench, one):
   workdir = together(bench, "two_each", 2, *MESHES["fsdp_tensor"], devices=2)
   assert_near(workdir, one)
+
+
+@slow
+@pytest.mark.parametrize("form", ["orbax", "hf"])
+def test_a_run_begins_from_other_parameters_on_two_processes_too(bench, one, form):
+  source = one
+  if form == "hf":
+    source = bench.folder / "hf"
+    model.save(model.load(one), source, format="hf")
+  begun = ("--config.steps=6", f"--config.init_from={source}", *MESHES["fsdp"])
+  reference = alone(bench, f"begun_{form}", *begun)
+  assert metrics(reference)[0]["loss"] < metrics(one)[0]["loss"] - 0.5
+  assert_near(together(bench, f"begun_two_{form}", 2, *begun), reference)
+
+
+@slow
+def test_rows_that_lie_apart_come_to_their_devices(bench):
+  port, commands = free_port(), []
+  for index in range(2):
+    values = dict(zip(VARIABLES, (f"localhost:{port}", "2", str(index)), strict=True))
+    environment = {"XLA_FLAGS": xla_flags(4), **values}
+    arguments = [str(bench.text), str(bench.folder / "cache")]
+    commands.append(Command("tests.train.rows_apart", arguments, environment))
+  for index, command in enumerate(commands):
+    out, err = command.communicate(timeout=300)
+    assert command.returncode == 0, err
+    assert out.splitlines()[-1] == f"process {index} built rows {[0, 2] if index == 0 else [1, 3]}"

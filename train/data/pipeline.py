@@ -1,6 +1,5 @@
 """Data: a config to batches. Batch s is a function of (seed, s) and of nothing else."""
 
-import contextlib
 import dataclasses
 import hashlib
 import platform
@@ -27,6 +26,7 @@ from train.data.roles import is_task
 from train.data.sources import Source, TokenSource, open_source, parse_mixture
 from train.data.tokenize import tokenize
 from train.data.vocabulary import choose_tokenizer
+from train.group import ALONE, Group
 from train.objectives import bare, extra_tokens, make_objective
 from train.objectives.objective import (
   Batch,
@@ -130,15 +130,14 @@ class Data:
 
 def load_data(
   config: Config, *, workdir: Path | None = None, rows: np.ndarray | None = None,
-  process: int = 0, turn: contextlib.AbstractContextManager | None = None,
+  group: Group = ALONE,
 ) -> Data:  # fmt: skip
   """Reads, tokenizes and splits what `config.data` names.
 
   Args:
     workdir: where the tokenizer is kept, and taken from when it is there; None: nowhere.
     rows: which rows of each batch this process builds, int64, ascending; None: all.
-    process: its number; process 0 alone writes into `workdir`.
-    turn: entered around the choice of the tokenizer; lets process 0 through first.
+    group: the processes of the run; process 0 alone writes into `workdir`.
 
   Raises:
     InputError: for a source or tokenizer that does not exist, is damaged, empty or does not fit.
@@ -151,11 +150,12 @@ def load_data(
     open_validation(config) if task else _text_sources(config.data.validation_source, config)
   )
   texts = [s.texts() if isinstance(s, ExampleSource) else s for s in sources]
-  with turn or contextlib.nullcontext():
+  with group.turn("the tokenizer"):
     tokenizer = choose_tokenizer(
-      config.data.tokenizer, texts, cache, workdir, write=process == 0,
+      config.data.tokenizer, texts, cache, workdir, write=group.index == 0,
       extra=extra_tokens(config),
     )  # fmt: skip
+  group.at("reading the data", patient=True)
   read = lambda source: _read(source, tokenizer, cache)
   training = [read(source) for source in sources]
   validation = [read(source) for source in held_out]
