@@ -150,7 +150,8 @@ def test_hosts_chips_and_restarts_are_where_kubernetes_looks_for_them():
   )
   single = container(manifest(a_job(), **CASES["one host"]))
   assert single["resources"]["limits"] == {"google.com/tpu": "8"}
-  assert "env" not in single  # One process has nobody to meet.
+  names = [entry["name"] for entry in single["env"]]
+  assert names == ["LIBTPU_INIT_ARGS"]  # One process has nobody to meet.
   assert container(manifest(a_job(), **CASES["gpu nodes"]))["resources"] == {
     "requests": {"cpu": "96", "memory": "900Gi", "nvidia.com/gpu": "8"},
     "limits": {"nvidia.com/gpu": "8"},

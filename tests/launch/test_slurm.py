@@ -18,12 +18,13 @@ from tests.launch.slurm_cluster import NODES, Cluster, cluster, wait
 # In the place of our `train`: meets the others as JAX does, then does what its argument says.
 STAND_IN = """
 import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 import jax
 address = os.environ.get("JAX_COORDINATOR_ADDRESS")
 if address:
   count, rank = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
   jax.distributed.initialize(address, count, rank)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # JAX took it.
 rank = f"{jax.process_index()} of {jax.process_count()}"
 print(f"process {rank} on {os.environ['SLURMD_NODENAME']}: {sys.argv[1:]}", flush=True)
 print(f"restarts: {os.environ.get('SLURM_RESTART_COUNT', 0)}, {os.environ.get('WORD')}", flush=True)
