@@ -98,15 +98,18 @@ def test_every_kind_of_model_is_the_same_with_texts_split(name, variant):
   jax.tree.map(near, state.params, want.params)
 
 
-TWENTY = ["mix", *(pytest.param(mesh, marks=slow) for mesh in SPLIT)]
+TWENTY = [("mix", "gather"), *(
+  pytest.param(mesh, how, marks=slow) for mesh in SPLIT for how in ("gather", "ring")
+)]  # fmt: skip
 
 
-@pytest.mark.parametrize("mesh", TWENTY)
-def test_eight_devices_equal_one_over_twenty_losses_in_float32(mesh):
+@pytest.mark.parametrize(("mesh", "variant"), TWENTY)
+def test_eight_devices_equal_one_over_twenty_losses_in_float32(mesh, variant):
   batches = [tiny.random_batch(seed) for seed in range(20)]
   settings = OptimizerConfig(warmup_steps=1, learning_rate=1e-3)
   model = dataclasses.replace(tiny.ROTARY, dropout=0.1)
   one = run(tiny.config(model, optimizer=settings), batches, 1)[1]
+  model = dataclasses.replace(model, context_attention=variant)
   mixed = run(tiny.config(model, optimizer=settings, mesh=MESHES[mesh]), batches, 8)[1]
   np.testing.assert_allclose(mixed, one, rtol=0, atol=1e-5)
 
