@@ -341,7 +341,8 @@ def test_experts_on_a_mesh_equal_one_device(wide, route, name, mesh):
   assert not any(shape in text for shape in whole), "no device has all experts"
 
 
-@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [1, 2])
 def test_all_tokens_may_choose_the_same_experts(wide, route, k):
   """The most that one device can get: all tokens of the others, for its last experts."""
   cfg = config(**wide, num_experts=8, router_bias=True, experts_per_token=k)
@@ -354,6 +355,18 @@ def test_all_tokens_may_choose_the_same_experts(wide, route, k):
   counts = want[0][1][1]["counts"]
   assert counts[4] == valid.sum() and counts.sum() == k * valid.sum()
   close(on_mesh(ragged, x, valid, data=2, expert=4)[0], want, tol=1e-12)
+
+
+def test_the_exchange_of_tpus_and_gpus_is_in_a_program_four_times(monkeypatch):
+  """Tokens there, results back, and both again for gradients. CPUs can lower it but not run it."""
+  monkeypatch.setattr(dropless, "device_facts", lambda: ("tpu", 0))
+  moe, (x, valid) = noised(config(**SETTINGS["clamped"], num_experts=8), "ragged"), inputs(rows=8)
+  anew = lambda *args: jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*args)
+  with jax.set_mesh(make_mesh(data=2, expert=2, tensor=2)):
+    text = jax.jit(anew).lower(moe, x, valid).as_text()
+  assert text.count("@ragged_all_to_all(") == 4
+  room = 2 * (x.shape[0] // 4 * x.shape[1]) * 2  # Devices · tokens of each · experts of a token.
+  assert f"tensor<{room}x8xf32>" in text
 
 
 @pytest.mark.slow
