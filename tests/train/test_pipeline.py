@@ -156,7 +156,7 @@ def test_twenty_losses_in_float32_equal_those_of_one_device(mesh):
 
 
 PLANS = [Plan(2, 1, 2), Plan(4, 2, 4), Plan(4, 2, 12)]
-MORE_PLANS = [Plan(2, 3, 4), Plan(4, 1, 8), Plan(8, 2, 8)]
+MORE_PLANS = [Plan(2, 3, 4), Plan(4, 1, 8), Plan(4, 6, 4), Plan(8, 2, 8), Plan(8, 3, 8)]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_each_micro_batch_goes_through_all_layers_in_order_once(plan):
 
   def stage(layers, x, where, turn, part):
     layers = layers[:, turn]
-    step = lambda x, layer: ((1.5 * x + layer) % 101.0, jnp.sum(x))
+    step = lambda x, layer: ((3.0 * x + layer) % 101.0, jnp.sum(x))
     x, sums = jax.lax.scan(step, x, layers)
     return x + 0 * where[..., None], (sums, jnp.ones_like(layers) * 2.0**part)
 
@@ -181,7 +181,7 @@ def test_each_micro_batch_goes_through_all_layers_in_order_once(plan):
   want = []
   for layer in layers:
     want.append(jnp.sum(x))
-    x = (1.5 * x + layer) % 101.0
+    x = (3.0 * x + layer) % 101.0
   np.testing.assert_allclose(got, x, rtol=1e-5)
   np.testing.assert_allclose(sums, jnp.stack(want), rtol=1e-5)
   np.testing.assert_array_equal(parts, 2.0**plan.parts - 1)  # Each layer: every part once.
