@@ -10,11 +10,14 @@ interleaved one (arXiv:2104.04473), and a micro-batch goes round as often.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -208,10 +211,33 @@ def stage_policy(policy: Policy) -> Policy:
 
 def _chunks(a: Array, plan: Plan) -> Array:
   """(layers, …) -> (stages, layers of a stage and round, rounds, …)."""
-  a = a.reshape(plan.rounds, plan.stages, -1, *a.shape[1:])
+  if plan.rounds > 1:
+    exchange = functools.partial(_exchanged, plan)
+    a = jax.shard_map(exchange, in_specs=P(AXIS), out_specs=P(AXIS), axis_names={AXIS})(a)
+  a = a.reshape(plan.stages, plan.rounds, -1, *a.shape[1:])
   free = (P.UNCONSTRAINED,) * (a.ndim - 3)
-  a = jax.lax.with_sharding_constraint(a, P(None, AXIS, None, *free))
-  return jnp.moveaxis(a, 0, 2)
+  a = jax.lax.with_sharding_constraint(a, P(AXIS, None, None, *free))
+  return jnp.moveaxis(a, 1, 2)
+
+
+def _exchanged(plan: Plan, a: Array) -> Array:
+  """On each stage: of layers in their order, one run behind the other, those that it works on.
+
+  Of R rounds and S stages, stage s holds the runs sR … sR + R − 1 and works on s, s + S, s + 2S, …
+  Run c lies on stage c div R and belongs to stage c mod S. It takes R permutations; in the k-th,
+  stage s sends its run k + ⌊s · gcd(R, S) / S⌋ mod R, and no two of these belong to one stage.
+  """
+  S, R = plan.stages, plan.rounds
+  runs, me = a.reshape(R, -1, *a.shape[1:]), jax.lax.axis_index(AXIS)
+  out, source = runs, np.arange(S)
+  for k in range(R):
+    own = (k + source * math.gcd(R, S) // S) % R
+    target, place = (source * R + own) % S, (source * R + own) // S
+    sent = jax.lax.dynamic_index_in_dim(runs, jnp.asarray(own)[me], 0, keepdims=False)
+    got = jax.lax.ppermute(sent, AXIS, list(zip(source.tolist(), target.tolist(), strict=True)))
+    put = jnp.asarray(place[np.argsort(target)])[me]
+    out = jax.lax.dynamic_update_index_in_dim(out, got, put, 0)
+  return out.reshape(a.shape)
 
 
 def _stream(a: Array, plan: Plan) -> Array:
