@@ -277,8 +277,12 @@ class Joined(Group):
     return await asyncio.open_connection(sock=ours, limit=LIMIT)
 
   async def _watch(self) -> None:
+    last = time.monotonic()
     while not self._done:
       await asyncio.sleep(period(self._bound))
+      now = time.monotonic()
+      # Time in which this thread did not run is nobody's silence.
+      self._heard, last = self._heard + max(0.0, now - last - 2 * period(self._bound)), now
       if self._writer is not None:
         post(self._writer, self._place_message)
       silent = time.monotonic() - self._heard
