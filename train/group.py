@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import os
 import socket
 import sys
@@ -13,28 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from model.errors import DEFECT, users_status
+from train.place import RETRY, Place, listen, not_reached, reach
 from train.watch import LIMIT, Hub, Message, host_name, period, post, receive
 
-_RETRY = 0.2  # Seconds between attempts to reach process 0.
 _LAST = 5.0  # Seconds that a process which ends waits for what the others have to say.
 _UNWINDING = 30.0  # Seconds that a process which failed has for what it does at its end.
 _SELDOM = 0.2  # Seconds between reports of places, which steps of milliseconds come to.
 _GOES_ON = "The same command goes on from the last checkpoint."
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-  """Where a process stands in its run."""
-
-  coordinator: str  # host:port of process 0.
-  count: int
-  index: int
-
-  @property
-  def address(self) -> tuple[str, int]:
-    """Host and port of process 0."""
-    host, _, port = self.coordinator.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 class Group:
@@ -262,7 +246,7 @@ class Joined(Group):
         self._own_hub() if self.index == 0 else reach(self._place, self._bound)
       )
     except OSError as error:
-      last_words(f"error: {_not_reached(self._place, self._bound, error)}", DEFECT)
+      last_words(f"error: {not_reached(self._place, self._bound, error)}", DEFECT)
     post(self._writer, dict(kind="hello", index=self.index, count=self.count, host=host_name()))
     self._heard = time.monotonic()
     self._tasks.add(asyncio.create_task(self._watch()))
@@ -283,7 +267,7 @@ class Joined(Group):
       except OSError:
         if time.monotonic() > deadline:
           raise
-        await asyncio.sleep(_RETRY)
+        await asyncio.sleep(RETRY)
     hub = Hub(self.count, self._bound, lambda: server.close())
     server = await asyncio.start_server(hub.serve, sock=listener, limit=LIMIT)
     self._tasks.add(asyncio.create_task(hub.watch()))
@@ -293,8 +277,12 @@ class Joined(Group):
     return await asyncio.open_connection(sock=ours, limit=LIMIT)
 
   async def _watch(self) -> None:
+    last = time.monotonic()
     while not self._done:
       await asyncio.sleep(period(self._bound))
+      now = time.monotonic()
+      # Time in which this thread did not run is nobody's silence.
+      self._heard, last = self._heard + max(0.0, now - last - 2 * period(self._bound)), now
       if self._writer is not None:
         post(self._writer, self._place_message)
       silent = time.monotonic() - self._heard
@@ -347,50 +335,3 @@ def last_words(line: str, status: int) -> NoReturn:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
   os.write(own, f"{line}\n".encode())
   os._exit(status)
-
-
-async def reach(place: Place, seconds: float) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-  """A connection to process 0, which may start later.
-
-  Raises:
-    OSError: if it does not answer in time.
-  """
-  deadline = time.monotonic() + seconds
-  while True:
-    try:
-      connect = asyncio.open_connection(*place.address, limit=LIMIT)
-      return await asyncio.wait_for(connect, max(0.1, deadline - time.monotonic()))
-    except OSError:  # Also the end of the time.
-      if time.monotonic() > deadline:
-        raise
-      await asyncio.sleep(_RETRY)
-
-
-def listen(port: int) -> socket.socket:
-  """A socket whose port JAX's coordinator can listen on once this one is closed."""
-  host = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")[0].strip("[]")
-  both = socket.has_dualstack_ipv6() and not host
-  kind = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-  listener = socket.socket(kind, socket.SOCK_STREAM)
-  try:
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if both:
-      listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    listener.bind((host, port))
-    listener.listen(1024)
-  except OSError:
-    listener.close()
-    raise
-  return listener
-
-
-def _not_reached(place: Place, bound: float, error: OSError) -> str:
-  if place.index == 0:
-    port = place.address[1]
-    return f"process 0 cannot listen on port {port} ({error.strerror}): name another port."
-  why = f" ({error.strerror})" if error.strerror else ""
-  return (
-    f"process 0 at {place.coordinator} has not answered process {place.index} ({host_name()}) for "
-    f"{bound:g} s (barrier_seconds){why}: see whether it is running, JAX_COORDINATOR_ADDRESS names "
-    "its host, and its port is open."
-  )

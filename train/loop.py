@@ -95,6 +95,7 @@ def run_steps(
   saved = start
   with contextlib.closing(checkpoints), contextlib.closing(log), group.telling():
     train_step, batches = program.train_step, data.batches(start)
+    group.share("the first step", None)  # Collectives of the CPU wait for half a minute only.
     for step in range(start + 1, config.steps + 1):
       group.at(f"the rows of step {step}")
       log.trace(step - 1)
@@ -154,10 +155,14 @@ def evaluate(
   program: Program, state: TrainState, data: Data, group: Group = ALONE
 ) -> dict[str, float]:
   """Means over the validation rows by name; `loss` is nats a target. {} where there are none."""
-  sums: dict[str, list[float]] = {}
+  if not data.num_validation_batches:
+    return {}
+  group.at("compiling the validation", patient=True)
+  eval_step, sums = program.eval_step, {}
+  group.share("the validation", None)
   for number, rows in enumerate(data.validation_batches(), start=1):
-    group.at(f"validation batch {number}", patient=number == 1)  # The first is compiled.
-    means = program.eval_step(state.params, state.frozen, put_batch(program, rows))
+    group.at(f"validation batch {number}")
+    means = eval_step(state.params, state.frozen, put_batch(program, rows))
     for name, (total, weight) in jax.device_get(means).items():
       sums.setdefault(name, [0.0, 0.0])
       sums[name] = [sums[name][0] + float(total), sums[name][1] + float(weight)]

@@ -1,9 +1,4 @@
-"""The processes of a run: who we are, joined in bounded time, and what one tells the others.
-
-A process of a run of several has JAX's own variables: JAX_COORDINATOR_ADDRESS (host:port of process
-0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; on TPU pods JAX finds them out. Without them a process is
-alone.
-"""
+"""A run of several processes: joined in bounded time, and left."""
 
 import asyncio
 import contextlib
@@ -11,57 +6,15 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NoReturn
 
 from model.errors import PREEMPTED, InputError
-from train.group import ALONE, Group, Joined, Place, listen, reach
+from train.group import ALONE, Group, Joined
+from train.place import Place, find_place, listen, reach
 from train.watch import LINGER, Hub, host_name, post, receive
 
-VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _group: Joined | None = None  # The one that this process is in.
-
-
-def find_place(environment: Mapping[str, str]) -> Place | None:
-  """This process' place, from JAX's variables or what JAX finds on a TPU pod; None: it is alone.
-
-  Raises:
-    InputError: if only some variables are set, or they do not fit together.
-  """
-  given = {name: environment.get(name, "") for name in VARIABLES}
-  missing = [name for name, value in given.items() if not value]
-  if len(missing) == len(VARIABLES):
-    return _on_tpu_pod(environment)
-  if missing:
-    there = next(name for name in VARIABLES if name not in missing)
-    raise InputError(
-      f"{' and '.join(missing)} is not set, and {there}={given[there]} is: a run of several "
-      f"processes needs {', '.join(VARIABLES)}, a process by itself none of them."
-    )
-  address, count, index = (given[name] for name in VARIABLES)
-  host, _, port = address.rpartition(":")
-  if not host or not port.isdecimal():
-    raise InputError(f"JAX_COORDINATOR_ADDRESS={address} is not HOST:PORT of process 0.")
-  if not count.isdecimal() or int(count) < 1:
-    raise InputError(f"JAX_NUM_PROCESSES={count} must be a whole number of at least 1.")
-  if not index.isdecimal() or int(index) >= int(count):
-    raise InputError(f"JAX_PROCESS_ID={index} must be one of 0 to {int(count) - 1}.")
-  return Place(address, int(count), int(index)) if int(count) > 1 else None
-
-
-def _on_tpu_pod(environment: Mapping[str, str]) -> Place | None:
-  """What JAX finds out about a TPU pod; None where there is none, or it has one worker."""
-  from jax._src import clusters  # It has no public name.
-  from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
-
-  platforms = environment.get("JAX_PLATFORMS", "")
-  if not running_in_cloud_tpu_vm or (platforms and "tpu" not in platforms):
-    return None
-  found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 60)
-  coordinator, count, index, _ = found
-  if coordinator is None or count is None or index is None or count == 1:
-    return None
-  return Place(coordinator, count, index)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 from model.errors import DEFECT
 
 _GRACE = 1.0  # Seconds in which further symptoms of one cause are collected.
+_SILENT = 10.0  # Seconds without a sign of life that make one suspect when another one fails.
 _PATIENCE = 10  # Times the bound where a cache that only some have saves much time.
 LINGER = 20.0  # Seconds in which all processes of a run are expected to have started.
 LIMIT = 1 << 26  # Bytes of a message at most.
@@ -130,9 +131,12 @@ class Hub:
 
   async def watch(self) -> None:
     """Gives signs of life and looks for members that are missing, until the run has ended."""
-    began = time.monotonic()
+    began = last = time.monotonic()
     while not self._ended:
       await asyncio.sleep(period(self._bound))
+      now = time.monotonic()
+      self._forgive(now - last - 2 * period(self._bound))
+      last = now
       if self._refusal is not None:
         await self.refused()
         self._ended = True
@@ -143,6 +147,13 @@ class Hub:
         self._look(time.monotonic())
       elif time.monotonic() - began > self._bound:
         self._not_joined()
+
+  def _forgive(self, seconds: float) -> None:
+    """Counts no time in which the hub itself did not run, and so heard nobody."""
+    if seconds > 0:
+      for member in self._members.values():
+        member.heard += seconds
+        member.since += seconds
 
   def _problem(self, hello: Message) -> str:
     index, count = hello["index"], hello["count"]
@@ -232,9 +243,9 @@ class Hub:
     self._symptoms.append((rank, index, what, self._members[index].host))
 
   def _judge(self) -> None:
-    now, beat = time.monotonic(), period(self._bound)
+    now, silent = time.monotonic(), min(_SILENT, self._bound / 2)
     for index, m in self._members.items():  # Who fails may only have waited for one that hangs.
-      if now - m.heard > 3 * beat + _GRACE and not m.gone and not m.done:
+      if now - m.heard > silent and not m.gone and not m.done:
         self._symptom(0, index, f"is silent since {m.label}")
     first = min(rank for rank, *_ in self._symptoms)
     found = sorted(s[1:] for s in self._symptoms if s[0] == first)
