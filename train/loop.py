@@ -59,10 +59,11 @@ def train(config: Config, workdir: Path) -> int:
     write_config(workdir, config)
     program = build_program(config, mesh)
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-    with explained(config, mesh, program), Preemption() as preemption:
+    with explained(config, mesh, program):
       state, start = restore_or_init(config, program, checkpoints, data)
       report.before(config, program, data, mesh, start)
-      return run_steps(config, workdir, program, checkpoints, data, preemption, state, start)
+      with Preemption() as preemption:
+        return run_steps(config, workdir, program, checkpoints, data, preemption, state, start)
 
 
 def run_steps(
