@@ -16,7 +16,7 @@ from train.analysis.attempt import attempt
 from train.analysis.described import described
 from train.config import Config, DataConfig, MeshConfig, ObjectiveConfig
 
-TINY = dict(num_layers=2, d_model=64, d_ff=128, vocab_size=512)
+TINY = dict(num_layers=1, d_model=64, d_ff=128, vocab_size=512)
 SMALL = (
   "--config=configs/gpt_tiny.py", "--topology=cpu:8", "--json", "--config.batch_size=64",
   *(f"--config.model.{name}={size}" for name, size in TINY.items()),

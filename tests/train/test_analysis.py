@@ -61,6 +61,7 @@ def test_flops_are_affine_in_layers_the_same_unrolled_and_those_of_a_hand_count(
   assert report(4).done.remat_flops == 0
 
 
+@pytest.mark.slow
 def test_remat_is_told_apart_and_sharded_programs_do_the_same_work():
   plain, full = report(4).done, report(4, remat="full").done
   assert full.remat_flops == full.flops - plain.flops > 0
@@ -239,7 +240,7 @@ def test_tiles_of_a_layout_count_their_padding():
 
 
 def test_a_run_out_of_memory_ends_with_a_report_and_the_flag_to_change(capsys):
-  config = tiny.config(mesh=MeshConfig(data=8))
+  config = tiny.config(dataclasses.replace(DENSE, num_layers=1), mesh=MeshConfig(data=8))
   mesh = make_mesh(data=8)
   with jax.set_mesh(mesh):
     program = build_program(config, mesh)
@@ -272,6 +273,7 @@ def test_arrays_that_the_compiler_names_are_read_from_its_message():
   assert (second.name, second.bytes) == ("bf16[4,8]", round(512.5 * 2**20))
 
 
+@pytest.mark.slow
 def test_buffers_of_a_loop_are_named_by_the_module_that_fills_them():
   names = [b.name for b in report(8, rows=512).buffers]
   assert any(n.startswith("MLP, forward: f32[8,512,16,64]") for n in names), names[:20]
