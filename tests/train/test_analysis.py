@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.errors import Stop
 from model.sharding import make_mesh
 from tests.train import tiny
+from train import loop
 from train.analysis import hlo
 from train.analysis.attempt import attempt
 from train.analysis.collectives import axis_name, collectives, device_groups
@@ -23,7 +24,7 @@ from train.analysis.memory import state_bytes
 from train.analysis.model_work import model_flops
 from train.analysis.report import allocations
 from train.analysis.work import instruction_flops, work
-from train.config import MeshConfig, OptimizerConfig
+from train.config import DataConfig, MeshConfig, OptimizerConfig
 from train.program import build_program
 
 DENSE = ModelConfig(
@@ -278,3 +279,21 @@ def test_buffers_of_a_loop_are_named_by_the_module_that_fills_them():
   names = [b.name for b in report(8, rows=512).buffers]
   assert any(n.startswith("MLP, forward: f32[8,512,16,64]") for n in names), names[:20]
   assert np.all(np.diff([b.bytes for b in report(8).buffers]) <= 0)
+
+
+@pytest.mark.slow
+def test_the_training_loop_ends_so_when_a_step_finds_no_memory(tmp_path, monkeypatch, capsys):
+  text = tmp_path / "text.txt"
+  text.write_text("a line of words\n" * 400)
+  data = DataConfig(source=str(text), tokenizer="bytes", documents="line")
+  model = dataclasses.replace(DENSE, vocab_size=None, num_layers=1)
+  config = tiny.config(model, data=data, cache_dir=str(tmp_path / "cache"), sample_prompt="a")
+
+  def no_memory(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+  monkeypatch.setattr(loop, "put_batch", no_memory)  # In the place of the device's own error.
+  with pytest.raises(Stop) as stopped:
+    loop.train(config, tmp_path / "run")
+  assert stopped.value.status == 1 and "--config." in stopped.value.message
+  assert "memory of a device" in capsys.readouterr().err
