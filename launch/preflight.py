@@ -56,26 +56,37 @@ def preflight(config, devices: list) -> int:
 
   mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
   memory = device_memory(mesh) if _MEMORY.value is None else round(_MEMORY.value * 2**30)
-  tried = lambda c: _told(c, attempt(c, devices, memory))
-  report = attempt(config, devices, memory)
+  tried = lambda c: _told(attempt(c, devices, memory))
+  report, changed = attempt(config, devices, memory), None
   found = best(config, devices, memory, tried, _TRIES.value) if _SEARCH.value else []
-  if report.fits is False and _SUGGEST.value and memory is not None:
-    suggestions = tuple(f.flags for f in found[:1]) or fitting(
-      config, devices, memory, report, tried
-    )
-    report = dataclasses.replace(report, suggestions=suggestions)
-  if _JSON.value:
-    values = report.values()
-    print(json.dumps(values | ({"search": [f.values() for f in found]} if _SEARCH.value else {})))
-  else:
-    lines = report.lines()
-    if _SEARCH.value:
-      lines += ["the best found", *(f"  {f.line()}" for f in found or [])]
-    print("\n".join(lines))
+  if report.fits is False and memory is not None and (found or _SUGGEST.value):
+    if found:
+      suggestion = found[0].flags
+    else:
+      suggestion, changed = fitting(config, devices, memory, report, tried)
+    report = dataclasses.replace(report, suggestions=(suggestion,))
+  _print(report, changed, found)
   return DOES_NOT_FIT if report.fits is False else DONE
 
 
-def _told(config, report):
+def _print(report, changed, found: list) -> None:
+  """The report, that of the change which fits, and what a search has found."""
+  if _JSON.value:
+    values = report.values()
+    values |= {} if changed is None else {"suggested": changed.values()}
+    values |= {"search": [f.values() for f in found]} if _SEARCH.value else {}
+    print(json.dumps(values))
+    return
+  lines = report.lines()
+  lines += [] if changed is None else ["", "with that change:", *changed.lines()]
+  if _SEARCH.value:
+    lines += ["", "the best found" if found else "nothing that was tried fits"]
+    lines += [f"  {f.line()}" for f in found]
+  print("\n".join(lines))
+
+
+def _told(report):
+  """Says on stderr what has been compiled: each takes minutes for large models."""
   state = {True: "fits", False: "does not fit", None: "compiled"}[report.fits]
   print(f"tried: {report.title}: {state}", file=sys.stderr, flush=True)
   return report

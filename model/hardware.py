@@ -65,7 +65,7 @@ def _nvidia(
 
 
 # `link` in GB/s and direction, `network` in Gbit/s and device.
-_V4 = _tpu(275, 32, 1228, usable=31.25, link=50, links=6, network=25)
+_V4 = _tpu(275, 32, 1228, usable=30.75, link=50, links=6, network=25)
 _V5E = _tpu(197, 16, 819, usable=15.75, link=50, links=4, network=25)
 _V5P = _tpu(459, 95, 2765, usable=95.74, link=100, links=6, network=50)
 _V6E = _tpu(918, 32, 1638, usable=31.25, link=100, links=4, network=100)

@@ -7,6 +7,7 @@ import json
 import jax
 import pytest
 
+from configs.gpt_small import get_config as gpt_small
 from configs.gpt_tiny import get_config
 from launch.topologies import devices_of
 from model.errors import InputError
@@ -15,7 +16,7 @@ from train.analysis.attempt import attempt
 from train.analysis.described import described
 from train.config import Config, DataConfig, MeshConfig, ObjectiveConfig
 
-TINY = dict(num_layers=2, d_model=64, d_ff=128, vocab_size=512)
+TINY = dict(num_layers=1, d_model=64, d_ff=128, vocab_size=512)
 SMALL = (
   "--config=configs/gpt_tiny.py", "--topology=cpu:8", "--json", "--config.batch_size=64",
   *(f"--config.model.{name}={size}" for name, size in TINY.items()),
@@ -161,6 +162,31 @@ def test_a_tpu_program_runs_splash_attention_and_a_suggestion_for_it_fits():
   assert {c["axis"] for c in told["collectives"]} == {"fsdp"}
   # Padded rows of the table are counted in bytes, and are none here; all is split four ways.
   assert 4 * told["parameter_bytes"] == pytest.approx(4 * told["parameters_total"], rel=1e-3)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_on_a_tpu_skipped_blocks_are_not_counted_and_buffers_add_up_to_the_peak():
+  config = tpu_config()
+  report = attempt(config, devices_of("v5e:2x2", 1), None)
+  rows, layers, width, length = 64 / 4, 4, 768, 1024
+  visited = 3 / 4  # Of the blocks of 512 x 512 one is above the diagonal.
+  scores = 2 * rows * length**2 * width * layers * visited
+  kernels = report.done.kernels
+  assert kernels["splash_mha_fwd_segmented_residuals"] == 2 * scores
+  assert kernels["splash_mha_dkv_segmented_no_residuals"] == 4 * scores
+  assert kernels["splash_mha_dq_segmented_no_residuals"] == 3 * scores
+  weights = layers * 12 * width**2 + 2048 * width
+  assert report.done.flops == 6 * rows * length * weights + 9 * scores
+  assert sum(b.bytes for b in report.buffers) == pytest.approx(report.peak_bytes, rel=0.1)
+
+
+def tpu_config() -> Config:
+  config = described(gpt_small())
+  model = dataclasses.replace(
+    config.model, num_layers=4, vocab_size=2048, dtype="bfloat16", remat="none"
+  )
+  return dataclasses.replace(config, batch_size=64, model=model, mesh=MeshConfig(fsdp=4))
 
 
 @needs_libtpu

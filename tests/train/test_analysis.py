@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.errors import Stop
 from model.sharding import make_mesh
 from tests.train import tiny
+from train import loop
 from train.analysis import hlo
 from train.analysis.attempt import attempt
 from train.analysis.collectives import axis_name, collectives, device_groups
@@ -23,7 +24,7 @@ from train.analysis.memory import state_bytes
 from train.analysis.model_work import model_flops
 from train.analysis.report import allocations
 from train.analysis.work import instruction_flops, work
-from train.config import MeshConfig, OptimizerConfig
+from train.config import DataConfig, MeshConfig, OptimizerConfig
 from train.program import build_program
 
 DENSE = ModelConfig(
@@ -61,6 +62,7 @@ def test_flops_are_affine_in_layers_the_same_unrolled_and_those_of_a_hand_count(
   assert report(4).done.remat_flops == 0
 
 
+@pytest.mark.slow
 def test_remat_is_told_apart_and_sharded_programs_do_the_same_work():
   plain, full = report(4).done, report(4, remat="full").done
   assert full.remat_flops == full.flops - plain.flops > 0
@@ -239,7 +241,7 @@ def test_tiles_of_a_layout_count_their_padding():
 
 
 def test_a_run_out_of_memory_ends_with_a_report_and_the_flag_to_change(capsys):
-  config = tiny.config(mesh=MeshConfig(data=8))
+  config = tiny.config(dataclasses.replace(DENSE, num_layers=1), mesh=MeshConfig(data=8))
   mesh = make_mesh(data=8)
   with jax.set_mesh(mesh):
     program = build_program(config, mesh)
@@ -272,7 +274,26 @@ def test_arrays_that_the_compiler_names_are_read_from_its_message():
   assert (second.name, second.bytes) == ("bf16[4,8]", round(512.5 * 2**20))
 
 
+@pytest.mark.slow
 def test_buffers_of_a_loop_are_named_by_the_module_that_fills_them():
   names = [b.name for b in report(8, rows=512).buffers]
   assert any(n.startswith("MLP, forward: f32[8,512,16,64]") for n in names), names[:20]
   assert np.all(np.diff([b.bytes for b in report(8).buffers]) <= 0)
+
+
+@pytest.mark.slow
+def test_the_training_loop_ends_so_when_a_step_finds_no_memory(tmp_path, monkeypatch, capsys):
+  text = tmp_path / "text.txt"
+  text.write_text("a line of words\n" * 400)
+  data = DataConfig(source=str(text), tokenizer="bytes", documents="line")
+  model = dataclasses.replace(DENSE, vocab_size=None, num_layers=1)
+  config = tiny.config(model, data=data, cache_dir=str(tmp_path / "cache"), sample_prompt="a")
+
+  def no_memory(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+  monkeypatch.setattr(loop, "put_batch", no_memory)  # In the place of the device's own error.
+  with pytest.raises(Stop) as stopped:
+    loop.train(config, tmp_path / "run")
+  assert stopped.value.status == 1 and "--config." in stopped.value.message
+  assert "memory of a device" in capsys.readouterr().err

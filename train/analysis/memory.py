@@ -12,7 +12,7 @@ from train.analysis.hlo import Computation, Instruction, Module
 from train.analysis.loops import definition
 from train.program import Program
 
-_SMALL = 2**20  # Buffers below are not told apart.
+_SMALL = 2**10  # Buffers below are not counted.
 _ALIASES = {
   "parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "constant",
   "dynamic-update-slice", "optimization-barrier", "copy-start", "async-start", "async-done",

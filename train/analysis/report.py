@@ -94,7 +94,8 @@ class Report:
     rows += [("peak", self.peak_bytes), ("memory", self.memory_bytes)]
     lines = ["memory of a device"]
     lines += [f"  {n:<20}{'not known' if v is None else text(v):>12}" for n, v in rows]
-    lines += [f"  largest of {len(self.buffers):,} buffers at the fullest moment (estimate)"]
+    held = text(sum(b.bytes for b in self.buffers))
+    lines += [f"  the largest buffers at the fullest moment, by an estimate that adds up to {held}"]
     return lines + [f"  {text(b.bytes):>12}  {b.name}" for b in self.buffers[:LARGEST]]
 
   def _work_lines(self) -> list[str]:

@@ -31,8 +31,10 @@ def flags(old: Config, new: Config) -> str:
 
 def fitting(
   config: Config, devices: list, memory: int, first: Report, attempt: Callable[[Config], Report]
-) -> tuple[str, ...]:
-  """Suggestions for a step that does not fit; the first one has been compiled, and fits.
+) -> tuple[str, Report | None]:
+  """A suggestion for a step that does not fit, and its report: it has been compiled, and fits.
+
+  Where nothing that was tried fits, the suggestion says what else is needed; it has no report.
 
   Tried in the order of what they cost: stronger remat, smaller parts of a batch, then meshes that
   split the state further.
@@ -57,11 +59,11 @@ def fitting(
     if report.fits and report.peak_bytes is not None:
       seconds = report.estimate.step_seconds
       pace = "" if seconds is None else f", a step in {seconds:.3g} s at best"
-      return (f"{flags(config, current)} (compiled: {byte_text(report.peak_bytes)} of "
-              f"{byte_text(memory)}{pace})",)  # fmt: skip
+      size = f"compiled: {byte_text(report.peak_bytes)} of {byte_text(memory)}"
+      return f"{flags(config, current)} ({size}{pace})", report
     if tries >= _TRIES:
       break
-  return (_more_devices(config, devices, memory),)
+  return _more_devices(config, devices, memory), None
 
 
 def _smaller(config: Config, devices: list, report: Report, memory: int) -> Config | None:

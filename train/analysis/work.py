@@ -141,6 +141,8 @@ def kernel_flops(
   estimate = re.search(r'cost_estimate"?\s*[:=]\s*\{[^}]*?"?flops"?\s*[:=]\s*"?(\d+)', i.attributes)
   if target in ("tpu_custom_call", "mosaic_gpu"):
     name = re.sub(r"[.\d]+$", "", i.name)
+    if not any(s.dtype[0] in "bf" for s in computation.shapes(i)):
+      return None, 0.0  # It works on indices.
     if "splash" in name:
       return name, _splash_flops(computation, i, share)
     return name, float(estimate[1]) if estimate else None
