@@ -69,7 +69,7 @@ ROWS = (
   Row("llama3_8b", "v6e:8x8", overrides=("mesh.data=1", "mesh.fsdp=None", "accumulation=4")),
   Row("llama3_8b", "v5e:16x16", 4, ("mesh.slices=4", "batch_size=1024")),
   Row("llama3_70b", "v5p:8x8x8"),
-  Row("llama3_70b", "v6e:16x16", overrides=("accumulation=2",)),
+  Row("llama3_70b", "v6e:16x16", overrides=("accumulation=2", "objective.loss_parts=8")),
   Row("mixtral_8x7b", "v5p:4x4x4"),
   Row("llama3_405b", "v5p:8x16x16"),
   Row("bert_large", "v5e:4x4"),
