@@ -86,6 +86,17 @@ others wholly. A real step takes longer.
 Bytes are those of one device. `FLOPs` is what the program computes over what the model needs (6ND
 and causal attention): full remat computes the forward pass twice, about 1.33. Collectives: bytes
 that leave a device in a step, by kind and mesh axis, where rings are used.
+
+What the compiler made of a mesh decides more than the mesh itself:
+
+* A slice has to be described with its rings (cubes of 4 in every dimension, v5e and v6e along 16).
+  Without them a gather over the whole slice becomes a sum, of twice the bytes.
+* Where `fsdp` is one ring of the torus, gathers of weights run beside the products that need them
+  (async_collective_fusion), and gradients are scattered (all-reduce-scatter). Over two or three
+  dimensions there is no scatter, whatever the program asks for: gradients are summed whole and
+  cut, twice the bytes, over all links at once.
+* `objective.loss_parts` saves the memory of scores of the vocabulary and costs network: the head is
+  gathered, and its gradient summed, for each part.
 """
 _NUMBERS = flags.DEFINE_list("rows", None, "Rows to compile, counted from 1; all by default.")
 _WRITE_ONLY = flags.DEFINE_bool("write_only", False, "Compile nothing; write the page again.")
