@@ -69,7 +69,7 @@ ROWS = (
   Row("llama3_8b", "v6e:8x8", overrides=("mesh.data=1", "mesh.fsdp=None", "accumulation=4")),
   Row("llama3_8b", "v5e:16x16", 4, ("mesh.slices=4", "batch_size=1024")),
   Row("llama3_70b", "v5p:8x8x8"),
-  Row("llama3_70b", "v6e:16x16", overrides=("accumulation=2",)),
+  Row("llama3_70b", "v6e:16x16", overrides=("accumulation=2", "objective.loss_parts=8")),
   Row("mixtral_8x7b", "v5p:4x4x4"),
   Row("llama3_405b", "v5p:8x16x16"),
   Row("bert_large", "v5e:4x4"),
@@ -86,6 +86,17 @@ others wholly. A real step takes longer.
 Bytes are those of one device. `FLOPs` is what the program computes over what the model needs (6ND
 and causal attention): full remat computes the forward pass twice, about 1.33. Collectives: bytes
 that leave a device in a step, by kind and mesh axis, where rings are used.
+
+What the compiler made of a mesh decides more than the mesh itself:
+
+* A slice has to be described with its rings (cubes of 4 in every dimension, v5e and v6e along 16).
+  Without them a gather over the whole slice becomes a sum, of twice the bytes.
+* Where `fsdp` is one ring of the torus, gathers of weights run beside the products that need them
+  (async_collective_fusion), and gradients are scattered (all-reduce-scatter). Over two or three
+  dimensions there is no scatter, whatever the program asks for: gradients are summed whole and
+  cut, twice the bytes, over all links at once.
+* `objective.loss_parts` saves the memory of scores of the vocabulary and costs network: the head is
+  gathered, and its gradient summed, for each part.
 """
 _NUMBERS = flags.DEFINE_list("rows", None, "Rows to compile, counted from 1; all by default.")
 _WRITE_ONLY = flags.DEFINE_bool("write_only", False, "Compile nothing; write the page again.")

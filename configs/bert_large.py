@@ -31,6 +31,7 @@ def get_config() -> Config:
       norm_eps=1e-12, norm_placement="post", final_norm=False, gated=False, activation="gelu",
       mlp_bias=True, attention_bias=True, attention_out_bias=True, head_dense=True, head_norm=True,
       logit_bias=True, init_residual_scale=False, dropout=0.1, attention_dropout=0.1,
+      remat="dots",
     ),
     objective=ObjectiveConfig(name="masked_lm"),
     data=DataConfig(source="python_stdlib", tokenizer="wordpiece:30522"),

@@ -9,7 +9,7 @@ takes is in docs/scale.md. Not trained by us.
 """
 
 from model.config import ModelConfig
-from train.config import Config, DataConfig, MeshConfig, ObjectiveConfig, OptimizerConfig
+from train.config import Config, DataConfig, MeshConfig, OptimizerConfig
 
 
 def get_config() -> Config:
@@ -24,7 +24,6 @@ def get_config() -> Config:
       vocab_size=128_256, num_layers=126, d_model=16_384, d_ff=53_248, num_heads=128,
       num_kv_heads=8, max_positions=8192, rope_theta=500_000.0, tie_embeddings=False, remat="full",
     ),
-    objective=ObjectiveConfig(loss_parts=8),
     data=DataConfig(source="python_stdlib", tokenizer="bpe:128256"),
     optimizer=OptimizerConfig(learning_rate=8e-5, warmup_steps=8000),
     mesh=MeshConfig(data=1, fsdp=None),

@@ -101,7 +101,8 @@ def in_parts(
   """`sums(x, targets, weights)`, the scores of whose words are in memory for one part at a time.
 
   Part i has the tokens i, i + parts, … of each row, so that a length that is split over devices
-  stays where it is. The backward pass scores a part's words once more, unless there is one part.
+  stays where it is. Of several parts the backward pass scores the words once more; weights of the
+  head that are split over devices are gathered, and their gradients summed, for each part.
 
   Raises:
     InputError: if the parts are not equally long.
