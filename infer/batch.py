@@ -13,18 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infer.decode import Drawn, Request, decode, prefill, reread
+from infer.decode import Drawn, decode, prefill, reread
 from infer.prompts import prefix
-from infer.sampling import OFF_TOP_K, MinP, Sampler, Temperature, TopK, TopP, seed_words
+from infer.requests import bucket, request_of
 from infer.settings import Settings
 from infer.text import Transcript, continuation
 from model.cache import new_cache
+from model.errors import InputError
 from model.transformer import Inputs
 
 if TYPE_CHECKING:
   from model import Model
 
-LEAST_PROMPT, LEAST_LENGTH, LEAST_ROOM, LEAST_ENDS = 16, 64, 64, 8  # The smallest sizes.
+LEAST_PROMPT, LEAST_LENGTH, LEAST_ROOM = 16, 64, 64  # The smallest sizes.
 PROMPT_TOKENS = 16_384  # The most tokens of a batch's padded prompts, which are read in one pass.
 CACHE_BYTES = 2**31  # The most bytes of a batch's cache, where a device does not tell its memory.
 CACHE_SHARE = 0.5  # Of the memory that is free on a device.
@@ -45,12 +46,13 @@ class Batch:
 
   def __init__(
     self, m: "Model", prompts: list[list[int]], seeds: list[int], settings: Settings, *,
-    follow: bool,
+    follow: bool, sequences: list[int] | None = None,
   ):  # fmt: skip
     """Reads the prompts and chooses a first token for each.
 
     Args:
       prompts: of an encoder–decoder, what its encoder reads.
+      sequences: the number of each among the sequences of its prompt; None: each is the first.
       follow: keep the text of each row after every token, which stop strings and streams need.
     """
     self.settings, self.decode_text = settings, text_of(m)
@@ -65,7 +67,7 @@ class Batch:
     encoder = m.config.shape == "encoder_decoder"
     tokens, lengths = _table(read, size, 1 if encoder else LEAST_PROMPT, limit)
     source = _source(*_table(prompts, size, LEAST_PROMPT, limit)) if encoder else None
-    self._request = _request(settings, seeds, size, self._ends, m.config.padded_vocab)
+    self._request = request_of(m, settings, seeds, sequences, size, self._ends)
     self._cache, self._progress = prefill(
       self._net, self._params, tokens, lengths, self._request, source, cfg=m.config,
       length=self._length,
@@ -124,6 +126,11 @@ class Batch:
       for token in tokens:
         if row.ended:
           break
+        if token < 0:
+          raise InputError(
+            f"after {len(row.tokens)} new tokens no token is left that logit_bias, bad_words, "
+            "allowed_tokens, no_repeat_ngram_size and min_new_tokens allow: loosen one of them."
+          )
         row.tokens.append(token)
         if token in self._ends:
           row.ended = True
@@ -175,12 +182,6 @@ def text_of(m: "Model") -> Callable[[list[int]], str]:
   return m.tokenizer.decode if m.tokenizer is not None else lambda tokens: ""
 
 
-def bucket(size: int, least: int, most: int | None = None) -> int:
-  """The power of two, of at least `least` and at most `most`, that has room for `size`."""
-  rounded = max(least, 1 << (size - 1).bit_length())
-  return rounded if most is None else min(rounded, most)
-
-
 def _cache_length(m: "Model", prompts: list[list[int]], settings: Settings) -> int:
   longest, most = max(map(len, prompts)), m.config.max_positions
   return bucket(longest + settings.most_new_tokens(), LEAST_LENGTH, most)
@@ -201,31 +202,3 @@ def _source(tokens: np.ndarray, lengths: np.ndarray) -> Inputs:
   """What an encoder reads."""
   index: Any = np.arange(tokens.shape[1], dtype=np.int32)
   return Inputs(jnp.asarray(tokens), jnp.where(index < lengths[:, None], index, -1))
-
-
-def _request(
-  settings: Settings, seeds: list[int], size: int, ends: frozenset[int], vocab: int
-) -> Request:
-  """The settings as arrays, with a value per row and neutral ones where something is off."""
-  tiny, huge = np.finfo(np.float32).tiny, np.finfo(np.float32).max
-
-  def rows(value: Any, dtype: Any) -> Any:
-    return np.full(size, value, dtype)
-
-  words: Any = np.zeros((size, 2), np.uint32)
-  words[: len(seeds)] = [seed_words(s) for s in seeds]
-  # What float32 cannot tell from 0 is 0 for a temperature and the least number for a probability.
-  temperature = 0.0 if settings.temperature < tiny else min(settings.temperature, huge)
-  top_p = 1.0 if settings.top_p is None else max(settings.top_p, tiny)
-  sampler = Sampler(
-    temperature=Temperature(rows(temperature, np.float32)),
-    top_k=TopK(rows(OFF_TOP_K if settings.top_k is None else settings.top_k, np.int32)),
-    top_p=TopP(rows(top_p, np.float32)),
-    min_p=MinP(rows(settings.min_p or 0.0, np.float32)),
-    seed=words,
-    sequence=rows(0, np.int32),
-  )
-  stop_ids: Any = np.full(bucket(max(1, len(ends)), LEAST_ENDS), vocab, np.int32)
-  stop_ids[: len(ends)] = sorted(ends)
-  least: Any = np.int32(settings.min_new_tokens)
-  return Request(sampler, stop_ids, least)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from infer.sampling import Sampler
+from infer.shaping import History, Shaping
 from model.cache import Cache, new_cache
 from model.config import ModelConfig
 from model.transformer import Inputs
@@ -19,6 +20,7 @@ from model.transformer import Inputs
 class Request:
   """What the rows of a batch ask for. Stop ids beyond the vocabulary are padding."""
 
+  shaping: Shaping
   sampler: Sampler
   stop_ids: Int[Array, "ends"]  # Tokens that end a row.
   min_new_tokens: Int[Array, ""]  # Before so many new tokens no stop id is chosen.
@@ -27,7 +29,7 @@ class Request:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-  """What was chosen, a column per step; token -1 where a row had ended.
+  """What was chosen, a column per step; token -1 where a row had ended, or nothing was allowed.
 
   Log-probabilities are the model's own, in nats, before any processor.
   """
@@ -47,6 +49,7 @@ class Progress:
   token: Int[Array, "B"]  # The newest, not yet in the cache.
   pos: Int[Array, "B"]  # Its position.
   ended: Bool[Array, "B"]
+  said: History  # The newest token included.
   drawn: Drawn
 
 
@@ -68,11 +71,13 @@ def prefill(
   net, B = nnx.merge(graphdef, params), len(tokens)
   x, cache = _read(net, tokens, lengths, lengths, source, cfg, length)
   last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+  known = jnp.zeros((B, length), jnp.int32).at[:, : tokens.shape[1]].set(tokens)
   start = Progress(
     count=jnp.zeros((), jnp.int32),
     token=jnp.zeros(B, jnp.int32),
     pos=lengths - 1,
     ended=lengths == 0,
+    said=History(known, lengths, lengths),
     drawn=Drawn(
       tokens=jnp.full((B, room), -1, jnp.int32),
       logprobs=jnp.zeros((B, room), jnp.float32),
@@ -151,10 +156,14 @@ def _choose(progress: Progress, logits: Float[Array, "B V"], request: Request) -
   pos = progress.pos + 1
   ends = jnp.zeros(vocab, bool).at[request.stop_ids].set(True, mode="drop")
   early = progress.count < request.min_new_tokens
-  token = request.sampler(jnp.where(ends & early, -jnp.inf, logits), pos)
-  drawn = _record(progress, logits, token)
-  ended = progress.ended | ends[token]
-  return Progress(progress.count + 1, jnp.where(ended, 0, token), pos, ended, drawn)
+  shaped = request.shaping(logits, progress.said)
+  shaped = jnp.where(ends & early, -jnp.inf, shaped)
+  token = request.sampler(shaped, pos)
+  stuck = jnp.max(shaped, axis=-1) == -jnp.inf
+  drawn = _record(progress, logits, jnp.where(stuck, -1, token))
+  said = progress.said.push(token, ~(progress.ended | stuck))
+  ended = progress.ended | ends[token] | stuck
+  return Progress(progress.count + 1, jnp.where(ended, 0, token), pos, ended, said, drawn)
 
 
 def _record(progress: Progress, logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Drawn:

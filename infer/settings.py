@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 from model.errors import InputError, nearest
 
 DEFAULT_NEW_TOKENS = 64
+MOST_NGRAM = 1024  # The longest run of tokens that may be kept from coming again.
+
+Word = str | int | Sequence[int]  # A text, a token or several.
+Biases = Mapping[Word, float]  # Several tokens are a tuple.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +26,21 @@ class Settings:
   top_k: int | None = None  # Draw from the k most probable tokens.
   top_p: float | None = None  # Draw from the most probable tokens that sum to p.
   min_p: float | None = None  # Draw from tokens at least p times as probable as the best.
+  typical_p: float | None = None  # Draw from tokens of about the expected surprise that sum to p.
+  epsilon_cutoff: float | None = None  # Draw from tokens of at least this probability.
   seed: int | Sequence[int] = 0  # One for every prompt, or one each.
+  repetition_penalty: float = 1.0  # Above 1: against tokens of the prompt and the text (CTRL).
+  presence_penalty: float = 0.0  # Taken off the scores of tokens that the text has.
+  frequency_penalty: float = 0.0  # As often as the text has them.
+  no_repeat_ngram_size: int | None = None  # No run of so many tokens is there twice.
+  logit_bias: Biases | None = None  # Added to a token's score; of several tokens, to the last's.
+  bad_words: Sequence[Word] = ()  # Never said. A text is meant with a space before it as well.
+  allowed_tokens: Sequence[int] | None = None  # Ids besides which none is chosen.
+  num_return_sequences: int = 1  # Sequences of each prompt, which follow each other.
+  best_of: int | None = None  # Draw so many of each prompt and keep the best.
+  scorer: Any = "mean_logprob"  # What is best: see `infer.generate`.
   logprobs: int | None = None  # Also report this many of the most probable tokens.
+  echo: bool = False  # Also report the log-probabilities of the prompt's tokens.
 
   def __post_init__(self):
     _whole("min_new_tokens", self.min_new_tokens, least=0)
@@ -41,6 +58,14 @@ class Settings:
               lambda p: 0 < p <= 1)  # fmt: skip
     if self.min_p is not None:
       _number("min_p", self.min_p, "between 0 and 1", lambda p: 0 <= p <= 1)
+    if self.typical_p is not None:
+      _number("typical_p", self.typical_p, "above 0 and at most 1 (leave it out for no limit)",
+              lambda p: 0 < p <= 1)  # fmt: skip
+    if self.epsilon_cutoff is not None:
+      _number("epsilon_cutoff", self.epsilon_cutoff, "at least 0 and below 1",
+              lambda p: 0 <= p < 1)  # fmt: skip
+    self._check_shaping()
+    self._check_sequences()
     if self.logprobs is not None:
       _whole("logprobs", self.logprobs, least=1)
     for seed in self._seeds():
@@ -51,6 +76,53 @@ class Settings:
         raise InputError("stop='' is an empty string, which is everywhere: leave it out.")
       if not isinstance(stop, str):
         _whole("stop", stop, least=0)
+
+  def _check_shaping(self) -> None:
+    _number("repetition_penalty", self.repetition_penalty, "above 0 (1 changes nothing)",
+            lambda p: p > 0)  # fmt: skip
+    for name in ("presence_penalty", "frequency_penalty"):
+      _number(name, getattr(self, name), "(0 changes nothing)", lambda p: True)
+    if self.no_repeat_ngram_size is not None:
+      _whole("no_repeat_ngram_size", self.no_repeat_ngram_size, least=1)
+      if self.no_repeat_ngram_size > MOST_NGRAM:
+        raise InputError(
+          f"no_repeat_ngram_size={self.no_repeat_ngram_size} must be at most {MOST_NGRAM}."
+        )
+    if isinstance(self.bad_words, str | int) or not hasattr(self.bad_words, "__iter__"):
+      raise InputError(f"bad_words={self.bad_words!r} must be a list of texts or token ids.")
+    for word in self.bad_words:
+      _word("bad_words", word)
+    if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+      raise InputError(f"logit_bias={self.logit_bias!r} must be a dict from tokens to numbers.")
+    for word, bias in (self.logit_bias or {}).items():
+      _word("logit_bias", word)
+      ruled_out = isinstance(bias, Real) and bias == -math.inf
+      if not ruled_out:
+        _number(f"logit_bias[{word!r}]", bias, "or -inf", lambda b: True)
+    if self.allowed_tokens is not None:
+      allowed = _items("allowed_tokens", self.allowed_tokens)
+      if not allowed:
+        raise InputError("allowed_tokens is empty: no token could be chosen. Leave it out.")
+      for token in allowed:
+        _whole("allowed_tokens", token, least=0)
+
+  def _check_sequences(self) -> None:
+    _whole("num_return_sequences", self.num_return_sequences, least=1)
+    drawn = self.num_return_sequences
+    if self.best_of is not None:
+      _whole("best_of", self.best_of, least=1)
+      if self.best_of < self.num_return_sequences:
+        raise InputError(
+          f"best_of={self.best_of} is less than num_return_sequences={self.num_return_sequences}."
+        )
+      drawn = self.best_of
+    elif self.scorer != "mean_logprob":
+      raise InputError("scorer has no effect without best_of: set how many are drawn.")
+    if drawn > 1 and self.temperature == 0:
+      name = "num_return_sequences" if self.best_of is None else "best_of"
+      raise InputError(f"{name}={drawn} of greedy decoding would all be the same: set temperature.")
+    if not isinstance(self.echo, bool):
+      raise InputError(f"echo={self.echo!r} must be True or False.")
 
   def most_new_tokens(self) -> int:
     """`max_new_tokens`, the default resolved; a model may have room for fewer."""
@@ -114,6 +186,15 @@ def _number(name: str, value: Any, wanted: str, allowed) -> None:
   number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
   if not number or not allowed(value):
     raise InputError(f"{name}={value!r} must be a number {wanted}.")
+
+
+def _word(name: str, word: Any) -> None:
+  tokens = [word] if isinstance(word, str) or _is_whole(word) else word
+  if not isinstance(tokens, Sequence) or not tokens or word == "":
+    raise InputError(f"{name}: {word!r} must be a text, a token id or several, and not empty.")
+  for token in tokens:
+    if not isinstance(word, str):
+      _whole(name, token, least=0)
 
 
 def _items(name: str, value: Any) -> list:
