@@ -97,6 +97,21 @@ _BEST_OF = flags.DEFINE_integer(
 _SCORER = flags.DEFINE_string(
   "scorer", "mean_logprob", "'mean_logprob', or the checkpoint of a reward model."
 )
+_PREFIX = flags.DEFINE_string("prefix", "", "What each completion begins with.")
+_NUM_BEAMS = flags.DEFINE_integer("num_beams", 1, "Sequences that a search goes on with.")
+_NUM_BEAM_GROUPS = flags.DEFINE_integer(
+  "num_beam_groups", 1, "Groups of beams that are to differ from each other."
+)
+_DIVERSITY_PENALTY = flags.DEFINE_float(
+  "diversity_penalty", 0.0, "For each time that groups before have just chosen a token."
+)
+_LENGTH_PENALTY = flags.DEFINE_float(
+  "length_penalty", 1.0, "Power of the length that a sequence's score is divided by."
+)
+_EARLY_STOPPING = flags.DEFINE_enum(
+  "early_stopping", "false", ["false", "true", "never"],
+  "When a search ends: by a rule of thumb, when num_beams have ended, or proven to be the best.",
+)  # fmt: skip
 _LOGPROBS = flags.DEFINE_integer("logprobs", None, "Report the N most probable tokens (--json).")
 _ECHO = flags.DEFINE_bool("echo", False, "Report the prompt's log-probabilities (--json).")
 
@@ -175,9 +190,11 @@ def _settings(prompts: list[str]) -> dict[str, Any]:
   settings: dict[str, Any] = {
     f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Settings)
   }
-  seeds, bias = settings["seed"], settings["logit_bias"]
+  seeds, bias, stopping = (settings[name] for name in ("seed", "logit_bias", "early_stopping"))
   settings |= dict(
-    seed=seeds[0] if len(seeds) == 1 else seeds, logit_bias=None if bias is None else _biases(bias)
+    early_stopping={"false": False, "true": True}.get(stopping, stopping),
+    seed=seeds[0] if len(seeds) == 1 else seeds,
+    logit_bias=None if bias is None else _biases(bias),
   )
   Settings(**settings).seeds(len(prompts))
   return settings
@@ -226,7 +243,8 @@ def _generate(m: Model, prompts: list[Any], settings: dict[str, Any]) -> None:
   if _CHAT.value:
     prompts = as_messages(m, prompts)
     settings = settings | {"stop": [*settings["stop"], *turn_ends(m)]}
-  single = len(prompts) == settings["num_return_sequences"] == (settings["best_of"] or 1) == 1
+  many = ("num_return_sequences", "num_beams", "best_of")
+  single = len(prompts) == 1 and all(settings[name] in (1, None) for name in many)
   live = sys.stdout.isatty() and single if _STREAM.value is None else _STREAM.value
   if live and not _JSON.value:
     _print_pieces(m, prompts, Settings(**settings).seeds(len(prompts)), settings)

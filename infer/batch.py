@@ -63,10 +63,9 @@ class Batch:
     self.rows = [Row(prompt, begin(prompt)) for prompt in read]
     self._net, self._params = m.unstacked()
     self._config, self._length = m.config, _cache_length(m, read, settings)
-    size, limit = bucket(len(prompts), 1), m.config.max_positions
-    encoder = m.config.shape == "encoder_decoder"
-    tokens, lengths = _table(read, size, 1 if encoder else LEAST_PROMPT, limit)
-    source = _source(*_table(prompts, size, LEAST_PROMPT, limit)) if encoder else None
+    size = bucket(len(prompts), 1)
+    tokens, lengths = padded_prompts(m, read, size)
+    source = source_of(m, prompts, size)
     self._request = request_of(m, settings, seeds, sequences, size, self._ends)
     self._cache, self._progress = prefill(
       self._net, self._params, tokens, lengths, self._request, source, cfg=m.config,
@@ -149,7 +148,8 @@ class Batch:
 
 
 def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[list[int]]:
-  """Indices of the prompts of each batch: similar lengths, and as many as memory has room for."""
+  """Indices of the prompts of each batch: similar lengths, and as many as memory has room for with
+  all of their beams."""
   longest = max(map(len, prompts))
   length = _cache_length(m, [prefix(m, prompt) for prompt in prompts], settings)
   source = bucket(longest, LEAST_PROMPT, m.config.max_positions)  # Kept behind an encoder only.
@@ -158,7 +158,7 @@ def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[li
   stats = jax.local_devices()[0].memory_stats() or {}
   free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
   budget = CACHE_SHARE * free if stats else CACHE_BYTES
-  most = min(budget // row_bytes, PROMPT_TOKENS // longest)
+  most = min(budget // row_bytes, PROMPT_TOKENS // longest) // settings.num_beams
   rows = 1 << max(0, int(most).bit_length() - 1)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   return [order[i : i + rows] for i in range(0, len(order), rows)]
@@ -198,7 +198,18 @@ def _table(
   return tokens, lengths
 
 
-def _source(tokens: np.ndarray, lengths: np.ndarray) -> Inputs:
-  """What an encoder reads."""
+def padded_prompts(
+  m: "Model", prompts: list[list[int]], size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """What `size` decoders read first, as `_table` has it."""
+  least = 1 if m.config.shape == "encoder_decoder" else LEAST_PROMPT
+  return _table(prompts, size, least, m.config.max_positions)
+
+
+def source_of(m: "Model", prompts: list[list[int]], size: int) -> Inputs | None:
+  """What an encoder reads; None where there is none."""
+  if m.config.shape != "encoder_decoder":
+    return None
+  tokens, lengths = _table(prompts, size, LEAST_PROMPT, m.config.max_positions)
   index: Any = np.arange(tokens.shape[1], dtype=np.int32)
   return Inputs(jnp.asarray(tokens), jnp.where(index < lengths[:, None], index, -1))

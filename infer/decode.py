@@ -69,7 +69,7 @@ def prefill(
     top: how many of the most probable tokens to report at each step.
   """
   net, B = nnx.merge(graphdef, params), len(tokens)
-  x, cache = _read(net, tokens, lengths, lengths, source, cfg, length)
+  x, cache = read(net, tokens, lengths, lengths, source, cfg, length)
   last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
   known = jnp.zeros((B, length), jnp.int32).at[:, : tokens.shape[1]].set(tokens)
   start = Progress(
@@ -100,10 +100,10 @@ def reread(
     prompts: tokens of each prompt.
     length: tokens that the cache has room for.
   """
-  return _read(nnx.merge(graphdef, params), tokens, lengths, prompts, None, cfg, length)[1]
+  return read(nnx.merge(graphdef, params), tokens, lengths, prompts, None, cfg, length)[1]
 
 
-def _read(net, tokens, lengths, prompts, source: Inputs | None, cfg: ModelConfig, length: int):
+def read(net, tokens, lengths, prompts, source: Inputs | None, cfg: ModelConfig, length: int):
   """(hidden states of texts that lie from the left, the cache behind them)."""
   B, T = tokens.shape
   index = jnp.arange(T)

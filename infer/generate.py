@@ -5,11 +5,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from infer.batch import Batch, batches
-from infer.prompts import by_room, checked, listed
+from infer.batch import Batch, batches, end_ids, text_of
+from infer.beam import search
+from infer.prompts import by_room, checked, listed, prefix
 from infer.ranking import scores
 from infer.scores import Pairs, prompt_logprobs
 from infer.settings import Settings, settings_of
+from infer.text import continuation
 from model.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class Completion:
   prompt_tokens: list[int] | None = None
   prompt_logprobs: list[float] | None = None
   prompt_top_logprobs: list[Pairs] | None = None
+  score: float | None = None  # Of a search: see `infer.beam.Found`.
 
 
 def generate(m: "Model", prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Completion]:
@@ -63,7 +66,11 @@ def generate(m: "Model", prompts: Prompt | Sequence[Prompt], **settings: Any) ->
   chosen, prompts = settings_of(settings), listed(prompts)
   encoded = checked(m, prompts, chosen)
   each = chosen.best_of or chosen.num_return_sequences
-  done = _all(m, [p for p in encoded for _ in range(each)], each, chosen)
+  done = (
+    _searched(m, encoded, chosen)
+    if chosen.num_beams > 1
+    else _all(m, [p for p in encoded for _ in range(each)], each, chosen)
+  )
   groups = [done[i : i + each] for i in range(0, len(done), each)]
   if chosen.best_of is not None:
     groups = [_best(m, p, group, chosen) for p, group in zip(prompts, groups, strict=True)]
@@ -90,6 +97,24 @@ def _all(m: "Model", prompts: list[list[int]], each: int, settings: Settings) ->
         batch.advance(STOP_STEPS if follow else room)
       done.update(zip(rows, _completions(batch), strict=True))
   return [done[i] for i in range(len(prompts))]
+
+
+def _searched(m: "Model", prompts: list[list[int]], settings: Settings) -> list[Completion]:
+  """The best sequences of each prompt behind each other."""
+  decode, ends = text_of(m), end_ids(m, settings)
+  done: dict[int, list[Completion]] = {}
+  for room, members in by_room(m, prompts, settings).items():
+    limited = dataclasses.replace(settings, max_new_tokens=room)
+    for places in batches(m, [prompts[i] for i in members], limited):
+      rows = [members[place] for place in places]
+      for i, group in zip(rows, search(m, [prompts[i] for i in rows], limited), strict=True):
+        done[i] = []
+        for found in group:
+          shown = [t for t in found.tokens if t not in ends]
+          text = continuation(decode, prefix(m, prompts[i]), shown)
+          reason = "stop" if found.ended else "length"
+          done[i].append(Completion(text, found.tokens, found.logprobs, reason, score=found.score))
+  return [completion for i in range(len(prompts)) for completion in done[i]]
 
 
 def _best(
@@ -121,7 +146,7 @@ def stream(m: "Model", prompt: Prompt, **settings: Any) -> Iterator[str]:
   encoded = checked(m, prompt, chosen)
   if len(encoded) != 1:
     raise InputError(f"stream takes one prompt and got {len(encoded)}: call it once for each.")
-  for name in ("num_return_sequences", "best_of", "echo"):
+  for name in ("num_return_sequences", "num_beams", "best_of", "echo"):
     if getattr(chosen, name) not in (1, None, False):
       raise InputError(f"{name}={getattr(chosen, name)} cannot be streamed: call generate.")
   chosen = dataclasses.replace(chosen, max_new_tokens=next(iter(by_room(m, encoded, chosen))))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from infer.heads import check_head
 from infer.ranking import check_scorer
-from infer.requests import spellings
+from infer.requests import prefix_tokens, spellings
 from infer.settings import Settings
 from model.errors import InputError
 from model.trained import decoder_start
@@ -40,7 +40,21 @@ def checked(m: "Model", prompts: Any, settings: Settings) -> list[list[int]]:
     for token in prompt:
       _in_vocabulary(f"prompt {i}", token, vocab)
     _check_room(m, i, prompt, settings)
+    _check_search(m, prompt, settings)
   return encoded
+
+
+def _check_search(m: "Model", prompt: list[int], settings: Settings) -> None:
+  """Raises an InputError where beams would outgrow the length that LongRoPE began with."""
+  original = m.config.rope_original_positions
+  if settings.num_beams == 1 or m.config.rope_scaling != "longrope" or original is None:
+    return
+  if len(prompt) <= original < len(prompt) + settings.most_new_tokens():
+    raise InputError(
+      f"num_beams={settings.num_beams}: a text of {len(prompt)} tokens would outgrow the "
+      f"{original} positions that LongRoPE began with, and beams are not read anew: ask for fewer "
+      "tokens."
+    )
 
 
 def _check_words(m: "Model", settings: Settings, vocab: int) -> None:
@@ -56,6 +70,16 @@ def _check_words(m: "Model", settings: Settings, vocab: int) -> None:
         _in_vocabulary(name, token, vocab)
   for token in settings.allowed_tokens or ():
     _in_vocabulary("allowed_tokens", token, vocab)
+  first = prefix_tokens(m, settings)
+  for token in first:
+    _in_vocabulary("prefix", token, vocab)
+  if settings.prefix and not first:
+    raise InputError(f"prefix={settings.prefix!r} has no token of this model's tokenizer.")
+  if len(first) > settings.most_new_tokens():
+    raise InputError(
+      f"prefix has {len(first)} tokens, and max_new_tokens={settings.most_new_tokens()}: ask for "
+      "more."
+    )
 
 
 def prefix(m: "Model", prompt: list[int]) -> list[int]:

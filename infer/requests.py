@@ -22,6 +22,7 @@ from infer.shaping import (
   AllowedTokens,
   CountPenalty,
   NoRepeatNGram,
+  Prefix,
   RepetitionPenalty,
   SequenceBias,
   Shaping,
@@ -83,6 +84,7 @@ def _shaping(m: "Model", settings: Settings, size: int) -> Shaping:
     ngrams=NoRepeatNGram(_rows(size, ngram, np.int32)),
     bad_words=_sequence_bias(bad),
     allowed=AllowedTokens(_ids(settings.allowed_tokens or (), m.config.padded_vocab)),
+    prefix=_prefix(prefix_tokens(m, settings)),
   )
 
 
@@ -95,6 +97,20 @@ def spellings(m: "Model", word: Word) -> list[tuple[int, ...]]:
     encode = lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
     return [tokens for tokens in dict.fromkeys((encode(word), encode(f" {word}"))) if tokens]
   return [tuple(word)] if isinstance(word, Sequence) else [(word,)]
+
+
+def prefix_tokens(m: "Model", settings: Settings) -> list[int]:
+  """The tokens that each completion begins with."""
+  if not isinstance(settings.prefix, str):
+    return [int(token) for token in settings.prefix]
+  return m.tokenizer.encode(settings.prefix, add_special_tokens=False) if m.tokenizer else []
+
+
+def _prefix(tokens: list[int]) -> Prefix:
+  ids: Any = np.zeros(bucket(max(1, len(tokens)), LEAST_IDS), np.int32)
+  ids[: len(tokens)] = tokens
+  length: Any = np.int32(len(tokens))
+  return Prefix(ids, length)
 
 
 def _sequence_bias(pairs: list[tuple[tuple[int, ...], float]]) -> SequenceBias:

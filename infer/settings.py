@@ -39,6 +39,12 @@ class Settings:
   num_return_sequences: int = 1  # Sequences of each prompt, which follow each other.
   best_of: int | None = None  # Draw so many of each prompt and keep the best.
   scorer: Any = "mean_logprob"  # What is best: see `infer.generate`.
+  prefix: str | Sequence[int] = ()  # What each completion begins with: a text or token ids.
+  num_beams: int = 1  # Sequences that a search goes on with; 1: no search.
+  num_beam_groups: int = 1  # Groups of beams that are to differ from each other.
+  diversity_penalty: float = 0.0  # For each time that groups before have just chosen a token.
+  length_penalty: float = 1.0  # Power of the length that a sequence's score is divided by.
+  early_stopping: bool | str = False  # True: when num_beams have ended; "never": proven best.
   logprobs: int | None = None  # Also report this many of the most probable tokens.
   echo: bool = False  # Also report the log-probabilities of the prompt's tokens.
 
@@ -118,11 +124,57 @@ class Settings:
       drawn = self.best_of
     elif self.scorer != "mean_logprob":
       raise InputError("scorer has no effect without best_of: set how many are drawn.")
-    if drawn > 1 and self.temperature == 0:
+    self._check_search(drawn)
+    if drawn > 1 and self.temperature == 0 and self.num_beams == 1:
       name = "num_return_sequences" if self.best_of is None else "best_of"
       raise InputError(f"{name}={drawn} of greedy decoding would all be the same: set temperature.")
+    for token in () if isinstance(self.prefix, str) else _items("prefix", self.prefix):
+      _whole("prefix", token, least=0)
     if not isinstance(self.echo, bool):
       raise InputError(f"echo={self.echo!r} must be True or False.")
+
+  def _check_search(self, sequences: int) -> None:
+    _whole("num_beams", self.num_beams, least=1)
+    _whole("num_beam_groups", self.num_beam_groups, least=1)
+    _number("diversity_penalty", self.diversity_penalty, "at least 0", lambda p: p >= 0)
+    _number("length_penalty", self.length_penalty, "(0: none)", lambda p: True)
+    if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+      raise InputError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'.")
+    if self.num_beams == 1:
+      searching = dict(
+        num_beam_groups=1, diversity_penalty=0.0, length_penalty=1.0, early_stopping=False
+      )
+      for name, neutral in searching.items():
+        if getattr(self, name) != neutral:
+          raise InputError(
+            f"{name}={getattr(self, name)!r} has no effect without a search: set num_beams."
+          )
+      return
+    if self.num_beams % self.num_beam_groups:
+      raise InputError(
+        f"num_beams={self.num_beams} is not a multiple of num_beam_groups={self.num_beam_groups}."
+      )
+    if (self.num_beam_groups > 1) != (self.diversity_penalty > 0):
+      raise InputError(
+        f"num_beam_groups={self.num_beam_groups} and diversity_penalty={self.diversity_penalty}: "
+        "groups differ from each other by a penalty above 0, which one group has no use for."
+      )
+    if sequences > self.num_beams:
+      raise InputError(
+        f"num_return_sequences={sequences} is more than num_beams={self.num_beams} find."
+      )
+    refused = dict(temperature=0.0, best_of=None, logprobs=None)
+    for name, neutral in refused.items():
+      if getattr(self, name) != neutral:
+        raise InputError(
+          f"{name}={getattr(self, name)} does not go with num_beams={self.num_beams}, which "
+          "searches for the best sequences: leave one of them out."
+        )
+    if self.stop_strings():
+      raise InputError(
+        f"stop={self.stop_strings()[0]!r} does not go with num_beams={self.num_beams}: a search "
+        "ends at token ids; give these."
+      )
 
   def most_new_tokens(self) -> int:
     """`max_new_tokens`, the default resolved; a model may have room for fewer."""

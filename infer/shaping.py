@@ -160,6 +160,25 @@ class AllowedTokens:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Prefix:
+  """Rules out all tokens but the one that has its place at the beginning of the text."""
+
+  tokens: Int[Array, "F"]
+  length: Int[Array, ""]
+
+  def __call__(self, logits: Float[Array, "B V"], said: History) -> Float[Array, "B V"]:
+    def shape(logits):
+      place = said.count - said.prompt
+      token = self.tokens[jnp.minimum(place, len(self.tokens) - 1)]
+      others = jnp.arange(logits.shape[-1]) != token[:, None]
+      forced = jnp.where(others, -jnp.inf, jnp.where(logits > -jnp.inf, logits, 0.0))
+      return jnp.where((place < self.length)[:, None], forced, logits)
+
+    return jax.lax.cond(self.length > 0, shape, lambda x: x, logits)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Shaping:
   """All that changes scores before anything is drawn, greedily or not, in this order."""
 
@@ -169,6 +188,7 @@ class Shaping:
   ngrams: NoRepeatNGram
   bad_words: SequenceBias
   allowed: AllowedTokens
+  prefix: Prefix
 
   def __call__(self, logits: Float[Array, "B V"], said: History) -> Float[Array, "B V"]:
     for field in dataclasses.fields(self):
