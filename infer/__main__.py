@@ -98,6 +98,9 @@ _SCORER = flags.DEFINE_string(
   "scorer", "mean_logprob", "'mean_logprob', or the checkpoint of a reward model."
 )
 _PREFIX = flags.DEFINE_string("prefix", "", "What each completion begins with.")
+_PENALTY_ALPHA = flags.DEFINE_float(
+  "penalty_alpha", 0.0, "Contrastive search among --top_k tokens: weight of their likeness."
+)
 _NUM_BEAMS = flags.DEFINE_integer("num_beams", 1, "Sequences that a search goes on with.")
 _NUM_BEAM_GROUPS = flags.DEFINE_integer(
   "num_beam_groups", 1, "Groups of beams that are to differ from each other."
@@ -243,8 +246,8 @@ def _generate(m: Model, prompts: list[Any], settings: dict[str, Any]) -> None:
   if _CHAT.value:
     prompts = as_messages(m, prompts)
     settings = settings | {"stop": [*settings["stop"], *turn_ends(m)]}
-  many = ("num_return_sequences", "num_beams", "best_of")
-  single = len(prompts) == 1 and all(settings[name] in (1, None) for name in many)
+  many = ("num_return_sequences", "num_beams", "best_of", "penalty_alpha")
+  single = len(prompts) == 1 and all(settings[name] in (0, 1, None) for name in many)
   live = sys.stdout.isatty() and single if _STREAM.value is None else _STREAM.value
   if live and not _JSON.value:
     _print_pieces(m, prompts, Settings(**settings).seeds(len(prompts)), settings)

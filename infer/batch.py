@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from infer.decode import Drawn, decode, prefill, reread
+from infer.found import nothing_left
 from infer.prompts import prefix
 from infer.requests import bucket, request_of
 from infer.settings import Settings
 from infer.text import Transcript, continuation
 from model.cache import new_cache
-from model.errors import InputError
 from model.transformer import Inputs
 
 if TYPE_CHECKING:
@@ -126,10 +126,7 @@ class Batch:
         if row.ended:
           break
         if token < 0:
-          raise InputError(
-            f"after {len(row.tokens)} new tokens no token is left that logit_bias, bad_words, "
-            "allowed_tokens, no_repeat_ngram_size and min_new_tokens allow: loosen one of them."
-          )
+          raise nothing_left(len(row.tokens))
         row.tokens.append(token)
         if token in self._ends:
           row.ended = True
@@ -149,7 +146,7 @@ class Batch:
 
 def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[list[int]]:
   """Indices of the prompts of each batch: similar lengths, and as many as memory has room for with
-  all of their beams."""
+  all of their beams or candidates."""
   longest = max(map(len, prompts))
   length = _cache_length(m, [prefix(m, prompt) for prompt in prompts], settings)
   source = bucket(longest, LEAST_PROMPT, m.config.max_positions)  # Kept behind an encoder only.
@@ -158,7 +155,8 @@ def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[li
   stats = jax.local_devices()[0].memory_stats() or {}
   free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
   budget = CACHE_SHARE * free if stats else CACHE_BYTES
-  most = min(budget // row_bytes, PROMPT_TOKENS // longest) // settings.num_beams
+  copies = settings.num_beams if not settings.penalty_alpha else settings.top_k or 1
+  most = min(budget // row_bytes, PROMPT_TOKENS // longest) // copies
   rows = 1 << max(0, int(most).bit_length() - 1)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   return [order[i : i + rows] for i in range(0, len(order), rows)]

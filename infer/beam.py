@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from infer.batch import LEAST_LENGTH, LEAST_ROOM, end_ids, padded_prompts, source_of
 from infer.decode import Request, read
+from infer.found import Found
 from infer.prompts import prefix
 from infer.requests import bucket, request_of
 from infer.settings import Settings
@@ -29,17 +30,6 @@ if TYPE_CHECKING:
   from model import Model
 
 NOTHING = -1e9  # The score of what there is not.
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-  """A sequence that a search found; `score` is its summed log-probability after shaping, over its
-  length to the power of the length penalty. `logprobs` are the model's own."""
-
-  tokens: list[int]
-  logprobs: list[float]
-  score: float
-  ended: bool
 
 
 @jax.tree_util.register_dataclass

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from infer.batch import Batch, batches, end_ids, text_of
 from infer.beam import search
+from infer.contrastive import contrast
 from infer.prompts import by_room, checked, listed, prefix
 from infer.ranking import scores
 from infer.scores import Pairs, prompt_logprobs
@@ -68,7 +69,7 @@ def generate(m: "Model", prompts: Prompt | Sequence[Prompt], **settings: Any) ->
   each = chosen.best_of or chosen.num_return_sequences
   done = (
     _searched(m, encoded, chosen)
-    if chosen.num_beams > 1
+    if chosen.num_beams > 1 or chosen.penalty_alpha
     else _all(m, [p for p in encoded for _ in range(each)], each, chosen)
   )
   groups = [done[i : i + each] for i in range(0, len(done), each)]
@@ -100,14 +101,17 @@ def _all(m: "Model", prompts: list[list[int]], each: int, settings: Settings) ->
 
 
 def _searched(m: "Model", prompts: list[list[int]], settings: Settings) -> list[Completion]:
-  """The best sequences of each prompt behind each other."""
+  """What beam search or contrastive search makes of each prompt, behind each other."""
   decode, ends = text_of(m), end_ids(m, settings)
   done: dict[int, list[Completion]] = {}
   for room, members in by_room(m, prompts, settings).items():
     limited = dataclasses.replace(settings, max_new_tokens=room)
     for places in batches(m, [prompts[i] for i in members], limited):
       rows = [members[place] for place in places]
-      for i, group in zip(rows, search(m, [prompts[i] for i in rows], limited), strict=True):
+      texts = [prompts[i] for i in rows]
+      groups = search(m, texts, limited) if limited.num_beams > 1 else None
+      groups = groups or [[found] for found in contrast(m, texts, limited)]
+      for i, group in zip(rows, groups, strict=True):
         done[i] = []
         for found in group:
           shown = [t for t in found.tokens if t not in ends]
@@ -146,8 +150,8 @@ def stream(m: "Model", prompt: Prompt, **settings: Any) -> Iterator[str]:
   encoded = checked(m, prompt, chosen)
   if len(encoded) != 1:
     raise InputError(f"stream takes one prompt and got {len(encoded)}: call it once for each.")
-  for name in ("num_return_sequences", "num_beams", "best_of", "echo"):
-    if getattr(chosen, name) not in (1, None, False):
+  for name in ("num_return_sequences", "num_beams", "best_of", "penalty_alpha", "echo"):
+    if getattr(chosen, name) not in (1, None, False, 0.0):
       raise InputError(f"{name}={getattr(chosen, name)} cannot be streamed: call generate.")
   chosen = dataclasses.replace(chosen, max_new_tokens=next(iter(by_room(m, encoded, chosen))))
   return _pieces(Batch(m, encoded, chosen.seeds(1), chosen, follow=True))

@@ -40,6 +40,7 @@ class Settings:
   best_of: int | None = None  # Draw so many of each prompt and keep the best.
   scorer: Any = "mean_logprob"  # What is best: see `infer.generate`.
   prefix: str | Sequence[int] = ()  # What each completion begins with: a text or token ids.
+  penalty_alpha: float = 0.0  # Contrastive search among top_k tokens: against likeness.
   num_beams: int = 1  # Sequences that a search goes on with; 1: no search.
   num_beam_groups: int = 1  # Groups of beams that are to differ from each other.
   diversity_penalty: float = 0.0  # For each time that groups before have just chosen a token.
@@ -140,6 +141,13 @@ class Settings:
     _number("length_penalty", self.length_penalty, "(0: none)", lambda p: True)
     if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
       raise InputError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'.")
+    _number("penalty_alpha", self.penalty_alpha, "from 0 to 1 (0 is off)", lambda a: 0 <= a <= 1)
+    if self.penalty_alpha and (self.top_k or 1) < 2:
+      raise InputError(
+        f"penalty_alpha={self.penalty_alpha} chooses among the top_k most probable tokens, and "
+        f"top_k={self.top_k}: set it to 2 or more."
+      )
+    self._check_alone()
     if self.num_beams == 1:
       searching = dict(
         num_beam_groups=1, diversity_penalty=0.0, length_penalty=1.0, early_stopping=False
@@ -163,17 +171,28 @@ class Settings:
       raise InputError(
         f"num_return_sequences={sequences} is more than num_beams={self.num_beams} find."
       )
-    refused = dict(temperature=0.0, best_of=None, logprobs=None)
+
+  def _check_alone(self) -> None:
+    """What does not go with beam search, nor with contrastive search."""
+    if self.num_beams == 1 and not self.penalty_alpha:
+      return
+    beams = self.num_beams > 1
+    search = f"num_beams={self.num_beams}" if beams else f"penalty_alpha={self.penalty_alpha}"
+    refused: dict[str, Any] = dict(
+      temperature=0.0, top_p=None, min_p=None, typical_p=None, epsilon_cutoff=None, best_of=None,
+      logprobs=None,
+    )  # fmt: skip
+    refused |= dict(penalty_alpha=0.0, top_k=None) if beams else {}
     for name, neutral in refused.items():
       if getattr(self, name) != neutral:
         raise InputError(
-          f"{name}={getattr(self, name)} does not go with num_beams={self.num_beams}, which "
-          "searches for the best sequences: leave one of them out."
+          f"{name}={getattr(self, name)} does not go with {search}, which searches for sequences "
+          "by its own rule: leave one of them out."
         )
     if self.stop_strings():
       raise InputError(
-        f"stop={self.stop_strings()[0]!r} does not go with num_beams={self.num_beams}: a search "
-        "ends at token ids; give these."
+        f"stop={self.stop_strings()[0]!r} does not go with {search}: a search ends at token ids; "
+        "give these."
       )
 
   def most_new_tokens(self) -> int:

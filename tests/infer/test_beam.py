@@ -79,7 +79,7 @@ def small():
 
 
 def next_logprobs(m, text: tuple[int, ...]) -> np.ndarray:
-  padded = np.zeros((1, 16), np.int32)
+  padded = np.zeros((1, 32), np.int32)
   padded[0, : len(text)] = text
   return np.asarray(jax.nn.log_softmax(m(padded)[0, len(text) - 1]), np.float64)
 
@@ -141,6 +141,40 @@ def test_diverse_groups_equal_the_algorithm_of_the_paper(small, beams, groups, s
     assert [tuple(c.tokens) for c in got] == [t for t, _ in want]
 
 
+def contrastive(m, prompt, *, alpha: float, among: int, most: int) -> list[int]:
+  """Equation 5 of arXiv:2202.06417, each text read anew."""
+  text = list(prompt)
+
+  def unit_states(ids):
+    padded = np.zeros((1, 32), np.int32)
+    padded[0, : len(ids)] = ids
+    states = np.asarray(m.hidden(padded)[0, : len(ids)], np.float64)
+    return states / np.linalg.norm(states, axis=-1, keepdims=True)
+
+  for _ in range(most):
+    probs = np.exp(next_logprobs(m, tuple(text)))
+    found = {}
+    for token in np.argsort(-probs)[:among]:
+      states = unit_states([*text, token])
+      found[int(token)] = (1 - alpha) * probs[token] - alpha * (states[:-1] @ states[-1]).max()
+    text.append(max(found, key=lambda t: found[t]))
+    if text[-1] == END:
+      break
+  return text[len(prompt) :]
+
+
+@pytest.mark.parametrize(("alpha", "among"), [(0.6, 4), (0.3, 6), (0.9, 2)])
+def test_contrastive_search_equals_the_equation_of_the_paper(small, alpha, among):
+  prompts = [(1, 4), (5, 5, 0, 3)]
+  want = [contrastive(small, p, alpha=alpha, among=among, most=8) for p in prompts]
+  settings = dict(max_new_tokens=8, penalty_alpha=alpha, top_k=among)
+  both = infer.generate(small, [list(p) for p in prompts], **settings)
+  assert [c.tokens for c in both] == want
+  assert [infer.generate(small, [list(p)], **settings)[0].tokens for p in prompts] == want
+  plain = infer.generate(small, [list(p) for p in prompts], max_new_tokens=8)
+  assert [c.tokens for c in plain] != want
+
+
 def test_searched_text_begins_with_its_prefix_and_tells_the_model_s_own_log_probabilities(small):
   for settings in (dict(num_beams=3), dict(), dict(temperature=0.7, seed=3)):
     got = infer.generate(small, [[1, 4]], max_new_tokens=6, prefix=[3, 0], **settings)[0]
@@ -167,6 +201,11 @@ def test_searched_text_begins_with_its_prefix_and_tells_the_model_s_own_log_prob
     (dict(num_beams=2, stop="x"), "a search ends at token ids"),
     (dict(num_beams=3, num_return_sequences=3, allowed_tokens=[4], max_new_tokens=3),
      "has only 1 sequences"),
+    (dict(penalty_alpha=0.6), "penalty_alpha=0.6 chooses among the top_k"),
+    (dict(penalty_alpha=1.5, top_k=4), "penalty_alpha=1.5"),
+    (dict(penalty_alpha=0.5, top_k=4, num_beams=2), "penalty_alpha=0.5 does not go with"),
+    (dict(penalty_alpha=0.5, top_k=4, temperature=1), "temperature=1 does not go with"),
+    (dict(penalty_alpha=0.5, top_k=4, bad_words=range(6)), "no token is left"),
     (dict(prefix=[9]), "prefix: token 9"),
     (dict(prefix=[1, 1, 1], max_new_tokens=2), "prefix has 3 tokens"),
   ],
