@@ -115,6 +115,10 @@ _EARLY_STOPPING = flags.DEFINE_enum(
   "early_stopping", "false", ["false", "true", "never"],
   "When a search ends: by a rule of thumb, when num_beams have ended, or proven to be the best.",
 )  # fmt: skip
+_DRAFT = flags.DEFINE_string(
+  "draft", None, "What guesses tokens ahead: a checkpoint, 'lookup', or 'layers:N' (early layers)."
+)
+_SPECULATE = flags.DEFINE_integer("speculate", None, "Tokens that --draft guesses (default: 4).")
 _LOGPROBS = flags.DEFINE_integer("logprobs", None, "Report the N most probable tokens (--json).")
 _ECHO = flags.DEFINE_bool("echo", False, "Report the prompt's log-probabilities (--json).")
 
@@ -158,6 +162,8 @@ def main(argv: list[str]) -> int:
     answer = functools.partial(_tell, asked=_asked(prompts))
   use_compilation_cache(_CACHE_DIR.value)  # What is impossible was said before the load.
   m = load(_CHECKPOINT.value)
+  if _TASK.value == "generate" and _drafts_from_a_checkpoint():
+    answer.keywords["settings"]["draft"] = load(_DRAFT.value)
   if _TASK.value == "generate" and _SCORER.value != "mean_logprob":
     answer.keywords["settings"]["scorer"] = load(_SCORER.value)
   if _TASK.value != "embed":
@@ -199,8 +205,14 @@ def _settings(prompts: list[str]) -> dict[str, Any]:
     seed=seeds[0] if len(seeds) == 1 else seeds,
     logit_bias=None if bias is None else _biases(bias),
   )
-  Settings(**settings).seeds(len(prompts))
+  known: dict[str, Any] = settings | ({"draft": "lookup"} if _drafts_from_a_checkpoint() else {})
+  Settings(**known).seeds(len(prompts))
   return settings
+
+
+def _drafts_from_a_checkpoint() -> bool:
+  name = (_DRAFT.value or "lookup").partition(":")[0]
+  return name not in ("lookup", "layers")
 
 
 def _biases(text: str) -> dict[str | int, float]:

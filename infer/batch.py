@@ -18,6 +18,7 @@ from infer.found import nothing_left
 from infer.prompts import prefix
 from infer.requests import bucket, request_of
 from infer.settings import Settings
+from infer.speculative import Tally, draft_of, read_prompts, speculate
 from infer.text import Transcript, continuation
 from model.cache import new_cache
 from model.transformer import Inputs
@@ -67,13 +68,22 @@ class Batch:
     tokens, lengths = padded_prompts(m, read, size)
     source = source_of(m, prompts, size)
     self._request = request_of(m, settings, seeds, sequences, size, self._ends)
+    self._ahead = settings.guesses
     self._cache, self._progress = prefill(
       self._net, self._params, tokens, lengths, self._request, source, cfg=m.config,
-      length=self._length,
+      length=self._length, ahead=self._ahead,
       room=bucket(settings.most_new_tokens(), LEAST_ROOM),
       top=bucket(settings.logprobs, 1, m.config.vocab_size) if settings.logprobs else 0,
     )  # fmt: skip
-    self.count = 0  # New tokens of the rows that have not ended.
+    if settings.draft is not None:
+      self._draft, zeros = draft_of(m, settings.draft), jnp.zeros(size, jnp.int32)
+      self._drafts, self._tally = None, Tally(zeros, zeros)
+      if self._draft.config is not None:
+        self._drafts = read_prompts(
+          self._draft.graphdef, self._draft.params, tokens, lengths, source,
+          cfg=self._draft.config, length=self._length, ahead=self._ahead,
+        )  # fmt: skip
+    self.count = 0  # New tokens of the rows that have not ended, at most.
     self._collect()
 
   @property
@@ -112,17 +122,24 @@ class Batch:
     stopped = np.ones(len(self._request.sampler.seed), bool)
     stopped[: len(self.rows)] = [row.ended for row in self.rows]
     until = np.int32(min(goals))
-    self._cache, self._progress = decode(
-      self._net, self._params, self._cache, self._progress, stopped, until, self._request
-    )
+    if self.settings.draft is None:
+      self._cache, self._progress = decode(
+        self._net, self._params, self._cache, self._progress, stopped, until, self._request
+      )
+    else:
+      self._cache, self._drafts, self._progress, self._tally = speculate(
+        self._net, self._params, self._draft.graphdef, self._draft.params, self._cache,
+        self._drafts, self._progress, self._tally, stopped, until, self._request,
+        ahead=self._ahead,
+      )  # fmt: skip
     self._collect()
 
   def _collect(self) -> None:
     """Takes the tokens that are new to the host."""
-    before, self.count = self.count, int(self._progress.count)
-    columns = np.asarray(self._progress.drawn.tokens)[:, before : self.count]
-    for row, tokens in zip(self.rows, columns.tolist(), strict=False):  # Padding rows are left out.
-      for token in tokens:
+    counts, drawn = np.asarray(self._progress.count), np.asarray(self._progress.drawn.tokens)
+    self.count = int(counts.max())
+    for row, count, tokens in zip(self.rows, counts, drawn, strict=False):  # No padding rows.
+      for token in tokens[len(row.tokens) : count].tolist():
         if row.ended:
           break
         if token < 0:
@@ -132,6 +149,15 @@ class Batch:
           row.ended = True
         elif self._follow:
           row.ended = row.transcript.push(token)
+
+  def acceptance(self) -> list[float | None]:
+    """The share of guesses that were right, of each row; None where nothing was guessed."""
+    if self.settings.draft is None:
+      return [None] * len(self.rows)
+    guessed, right = (
+      np.asarray(a)[: len(self.rows)] for a in (self._tally.guessed, self._tally.right)
+    )
+    return [float(r / g) if g else None for g, r in zip(guessed, right, strict=True)]
 
   def results(self) -> tuple[list[tuple[str, int]], Drawn]:
     """(text, number of tokens that count) of each row, and all that was drawn, as NumPy arrays."""

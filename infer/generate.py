@@ -41,6 +41,7 @@ class Completion:
   prompt_tokens: list[int] | None = None
   prompt_logprobs: list[float] | None = None
   prompt_top_logprobs: list[Pairs] | None = None
+  acceptance: float | None = None  # Of the tokens that a `draft` guessed, the share that was right.
   score: float | None = None  # Of a search: see `infer.beam.Found`.
 
 
@@ -177,11 +178,16 @@ def _completions(batch: Batch) -> list[Completion]:
   results, drawn = batch.results()
   top = batch.settings.logprobs
   out = []
-  for i, (row, (text, n)) in enumerate(zip(batch.rows, results, strict=True)):
+  told = zip(batch.rows, results, batch.acceptance(), strict=True)
+  for i, (row, (text, n), share) in enumerate(told):
     pairs = None
     if top is not None:
       ids, values = drawn.top_tokens[i, :n, :top].tolist(), drawn.top_logprobs[i, :n, :top].tolist()
       pairs = [list(zip(*place, strict=True)) for place in zip(ids, values, strict=True)]
     reason = "stop" if row.ended else "length"
-    out.append(Completion(text, row.tokens[:n], drawn.logprobs[i, :n].tolist(), reason, pairs))
+    out.append(
+      Completion(
+        text, row.tokens[:n], drawn.logprobs[i, :n].tolist(), reason, pairs, acceptance=share
+      )
+    )
   return out

@@ -47,16 +47,14 @@ def checked(m: "Model", prompts: Any, settings: Settings) -> list[list[int]]:
 def _check_search(m: "Model", prompt: list[int], settings: Settings) -> None:
   """Raises an InputError where beams would outgrow the length that LongRoPE began with."""
   original = m.config.rope_original_positions
-  if (
-    (settings.num_beams == 1 and not settings.penalty_alpha)
-    or m.config.rope_scaling != "longrope"
-    or original is None
-  ):
+  plain = settings.num_beams == 1 and not settings.penalty_alpha and settings.draft is None
+  if plain or m.config.rope_scaling != "longrope" or original is None:
     return
   if len(prompt) <= original < len(prompt) + settings.most_new_tokens():
     raise InputError(
       f"a text of {len(prompt)} tokens would outgrow the {original} positions that LongRoPE began "
-      "with, and what num_beams or penalty_alpha searches is not read anew: ask for fewer tokens."
+      "with, and what num_beams, penalty_alpha or draft decode is not read anew: ask for fewer "
+      "tokens."
     )
 
 

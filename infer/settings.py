@@ -9,6 +9,7 @@ from typing import Any
 from model.errors import InputError, nearest
 
 DEFAULT_NEW_TOKENS = 64
+DEFAULT_GUESSES = 4
 MOST_NGRAM = 1024  # The longest run of tokens that may be kept from coming again.
 
 Word = str | int | Sequence[int]  # A text, a token or several.
@@ -46,6 +47,8 @@ class Settings:
   diversity_penalty: float = 0.0  # For each time that groups before have just chosen a token.
   length_penalty: float = 1.0  # Power of the length that a sequence's score is divided by.
   early_stopping: bool | str = False  # True: when num_beams have ended; "never": proven best.
+  draft: Any = None  # What guesses tokens ahead: a model, "lookup" or "layers:N" (early layers).
+  speculate: int | None = None  # Tokens that it guesses at a time; None: 4.
   logprobs: int | None = None  # Also report this many of the most probable tokens.
   echo: bool = False  # Also report the log-probabilities of the prompt's tokens.
 
@@ -148,6 +151,16 @@ class Settings:
         f"top_k={self.top_k}: set it to 2 or more."
       )
     self._check_alone()
+    if self.speculate is not None:
+      _whole("speculate", self.speculate, least=1)
+      if self.draft is None:
+        raise InputError("speculate has no effect without a draft: name what guesses.")
+    model = hasattr(self.draft, "config")
+    named = isinstance(self.draft, str) and self.draft.partition(":")[0] in ("lookup", "layers")
+    if self.draft is not None and not model and not named:
+      raise InputError(
+        f"draft={self.draft!r} must be a loaded model, 'lookup', or 'layers:N' (the first N)."
+      )
     if self.num_beams == 1:
       searching = dict(
         num_beam_groups=1, diversity_penalty=0.0, length_penalty=1.0, early_stopping=False
@@ -180,7 +193,7 @@ class Settings:
     search = f"num_beams={self.num_beams}" if beams else f"penalty_alpha={self.penalty_alpha}"
     refused: dict[str, Any] = dict(
       temperature=0.0, top_p=None, min_p=None, typical_p=None, epsilon_cutoff=None, best_of=None,
-      logprobs=None,
+      logprobs=None, draft=None,
     )  # fmt: skip
     refused |= dict(penalty_alpha=0.0, top_k=None) if beams else {}
     for name, neutral in refused.items():
@@ -198,6 +211,11 @@ class Settings:
   def most_new_tokens(self) -> int:
     """`max_new_tokens`, the default resolved; a model may have room for fewer."""
     return DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+
+  @property
+  def guesses(self) -> int:
+    """Tokens that are guessed ahead; 0 without a draft."""
+    return 0 if self.draft is None else self.speculate or DEFAULT_GUESSES
 
   def _stops(self) -> list[str | int]:
     return [self.stop] if isinstance(self.stop, str | int) else _items("stop", self.stop)
