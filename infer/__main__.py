@@ -163,7 +163,7 @@ def main(argv: list[str]) -> int:
   use_compilation_cache(_CACHE_DIR.value)  # What is impossible was said before the load.
   m = load(_CHECKPOINT.value)
   if _TASK.value == "generate" and _drafts_from_a_checkpoint():
-    answer.keywords["settings"]["draft"] = load(_DRAFT.value)
+    answer.keywords["settings"]["draft"] = load(str(_DRAFT.value))
   if _TASK.value == "generate" and _SCORER.value != "mean_logprob":
     answer.keywords["settings"]["scorer"] = load(_SCORER.value)
   if _TASK.value != "embed":
