@@ -1,6 +1,7 @@
 """What a trained model does."""
 
 from infer.generate import Completion, generate, stream
+from infer.ranking import vote
 from infer.tasks.answer import Answer, answer
 from infer.tasks.classify import Label, classify
 from infer.tasks.fill_mask import Guess, fill_mask
@@ -20,4 +21,5 @@ __all__ = [
   "similarity",
   "stream",
   "tag",
+  "vote",
 ]

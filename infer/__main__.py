@@ -62,9 +62,65 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Spread of the draw; 0 is 
 _TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k most probable tokens.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw from the most probable tokens that sum to p.")
 _MIN_P = flags.DEFINE_float("min_p", None, "Draw from tokens at least p times the best one's.")
+_TYPICAL_P = flags.DEFINE_float(
+  "typical_p", None, "Draw from tokens of about the expected surprise that sum to p."
+)
+_EPSILON_CUTOFF = flags.DEFINE_float(
+  "epsilon_cutoff", None, "Draw from tokens of at least this probability."
+)
 _SEED = flags.DEFINE_multi_integer("seed", [0], "Of the draws; one for all prompts or one each.")
+_REPETITION_PENALTY = flags.DEFINE_float(
+  "repetition_penalty", 1.0, "Above 1: against tokens of the prompt and the text."
+)
+_PRESENCE_PENALTY = flags.DEFINE_float(
+  "presence_penalty", 0.0, "Taken off the scores of tokens that the text has."
+)
+_FREQUENCY_PENALTY = flags.DEFINE_float(
+  "frequency_penalty", 0.0, "Taken off as often as the text has them."
+)
+_NO_REPEAT_NGRAM_SIZE = flags.DEFINE_integer(
+  "no_repeat_ngram_size", None, "No run of so many tokens is there twice."
+)
+_LOGIT_BIAS = flags.DEFINE_string(
+  "logit_bias", None, 'JSON: token ids, or texts, with what is added: {"50256": -5, "very": 2}.'
+)
+_BAD_WORDS = flags.DEFINE_multi_string("bad_words", [], "Never say this; again for more.")
+_ALLOWED_TOKENS = flags.DEFINE_multi_integer(
+  "allowed_tokens", None, "A token id that may be chosen, again for more; no others are."
+)
+_NUM_RETURN_SEQUENCES = flags.DEFINE_integer(
+  "num_return_sequences", 1, "Sequences to draw for each prompt."
+)
+_BEST_OF = flags.DEFINE_integer(
+  "best_of", None, "Draw so many for each prompt and keep those of the best --scorer."
+)
+_SCORER = flags.DEFINE_string(
+  "scorer", "mean_logprob", "'mean_logprob', or the checkpoint of a reward model."
+)
+_PREFIX = flags.DEFINE_string("prefix", "", "What each completion begins with.")
+_PENALTY_ALPHA = flags.DEFINE_float(
+  "penalty_alpha", 0.0, "Contrastive search among --top_k tokens: weight of their likeness."
+)
+_NUM_BEAMS = flags.DEFINE_integer("num_beams", 1, "Sequences that a search goes on with.")
+_NUM_BEAM_GROUPS = flags.DEFINE_integer(
+  "num_beam_groups", 1, "Groups of beams that are to differ from each other."
+)
+_DIVERSITY_PENALTY = flags.DEFINE_float(
+  "diversity_penalty", 0.0, "For each time that groups before have just chosen a token."
+)
+_LENGTH_PENALTY = flags.DEFINE_float(
+  "length_penalty", 1.0, "Power of the length that a sequence's score is divided by."
+)
+_EARLY_STOPPING = flags.DEFINE_enum(
+  "early_stopping", "false", ["false", "true", "never"],
+  "When a search ends: by a rule of thumb, when num_beams have ended, or proven to be the best.",
+)  # fmt: skip
+_DRAFT = flags.DEFINE_string(
+  "draft", None, "What guesses tokens ahead: a checkpoint, 'lookup', or 'layers:N' (early layers)."
+)
+_SPECULATE = flags.DEFINE_integer("speculate", None, "Tokens that --draft guesses (default: 4).")
 _LOGPROBS = flags.DEFINE_integer("logprobs", None, "Report the N most probable tokens (--json).")
-
+_ECHO = flags.DEFINE_bool("echo", False, "Report the prompt's log-probabilities (--json).")
 
 _TOP = flags.DEFINE_integer("top", 5, "Tokens that are shown for each mask.", lower_bound=1)
 _TEXT_PAIR = flags.DEFINE_multi_string("text_pair", [], "Second text of each prompt, in order.")
@@ -80,8 +136,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "File for the vectors, as a NumPy 
 
 # The flags that each task reads besides those that all read.
 _READ = {
-  "generate": ("chat", "stream", "max_new_tokens", "min_new_tokens", "stop", "temperature", "top_k",
-               "top_p", "min_p", "seed", "logprobs"),
+  "generate": ("chat", "stream", *(f.name for f in dataclasses.fields(Settings))),
   "fill-mask": ("top",),
   "classify": ("text_pair",),
   "tag": ("stride",),
@@ -107,6 +162,10 @@ def main(argv: list[str]) -> int:
     answer = functools.partial(_tell, asked=_asked(prompts))
   use_compilation_cache(_CACHE_DIR.value)  # What is impossible was said before the load.
   m = load(_CHECKPOINT.value)
+  if _TASK.value == "generate" and _drafts_from_a_checkpoint():
+    answer.keywords["settings"]["draft"] = load(str(_DRAFT.value))
+  if _TASK.value == "generate" and _SCORER.value != "mean_logprob":
+    answer.keywords["settings"]["scorer"] = load(_SCORER.value)
   if _TASK.value != "embed":
     check_head(m.config, _TASK.value)
   try:
@@ -134,16 +193,37 @@ def _check_task_flags() -> None:
 def _settings(prompts: list[str]) -> dict[str, Any]:
   if _JSON.value and _STREAM.value:
     raise InputError("--stream and --json exclude each other: JSON is printed whole.")
-  if _LOGPROBS.value is not None and not _JSON.value:
-    raise InputError("--logprobs is reported in JSON only: add --json.")
-  seed = _SEED.value[0] if len(_SEED.value) == 1 else _SEED.value
-  settings: dict[str, Any] = dict(
-    max_new_tokens=_MAX_NEW_TOKENS.value, min_new_tokens=_MIN_NEW_TOKENS.value,
-    stop=_STOP.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
-    min_p=_MIN_P.value, seed=seed, logprobs=_LOGPROBS.value,
-  )  # fmt: skip
-  Settings(**settings).seeds(len(prompts))
+  for flag in (_LOGPROBS, _ECHO):
+    if flag.value and not _JSON.value:
+      raise InputError(f"--{flag.name} is reported in JSON only: add --json.")
+  settings: dict[str, Any] = {
+    f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Settings)
+  }
+  seeds, bias, stopping = (settings[name] for name in ("seed", "logit_bias", "early_stopping"))
+  settings |= dict(
+    early_stopping={"false": False, "true": True}.get(stopping, stopping),
+    seed=seeds[0] if len(seeds) == 1 else seeds,
+    logit_bias=None if bias is None else _biases(bias),
+  )
+  known: dict[str, Any] = settings | ({"draft": "lookup"} if _drafts_from_a_checkpoint() else {})
+  Settings(**known).seeds(len(prompts))
   return settings
+
+
+def _drafts_from_a_checkpoint() -> bool:
+  name = (_DRAFT.value or "lookup").partition(":")[0]
+  return name not in ("lookup", "layers")
+
+
+def _biases(text: str) -> dict[str | int, float]:
+  """--logit_bias: keys of digits are token ids, others are texts."""
+  try:
+    pairs = json.loads(text)
+  except ValueError as error:
+    raise InputError(f"--logit_bias={text} is not JSON ({error}).") from error
+  if not isinstance(pairs, dict):
+    raise InputError(f'--logit_bias={text} must be an object such as {{"50256": -5}}.')
+  return {int(key) if key.isdecimal() else key: value for key, value in pairs.items()}
 
 
 def _asked(prompts: list[str]) -> Asked:
@@ -178,7 +258,9 @@ def _generate(m: Model, prompts: list[Any], settings: dict[str, Any]) -> None:
   if _CHAT.value:
     prompts = as_messages(m, prompts)
     settings = settings | {"stop": [*settings["stop"], *turn_ends(m)]}
-  live = sys.stdout.isatty() and len(prompts) == 1 if _STREAM.value is None else _STREAM.value
+  many = ("num_return_sequences", "num_beams", "best_of", "penalty_alpha")
+  single = len(prompts) == 1 and all(settings[name] in (0, 1, None) for name in many)
+  live = sys.stdout.isatty() and single if _STREAM.value is None else _STREAM.value
   if live and not _JSON.value:
     _print_pieces(m, prompts, Settings(**settings).seeds(len(prompts)), settings)
   else:
@@ -207,13 +289,14 @@ def _print_whole(m: Model, prompts: list[Any], settings: dict) -> None:
 def as_json(completion: Completion, m: Model) -> dict:
   """The object of --json."""
   values = dataclasses.asdict(completion)
-  top = values.pop("top_logprobs")
-  if top is not None:
-    text = lambda token: text_of(m)([token])
-    values["top_logprobs"] = [
-      [{"token": t, "text": text(t), "logprob": p} for t, p in place] for place in top
-    ]
-  return values
+  text = lambda token: text_of(m)([token])
+  for name in ("top_logprobs", "prompt_top_logprobs"):
+    top = values.pop(name)
+    if top is not None:
+      values[name] = [
+        [{"token": t, "text": text(t), "logprob": p} for t, p in place] for place in top
+      ]
+  return {name: value for name, value in values.items() if value is not None}
 
 
 def _prompts_of_file(path: str | None) -> list[str]:

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infer.decode import Drawn, Request, decode, prefill, reread
+from infer.decode import Drawn, decode, prefill, reread
+from infer.found import nothing_left
 from infer.prompts import prefix
-from infer.sampling import OFF_TOP_K, MinP, Sampler, Temperature, TopK, TopP, seed_words
+from infer.requests import bucket, request_of
 from infer.settings import Settings
+from infer.speculative import Tally, draft_of, read_prompts, speculate
 from infer.text import Transcript, continuation
 from model.cache import new_cache
 from model.transformer import Inputs
@@ -24,7 +26,7 @@ from model.transformer import Inputs
 if TYPE_CHECKING:
   from model import Model
 
-LEAST_PROMPT, LEAST_LENGTH, LEAST_ROOM, LEAST_ENDS = 16, 64, 64, 8  # The smallest sizes.
+LEAST_PROMPT, LEAST_LENGTH, LEAST_ROOM = 16, 64, 64  # The smallest sizes.
 PROMPT_TOKENS = 16_384  # The most tokens of a batch's padded prompts, which are read in one pass.
 CACHE_BYTES = 2**31  # The most bytes of a batch's cache, where a device does not tell its memory.
 CACHE_SHARE = 0.5  # Of the memory that is free on a device.
@@ -45,12 +47,13 @@ class Batch:
 
   def __init__(
     self, m: "Model", prompts: list[list[int]], seeds: list[int], settings: Settings, *,
-    follow: bool,
+    follow: bool, sequences: list[int] | None = None,
   ):  # fmt: skip
     """Reads the prompts and chooses a first token for each.
 
     Args:
       prompts: of an encoder–decoder, what its encoder reads.
+      sequences: the number of each among the sequences of its prompt; None: each is the first.
       follow: keep the text of each row after every token, which stop strings and streams need.
     """
     self.settings, self.decode_text = settings, text_of(m)
@@ -61,18 +64,26 @@ class Batch:
     self.rows = [Row(prompt, begin(prompt)) for prompt in read]
     self._net, self._params = m.unstacked()
     self._config, self._length = m.config, _cache_length(m, read, settings)
-    size, limit = bucket(len(prompts), 1), m.config.max_positions
-    encoder = m.config.shape == "encoder_decoder"
-    tokens, lengths = _table(read, size, 1 if encoder else LEAST_PROMPT, limit)
-    source = _source(*_table(prompts, size, LEAST_PROMPT, limit)) if encoder else None
-    self._request = _request(settings, seeds, size, self._ends, m.config.padded_vocab)
+    size = bucket(len(prompts), 1)
+    tokens, lengths = padded_prompts(m, read, size)
+    source = source_of(m, prompts, size)
+    self._request = request_of(m, settings, seeds, sequences, size, self._ends)
+    self._ahead = settings.guesses
     self._cache, self._progress = prefill(
       self._net, self._params, tokens, lengths, self._request, source, cfg=m.config,
-      length=self._length,
+      length=self._length, ahead=self._ahead,
       room=bucket(settings.most_new_tokens(), LEAST_ROOM),
       top=bucket(settings.logprobs, 1, m.config.vocab_size) if settings.logprobs else 0,
     )  # fmt: skip
-    self.count = 0  # New tokens of the rows that have not ended.
+    if settings.draft is not None:
+      self._draft, zeros = draft_of(m, settings.draft), jnp.zeros(size, jnp.int32)
+      self._drafts, self._tally = None, Tally(zeros, zeros)
+      if self._draft.config is not None:
+        self._drafts = read_prompts(
+          self._draft.graphdef, self._draft.params, tokens, lengths, source,
+          cfg=self._draft.config, length=self._length, ahead=self._ahead,
+        )  # fmt: skip
+    self.count = 0  # New tokens of the rows that have not ended, at most.
     self._collect()
 
   @property
@@ -111,24 +122,42 @@ class Batch:
     stopped = np.ones(len(self._request.sampler.seed), bool)
     stopped[: len(self.rows)] = [row.ended for row in self.rows]
     until = np.int32(min(goals))
-    self._cache, self._progress = decode(
-      self._net, self._params, self._cache, self._progress, stopped, until, self._request
-    )
+    if self.settings.draft is None:
+      self._cache, self._progress = decode(
+        self._net, self._params, self._cache, self._progress, stopped, until, self._request
+      )
+    else:
+      self._cache, self._drafts, self._progress, self._tally = speculate(
+        self._net, self._params, self._draft.graphdef, self._draft.params, self._cache,
+        self._drafts, self._progress, self._tally, stopped, until, self._request,
+        ahead=self._ahead,
+      )  # fmt: skip
     self._collect()
 
   def _collect(self) -> None:
     """Takes the tokens that are new to the host."""
-    before, self.count = self.count, int(self._progress.count)
-    columns = np.asarray(self._progress.drawn.tokens)[:, before : self.count]
-    for row, tokens in zip(self.rows, columns.tolist(), strict=False):  # Padding rows are left out.
-      for token in tokens:
+    counts, drawn = np.asarray(self._progress.count), np.asarray(self._progress.drawn.tokens)
+    self.count = int(counts.max())
+    for row, count, tokens in zip(self.rows, counts, drawn, strict=False):  # No padding rows.
+      for token in tokens[len(row.tokens) : count].tolist():
         if row.ended:
           break
+        if token < 0:
+          raise nothing_left(len(row.tokens))
         row.tokens.append(token)
         if token in self._ends:
           row.ended = True
         elif self._follow:
           row.ended = row.transcript.push(token)
+
+  def acceptance(self) -> list[float | None]:
+    """The share of guesses that were right, of each row; None where nothing was guessed."""
+    if self.settings.draft is None:
+      return [None] * len(self.rows)
+    guessed, right = (
+      np.asarray(a)[: len(self.rows)] for a in (self._tally.guessed, self._tally.right)
+    )
+    return [float(r / g) if g else None for g, r in zip(guessed, right, strict=True)]
 
   def results(self) -> tuple[list[tuple[str, int]], Drawn]:
     """(text, number of tokens that count) of each row, and all that was drawn, as NumPy arrays."""
@@ -142,7 +171,8 @@ class Batch:
 
 
 def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[list[int]]:
-  """Indices of the prompts of each batch: similar lengths, and as many as memory has room for."""
+  """Indices of the prompts of each batch: similar lengths, and as many as memory has room for with
+  all of their beams or candidates."""
   longest = max(map(len, prompts))
   length = _cache_length(m, [prefix(m, prompt) for prompt in prompts], settings)
   source = bucket(longest, LEAST_PROMPT, m.config.max_positions)  # Kept behind an encoder only.
@@ -151,7 +181,8 @@ def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[li
   stats = jax.local_devices()[0].memory_stats() or {}
   free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
   budget = CACHE_SHARE * free if stats else CACHE_BYTES
-  most = min(budget // row_bytes, PROMPT_TOKENS // longest)
+  copies = settings.num_beams if not settings.penalty_alpha else settings.top_k or 1
+  most = min(budget // row_bytes, PROMPT_TOKENS // longest) // copies
   rows = 1 << max(0, int(most).bit_length() - 1)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   return [order[i : i + rows] for i in range(0, len(order), rows)]
@@ -175,12 +206,6 @@ def text_of(m: "Model") -> Callable[[list[int]], str]:
   return m.tokenizer.decode if m.tokenizer is not None else lambda tokens: ""
 
 
-def bucket(size: int, least: int, most: int | None = None) -> int:
-  """The power of two, of at least `least` and at most `most`, that has room for `size`."""
-  rounded = max(least, 1 << (size - 1).bit_length())
-  return rounded if most is None else min(rounded, most)
-
-
 def _cache_length(m: "Model", prompts: list[list[int]], settings: Settings) -> int:
   longest, most = max(map(len, prompts)), m.config.max_positions
   return bucket(longest + settings.most_new_tokens(), LEAST_LENGTH, most)
@@ -197,35 +222,18 @@ def _table(
   return tokens, lengths
 
 
-def _source(tokens: np.ndarray, lengths: np.ndarray) -> Inputs:
-  """What an encoder reads."""
+def padded_prompts(
+  m: "Model", prompts: list[list[int]], size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """What `size` decoders read first, as `_table` has it."""
+  least = 1 if m.config.shape == "encoder_decoder" else LEAST_PROMPT
+  return _table(prompts, size, least, m.config.max_positions)
+
+
+def source_of(m: "Model", prompts: list[list[int]], size: int) -> Inputs | None:
+  """What an encoder reads; None where there is none."""
+  if m.config.shape != "encoder_decoder":
+    return None
+  tokens, lengths = _table(prompts, size, LEAST_PROMPT, m.config.max_positions)
   index: Any = np.arange(tokens.shape[1], dtype=np.int32)
   return Inputs(jnp.asarray(tokens), jnp.where(index < lengths[:, None], index, -1))
-
-
-def _request(
-  settings: Settings, seeds: list[int], size: int, ends: frozenset[int], vocab: int
-) -> Request:
-  """The settings as arrays, with a value per row and neutral ones where something is off."""
-  tiny, huge = np.finfo(np.float32).tiny, np.finfo(np.float32).max
-
-  def rows(value: Any, dtype: Any) -> Any:
-    return np.full(size, value, dtype)
-
-  words: Any = np.zeros((size, 2), np.uint32)
-  words[: len(seeds)] = [seed_words(s) for s in seeds]
-  # What float32 cannot tell from 0 is 0 for a temperature and the least number for a probability.
-  temperature = 0.0 if settings.temperature < tiny else min(settings.temperature, huge)
-  top_p = 1.0 if settings.top_p is None else max(settings.top_p, tiny)
-  sampler = Sampler(
-    temperature=Temperature(rows(temperature, np.float32)),
-    top_k=TopK(rows(OFF_TOP_K if settings.top_k is None else settings.top_k, np.int32)),
-    top_p=TopP(rows(top_p, np.float32)),
-    min_p=MinP(rows(settings.min_p or 0.0, np.float32)),
-    seed=words,
-    sequence=rows(0, np.int32),
-  )
-  stop_ids: Any = np.full(bucket(max(1, len(ends)), LEAST_ENDS), vocab, np.int32)
-  stop_ids[: len(ends)] = sorted(ends)
-  least: Any = np.int32(settings.min_new_tokens)
-  return Request(sampler, stop_ids, least)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from infer.sampling import Sampler
+from infer.shaping import History, Shaping
 from model.cache import Cache, new_cache
 from model.config import ModelConfig
 from model.transformer import Inputs
@@ -19,6 +20,7 @@ from model.transformer import Inputs
 class Request:
   """What the rows of a batch ask for. Stop ids beyond the vocabulary are padding."""
 
+  shaping: Shaping
   sampler: Sampler
   stop_ids: Int[Array, "ends"]  # Tokens that end a row.
   min_new_tokens: Int[Array, ""]  # Before so many new tokens no stop id is chosen.
@@ -27,7 +29,7 @@ class Request:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-  """What was chosen, a column per step; token -1 where a row had ended.
+  """What was chosen, a column per new token; token -1 where nothing was allowed.
 
   Log-probabilities are the model's own, in nats, before any processor.
   """
@@ -41,19 +43,21 @@ class Drawn:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """Where the rows are after some steps. All of them take each step together."""
+  """Where the rows are after some steps."""
 
-  count: Int[Array, ""]  # New tokens of each row that has not ended.
+  count: Int[Array, "B"]  # New tokens.
   token: Int[Array, "B"]  # The newest, not yet in the cache.
   pos: Int[Array, "B"]  # Its position.
   ended: Bool[Array, "B"]
+  said: History  # The newest token included.
   drawn: Drawn
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "top"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "top", "ahead"))
 def prefill(
   graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
   request: Request, source: Inputs | None, *, cfg: ModelConfig, length: int, room: int, top: int,
+  ahead: int = 0,
 ) -> tuple[Cache, Progress]:  # fmt: skip
   """Reads the prompts and chooses the first token of each.
 
@@ -64,15 +68,18 @@ def prefill(
     length: tokens that the cache has room for.
     room: new tokens that the result has room for.
     top: how many of the most probable tokens to report at each step.
+    ahead: tokens that will be guessed ahead.
   """
   net, B = nnx.merge(graphdef, params), len(tokens)
-  x, cache = _read(net, tokens, lengths, lengths, source, cfg, length)
+  x, cache = read(net, tokens, lengths, lengths, source, cfg, length, ahead)
   last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+  known = jnp.zeros((B, length), jnp.int32).at[:, : tokens.shape[1]].set(tokens)
   start = Progress(
-    count=jnp.zeros((), jnp.int32),
+    count=jnp.zeros(B, jnp.int32),
     token=jnp.zeros(B, jnp.int32),
     pos=lengths - 1,
     ended=lengths == 0,
+    said=History(known, lengths, lengths),
     drawn=Drawn(
       tokens=jnp.full((B, room), -1, jnp.int32),
       logprobs=jnp.zeros((B, room), jnp.float32),
@@ -80,7 +87,7 @@ def prefill(
       top_logprobs=jnp.zeros((B, room, top), jnp.float32),
     ),
   )
-  return cache, _choose(start, net.logits(last), request)
+  return cache, choose(start, net.logits(last), request, ~start.ended)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length"))
@@ -95,21 +102,36 @@ def reread(
     prompts: tokens of each prompt.
     length: tokens that the cache has room for.
   """
-  return _read(nnx.merge(graphdef, params), tokens, lengths, prompts, None, cfg, length)[1]
+  return read(nnx.merge(graphdef, params), tokens, lengths, prompts, None, cfg, length)[1]
 
 
-def _read(net, tokens, lengths, prompts, source: Inputs | None, cfg: ModelConfig, length: int):
+def read(
+  net,
+  tokens,
+  lengths,
+  prompts,
+  source: Inputs | None,
+  cfg: ModelConfig,
+  length: int,
+  ahead: int = 0,
+):
   """(hidden states of texts that lie from the left, the cache behind them)."""
   B, T = tokens.shape
   index = jnp.arange(T)
   pos = jnp.where(index < lengths[:, None], index, -1)
   S = 0 if source is None else source.tokens.shape[1]
-  cache = new_cache(cfg, B, length, stacked=False, chunk=T, source=S)
+  # A wrong guess may not have taken the slot of a token that is still to be seen.
+  cache = new_cache(cfg, B, length, stacked=False, chunk=max(T, ahead + 2), source=S)
   if source is not None:
     cache = net.read(cache, source)
   both_ways = (pos >= 0) & (index < prompts[:, None]) if cfg.prefix_attention else None
   x, cache, _ = net.hidden(Inputs(tokens, pos, bidirectional=both_ways), cache=cache)
   return x, cache
+
+
+def active(progress: Progress, until: Int[Array, ""]) -> Bool[Array, "B"]:
+  """The rows that go on until they have so many new tokens."""
+  return ~progress.ended & (progress.count < until)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache",))
@@ -124,11 +146,6 @@ def decode(
     stopped: rows that the caller has ended since the last call.
   """
   net = nnx.merge(graphdef, params)
-
-  def going(carry):
-    progress = carry[1]
-    return (progress.count < until) & ~jnp.all(progress.ended)
-
   # XLA updates the cache in place if a batch of one row goes round the loop without its axis.
   alone = stopped.shape[0] == 1
   squeeze = lambda cache: jax.tree.map(lambda a: a[0], cache) if alone else cache
@@ -136,38 +153,63 @@ def decode(
 
   def step(carry):
     cache, progress = carry
-    pos = jnp.where(progress.ended, -1, progress.pos)[:, None]
+    going = active(progress, until)
+    pos = jnp.where(going, progress.pos, -1)[:, None]
     x, cache, _ = net.hidden(Inputs(progress.token[:, None], pos), cache=expand(cache))
-    return squeeze(cache), _choose(progress, net.logits(x[:, 0]), request)
+    return squeeze(cache), choose(progress, net.logits(x[:, 0]), request, going)
 
   progress = dataclasses.replace(progress, ended=progress.ended | stopped)
-  cache, progress = jax.lax.while_loop(going, step, (squeeze(cache), progress))
+  more = lambda carry: jnp.any(active(carry[1], until))
+  cache, progress = jax.lax.while_loop(more, step, (squeeze(cache), progress))
   return expand(cache), progress
 
 
-def _choose(progress: Progress, logits: Float[Array, "B V"], request: Request) -> Progress:
-  """The next token of each row from the scores behind its newest one."""
-  logits, vocab = logits.astype(jnp.float32), logits.shape[-1]
-  pos = progress.pos + 1
+def choose(
+  progress: Progress, logits: Float[Array, "B V"], request: Request, going: Bool[Array, "B"]
+) -> Progress:
+  """The next token of each row that goes on, from the scores behind its newest one."""
+  logits, pos = logits.astype(jnp.float32), progress.pos + 1
+  token, last, stuck = pick(request, logits, progress.said, pos, progress.count)
+  drawn = _record(progress, logits, jnp.where(stuck, -1, token), going)
+  return Progress(
+    count=progress.count + going,
+    token=jnp.where(going, token, progress.token),
+    pos=jnp.where(going, pos, progress.pos),
+    ended=progress.ended | (going & (last | stuck)),
+    said=progress.said.push(token, going & ~stuck),
+    drawn=drawn,
+  )
+
+
+def pick(
+  request: Request, logits: Float[Array, "B V"], said: History, pos: Int[Array, "B"],
+  count: Int[Array, "B"],
+) -> tuple[Int[Array, "B"], Bool[Array, "B"], Bool[Array, "B"]]:  # fmt: skip
+  """(a token for each row, whether it ends the row, whether none was allowed).
+
+  Args:
+    pos: of the token.
+    count: new tokens that the row has before it.
+  """
+  vocab = logits.shape[-1]
   ends = jnp.zeros(vocab, bool).at[request.stop_ids].set(True, mode="drop")
-  early = progress.count < request.min_new_tokens
-  token = request.sampler(jnp.where(ends & early, -jnp.inf, logits), pos)
-  drawn = _record(progress, logits, token)
-  ended = progress.ended | ends[token]
-  return Progress(progress.count + 1, jnp.where(ended, 0, token), pos, ended, drawn)
+  shaped = request.shaping(logits.astype(jnp.float32), said)
+  shaped = jnp.where(ends & (count < request.min_new_tokens)[:, None], -jnp.inf, shaped)
+  token = request.sampler(shaped, pos)
+  return token, ends[token], jnp.max(shaped, axis=-1) == -jnp.inf
 
 
-def _record(progress: Progress, logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Drawn:
-  """Writes what was chosen into the column of this step."""
-  drawn = progress.drawn
+def _record(
+  progress: Progress, logits: Float[Array, "B V"], token: Int[Array, "B"], going: Bool[Array, "B"]
+) -> Drawn:
+  """Writes what was chosen into the next column of each row that goes on."""
+  drawn, row = progress.drawn, jnp.arange(len(token))
+  column = jnp.where(going, progress.count, drawn.tokens.shape[1])
   total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-  put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new[:, None], progress.count, 1)
+  put = lambda old, new: old.at[row, column].set(new, mode="drop")
   logprobs = (jnp.take_along_axis(logits, token[:, None], axis=1) - total)[:, 0]
   top_logprobs, top_tokens = drawn.top_logprobs, drawn.top_tokens
   if drawn.top_tokens.shape[-1]:
     values, ids = jax.lax.top_k(logits, drawn.top_tokens.shape[-1])
     top_logprobs, top_tokens = put(top_logprobs, values - total), put(top_tokens, ids)
-  return Drawn(
-    put(drawn.tokens, jnp.where(progress.ended, -1, token)),
-    put(drawn.logprobs, logprobs), top_tokens, top_logprobs,
-  )  # fmt: skip
+  return Drawn(put(drawn.tokens, token), put(drawn.logprobs, logprobs), top_tokens, top_logprobs)

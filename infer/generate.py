@@ -5,9 +5,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from infer.batch import Batch, batches
-from infer.prompts import by_room, checked
-from infer.settings import settings_of
+from infer.batch import Batch, batches, end_ids, text_of
+from infer.beam import search
+from infer.contrastive import contrast
+from infer.prompts import by_room, checked, listed, prefix
+from infer.ranking import scores
+from infer.scores import Pairs, prompt_logprobs
+from infer.settings import Settings, settings_of
+from infer.text import continuation
 from model.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +36,13 @@ class Completion:
   logprobs: list[float]  # Of each token: the model's own, in nats, before any processor.
   finish_reason: Literal["stop", "length"]
   # The most probable tokens at each place with their log-probabilities, if `logprobs` was set.
-  top_logprobs: list[list[tuple[int, float]]] | None = None
+  top_logprobs: list[Pairs] | None = None
+  # With `echo`: the prompt's tokens, and the log-probabilities of all but the first.
+  prompt_tokens: list[int] | None = None
+  prompt_logprobs: list[float] | None = None
+  prompt_top_logprobs: list[Pairs] | None = None
+  acceptance: float | None = None  # Of the tokens that a `draft` guessed, the share that was right.
+  score: float | None = None  # Of a search: see `infer.beam.Found`.
 
 
 def generate(m: "Model", prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Completion]:
@@ -42,31 +53,92 @@ def generate(m: "Model", prompts: Prompt | Sequence[Prompt], **settings: Any) ->
     prompts: one text or list of token ids, or a list of them. Texts get the tokenizer's special
       tokens, without the closing one where a decoder continues them; token ids are taken as they
       are. Of an encoder–decoder they are what its encoder reads.
-    **settings: see Settings.
+    **settings: see Settings. A `scorer` says which of `best_of` completions are returned, the best
+      first: "mean_logprob", a function of (prompt, completion) that returns a number, or a reward
+      model (a sequence head that says one number), which reads prompt and completion as one text.
 
   Returns:
-    One completion for each prompt, in order.
+    `num_return_sequences` completions for each prompt, in order.
 
   Raises:
     InputError: for an unknown setting, an impossible value, an empty prompt, a token outside the
       vocabulary, a prompt that leaves too little room in the model's positions, or a model whose
       head does not score the next token.
   """
-  chosen = settings_of(settings)
+  chosen, prompts = settings_of(settings), listed(prompts)
   encoded = checked(m, prompts, chosen)
-  seeds = chosen.seeds(len(encoded))
-  follow = bool(chosen.stop_strings())
+  each = chosen.best_of or chosen.num_return_sequences
+  done = (
+    _searched(m, encoded, chosen)
+    if chosen.num_beams > 1 or chosen.penalty_alpha
+    else _all(m, [p for p in encoded for _ in range(each)], each, chosen)
+  )
+  groups = [done[i : i + each] for i in range(0, len(done), each)]
+  if chosen.best_of is not None:
+    groups = [_best(m, p, group, chosen) for p, group in zip(prompts, groups, strict=True)]
+  if chosen.echo:
+    told = _echo(m, encoded, chosen.logprobs or 0)
+    groups = [[dataclasses.replace(c, **t) for c in g] for t, g in zip(told, groups, strict=True)]
+  return [completion for group in groups for completion in group]
+
+
+def _all(m: "Model", prompts: list[list[int]], each: int, settings: Settings) -> list[Completion]:
+  """Completions of prompts that stand `each` times behind each other, one for each place."""
+  seeds = [seed for seed in settings.seeds(len(prompts) // each) for _ in range(each)]
+  follow = bool(settings.stop_strings())
   done: dict[int, Completion] = {}
-  for room, members in by_room(m, encoded, chosen).items():
-    limited = dataclasses.replace(chosen, max_new_tokens=room)
-    for places in batches(m, [encoded[i] for i in members], limited):
+  for room, members in by_room(m, prompts, settings).items():
+    limited = dataclasses.replace(settings, max_new_tokens=room)
+    for places in batches(m, [prompts[i] for i in members], limited):
       rows = [members[place] for place in places]
-      prompt, seed = [encoded[i] for i in rows], [seeds[i] for i in rows]
-      batch = Batch(m, prompt, seed, limited, follow=follow)
+      batch = Batch(
+        m, [prompts[i] for i in rows], [seeds[i] for i in rows], limited, follow=follow,
+        sequences=[i % each for i in rows],
+      )  # fmt: skip
       while not batch.finished:
         batch.advance(STOP_STEPS if follow else room)
       done.update(zip(rows, _completions(batch), strict=True))
-  return [done[i] for i in range(len(encoded))]
+  return [done[i] for i in range(len(prompts))]
+
+
+def _searched(m: "Model", prompts: list[list[int]], settings: Settings) -> list[Completion]:
+  """What beam search or contrastive search makes of each prompt, behind each other."""
+  decode, ends = text_of(m), end_ids(m, settings)
+  done: dict[int, list[Completion]] = {}
+  for room, members in by_room(m, prompts, settings).items():
+    limited = dataclasses.replace(settings, max_new_tokens=room)
+    for places in batches(m, [prompts[i] for i in members], limited):
+      rows = [members[place] for place in places]
+      texts = [prompts[i] for i in rows]
+      groups = search(m, texts, limited) if limited.num_beams > 1 else None
+      groups = groups or [[found] for found in contrast(m, texts, limited)]
+      for i, group in zip(rows, groups, strict=True):
+        done[i] = []
+        for found in group:
+          shown = [t for t in found.tokens if t not in ends]
+          text = continuation(decode, prefix(m, prompts[i]), shown)
+          reason = "stop" if found.ended else "length"
+          done[i].append(Completion(text, found.tokens, found.logprobs, reason, score=found.score))
+  return [completion for i in range(len(prompts)) for completion in done[i]]
+
+
+def _best(
+  m: "Model", prompt: Prompt, completions: list[Completion], settings: Settings
+) -> list[Completion]:
+  """The best completions of a prompt, best first; of equal ones the first."""
+  values = scores(m, prompt, completions, settings.scorer)
+  order = sorted(range(len(values)), key=lambda i: -values[i])
+  return [completions[i] for i in order[: settings.num_return_sequences]]
+
+
+def _echo(m: "Model", prompts: list[list[int]], top: int) -> list[dict[str, Any]]:
+  """The fields of a completion that tell about its prompt."""
+  out = []
+  for prompt in prompts:
+    values, pairs = prompt_logprobs(m, prompt, top)
+    shown = pairs if top else None
+    out.append(dict(prompt_tokens=prompt, prompt_logprobs=values, prompt_top_logprobs=shown))
+  return out
 
 
 def stream(m: "Model", prompt: Prompt, **settings: Any) -> Iterator[str]:
@@ -79,6 +151,9 @@ def stream(m: "Model", prompt: Prompt, **settings: Any) -> Iterator[str]:
   encoded = checked(m, prompt, chosen)
   if len(encoded) != 1:
     raise InputError(f"stream takes one prompt and got {len(encoded)}: call it once for each.")
+  for name in ("num_return_sequences", "num_beams", "best_of", "penalty_alpha", "echo"):
+    if getattr(chosen, name) not in (1, None, False, 0.0):
+      raise InputError(f"{name}={getattr(chosen, name)} cannot be streamed: call generate.")
   chosen = dataclasses.replace(chosen, max_new_tokens=next(iter(by_room(m, encoded, chosen))))
   return _pieces(Batch(m, encoded, chosen.seeds(1), chosen, follow=True))
 
@@ -103,11 +178,16 @@ def _completions(batch: Batch) -> list[Completion]:
   results, drawn = batch.results()
   top = batch.settings.logprobs
   out = []
-  for i, (row, (text, n)) in enumerate(zip(batch.rows, results, strict=True)):
+  told = zip(batch.rows, results, batch.acceptance(), strict=True)
+  for i, (row, (text, n), share) in enumerate(told):
     pairs = None
     if top is not None:
       ids, values = drawn.top_tokens[i, :n, :top].tolist(), drawn.top_logprobs[i, :n, :top].tolist()
       pairs = [list(zip(*place, strict=True)) for place in zip(ids, values, strict=True)]
     reason = "stop" if row.ended else "length"
-    out.append(Completion(text, row.tokens[:n], drawn.logprobs[i, :n].tolist(), reason, pairs))
+    out.append(
+      Completion(
+        text, row.tokens[:n], drawn.logprobs[i, :n].tolist(), reason, pairs, acceptance=share
+      )
+    )
   return out

@@ -4,6 +4,8 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from infer.heads import check_head
+from infer.ranking import check_scorer
+from infer.requests import prefix_tokens, spellings
 from infer.settings import Settings
 from model.errors import InputError
 from model.trained import decoder_start
@@ -24,14 +26,61 @@ def checked(m: "Model", prompts: Any, settings: Settings) -> list[list[int]]:
     raise InputError("stop strings need a tokenizer and this model has none: give token ids.")
   for token in settings.stop_ids():
     _in_vocabulary("stop", token, vocab)
+  _check_words(m, settings, vocab)
+  check_scorer(settings.scorer)
+  if settings.echo and (m.config.shape != "decoder" or m.config.prefix_attention):
+    raise InputError(
+      "echo tells what a decoder gives a prompt token by token, and this model reads prompts in "
+      "both directions: leave it out."
+    )
   if settings.logprobs is not None and settings.logprobs > vocab:
     raise InputError(f"logprobs={settings.logprobs} exceeds the vocabulary of {vocab} tokens.")
-  encoded = [_encoded(m, p, i) for i, p in enumerate(_listed(prompts))]
+  encoded = [_encoded(m, p, i) for i, p in enumerate(listed(prompts))]
   for i, prompt in enumerate(encoded):
     for token in prompt:
       _in_vocabulary(f"prompt {i}", token, vocab)
     _check_room(m, i, prompt, settings)
+    _check_search(m, prompt, settings)
   return encoded
+
+
+def _check_search(m: "Model", prompt: list[int], settings: Settings) -> None:
+  """Raises an InputError where beams would outgrow the length that LongRoPE began with."""
+  original = m.config.rope_original_positions
+  plain = settings.num_beams == 1 and not settings.penalty_alpha and settings.draft is None
+  if plain or m.config.rope_scaling != "longrope" or original is None:
+    return
+  if len(prompt) <= original < len(prompt) + settings.most_new_tokens():
+    raise InputError(
+      f"a text of {len(prompt)} tokens would outgrow the {original} positions that LongRoPE began "
+      "with, and what num_beams, penalty_alpha or draft decode is not read anew: ask for fewer "
+      "tokens."
+    )
+
+
+def _check_words(m: "Model", settings: Settings, vocab: int) -> None:
+  """Raises an InputError for words that are no tokens of this model."""
+  for name, words in (("bad_words", settings.bad_words), ("logit_bias", settings.logit_bias or ())):
+    for word in words:
+      if isinstance(word, str) and m.tokenizer is None:
+        raise InputError(f"{name}: {word!r} is a text and the model has no tokenizer: give ids.")
+      found = spellings(m, word)
+      if not found:
+        raise InputError(f"{name}: {word!r} has no token of this model's tokenizer.")
+      for token in (token for tokens in found for token in tokens):
+        _in_vocabulary(name, token, vocab)
+  for token in settings.allowed_tokens or ():
+    _in_vocabulary("allowed_tokens", token, vocab)
+  first = prefix_tokens(m, settings)
+  for token in first:
+    _in_vocabulary("prefix", token, vocab)
+  if settings.prefix and not first:
+    raise InputError(f"prefix={settings.prefix!r} has no token of this model's tokenizer.")
+  if len(first) > settings.most_new_tokens():
+    raise InputError(
+      f"prefix has {len(first)} tokens, and max_new_tokens={settings.most_new_tokens()}: ask for "
+      "more."
+    )
 
 
 def prefix(m: "Model", prompt: list[int]) -> list[int]:
@@ -78,7 +127,7 @@ def _check_room(m: "Model", index: int, prompt: list[int], settings: Settings) -
     )
 
 
-def _listed(prompts: Any) -> list[Any]:
+def listed(prompts: Any) -> list[Any]:
   """One prompt or many -> a list of prompts."""
   if isinstance(prompts, str):
     return [prompts]

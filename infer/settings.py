@@ -2,13 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 from model.errors import InputError, nearest
 
 DEFAULT_NEW_TOKENS = 64
+DEFAULT_GUESSES = 4
+MOST_NGRAM = 1024  # The longest run of tokens that may be kept from coming again.
+
+Word = str | int | Sequence[int]  # A text, a token or several.
+Biases = Mapping[Word, float]  # Several tokens are a tuple.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +27,30 @@ class Settings:
   top_k: int | None = None  # Draw from the k most probable tokens.
   top_p: float | None = None  # Draw from the most probable tokens that sum to p.
   min_p: float | None = None  # Draw from tokens at least p times as probable as the best.
+  typical_p: float | None = None  # Draw from tokens of about the expected surprise that sum to p.
+  epsilon_cutoff: float | None = None  # Draw from tokens of at least this probability.
   seed: int | Sequence[int] = 0  # One for every prompt, or one each.
+  repetition_penalty: float = 1.0  # Above 1: against tokens of the prompt and the text (CTRL).
+  presence_penalty: float = 0.0  # Taken off the scores of tokens that the text has.
+  frequency_penalty: float = 0.0  # As often as the text has them.
+  no_repeat_ngram_size: int | None = None  # No run of so many tokens is there twice.
+  logit_bias: Biases | None = None  # Added to a token's score; of several tokens, to the last's.
+  bad_words: Sequence[Word] = ()  # Never said. A text is meant with a space before it as well.
+  allowed_tokens: Sequence[int] | None = None  # Ids besides which none is chosen.
+  num_return_sequences: int = 1  # Sequences of each prompt, which follow each other.
+  best_of: int | None = None  # Draw so many of each prompt and keep the best.
+  scorer: Any = "mean_logprob"  # What is best: see `infer.generate`.
+  prefix: str | Sequence[int] = ()  # What each completion begins with: a text or token ids.
+  penalty_alpha: float = 0.0  # Contrastive search among top_k tokens: against likeness.
+  num_beams: int = 1  # Sequences that a search goes on with; 1: no search.
+  num_beam_groups: int = 1  # Groups of beams that are to differ from each other.
+  diversity_penalty: float = 0.0  # For each time that groups before have just chosen a token.
+  length_penalty: float = 1.0  # Power of the length that a sequence's score is divided by.
+  early_stopping: bool | str = False  # True: when num_beams have ended; "never": proven best.
+  draft: Any = None  # What guesses tokens ahead: a model, "lookup" or "layers:N" (early layers).
+  speculate: int | None = None  # Tokens that it guesses at a time; None: 4.
   logprobs: int | None = None  # Also report this many of the most probable tokens.
+  echo: bool = False  # Also report the log-probabilities of the prompt's tokens.
 
   def __post_init__(self):
     _whole("min_new_tokens", self.min_new_tokens, least=0)
@@ -41,6 +68,14 @@ class Settings:
               lambda p: 0 < p <= 1)  # fmt: skip
     if self.min_p is not None:
       _number("min_p", self.min_p, "between 0 and 1", lambda p: 0 <= p <= 1)
+    if self.typical_p is not None:
+      _number("typical_p", self.typical_p, "above 0 and at most 1 (leave it out for no limit)",
+              lambda p: 0 < p <= 1)  # fmt: skip
+    if self.epsilon_cutoff is not None:
+      _number("epsilon_cutoff", self.epsilon_cutoff, "at least 0 and below 1",
+              lambda p: 0 <= p < 1)  # fmt: skip
+    self._check_shaping()
+    self._check_sequences()
     if self.logprobs is not None:
       _whole("logprobs", self.logprobs, least=1)
     for seed in self._seeds():
@@ -52,9 +87,135 @@ class Settings:
       if not isinstance(stop, str):
         _whole("stop", stop, least=0)
 
+  def _check_shaping(self) -> None:
+    _number("repetition_penalty", self.repetition_penalty, "above 0 (1 changes nothing)",
+            lambda p: p > 0)  # fmt: skip
+    for name in ("presence_penalty", "frequency_penalty"):
+      _number(name, getattr(self, name), "(0 changes nothing)", lambda p: True)
+    if self.no_repeat_ngram_size is not None:
+      _whole("no_repeat_ngram_size", self.no_repeat_ngram_size, least=1)
+      if self.no_repeat_ngram_size > MOST_NGRAM:
+        raise InputError(
+          f"no_repeat_ngram_size={self.no_repeat_ngram_size} must be at most {MOST_NGRAM}."
+        )
+    if isinstance(self.bad_words, str | int) or not hasattr(self.bad_words, "__iter__"):
+      raise InputError(f"bad_words={self.bad_words!r} must be a list of texts or token ids.")
+    for word in self.bad_words:
+      _word("bad_words", word)
+    if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+      raise InputError(f"logit_bias={self.logit_bias!r} must be a dict from tokens to numbers.")
+    for word, bias in (self.logit_bias or {}).items():
+      _word("logit_bias", word)
+      ruled_out = isinstance(bias, Real) and bias == -math.inf
+      if not ruled_out:
+        _number(f"logit_bias[{word!r}]", bias, "or -inf", lambda b: True)
+    if self.allowed_tokens is not None:
+      allowed = _items("allowed_tokens", self.allowed_tokens)
+      if not allowed:
+        raise InputError("allowed_tokens is empty: no token could be chosen. Leave it out.")
+      for token in allowed:
+        _whole("allowed_tokens", token, least=0)
+
+  def _check_sequences(self) -> None:
+    _whole("num_return_sequences", self.num_return_sequences, least=1)
+    drawn = self.num_return_sequences
+    if self.best_of is not None:
+      _whole("best_of", self.best_of, least=1)
+      if self.best_of < self.num_return_sequences:
+        raise InputError(
+          f"best_of={self.best_of} is less than num_return_sequences={self.num_return_sequences}."
+        )
+      drawn = self.best_of
+    elif self.scorer != "mean_logprob":
+      raise InputError("scorer has no effect without best_of: set how many are drawn.")
+    self._check_search(drawn)
+    if drawn > 1 and self.temperature == 0 and self.num_beams == 1:
+      name = "num_return_sequences" if self.best_of is None else "best_of"
+      raise InputError(f"{name}={drawn} of greedy decoding would all be the same: set temperature.")
+    for token in () if isinstance(self.prefix, str) else _items("prefix", self.prefix):
+      _whole("prefix", token, least=0)
+    if not isinstance(self.echo, bool):
+      raise InputError(f"echo={self.echo!r} must be True or False.")
+
+  def _check_search(self, sequences: int) -> None:
+    _whole("num_beams", self.num_beams, least=1)
+    _whole("num_beam_groups", self.num_beam_groups, least=1)
+    _number("diversity_penalty", self.diversity_penalty, "at least 0", lambda p: p >= 0)
+    _number("length_penalty", self.length_penalty, "(0: none)", lambda p: True)
+    if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+      raise InputError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'.")
+    _number("penalty_alpha", self.penalty_alpha, "from 0 to 1 (0 is off)", lambda a: 0 <= a <= 1)
+    if self.penalty_alpha and (self.top_k or 1) < 2:
+      raise InputError(
+        f"penalty_alpha={self.penalty_alpha} chooses among the top_k most probable tokens, and "
+        f"top_k={self.top_k}: set it to 2 or more."
+      )
+    self._check_alone()
+    if self.speculate is not None:
+      _whole("speculate", self.speculate, least=1)
+      if self.draft is None:
+        raise InputError("speculate has no effect without a draft: name what guesses.")
+    model = hasattr(self.draft, "config")
+    named = isinstance(self.draft, str) and self.draft.partition(":")[0] in ("lookup", "layers")
+    if self.draft is not None and not model and not named:
+      raise InputError(
+        f"draft={self.draft!r} must be a loaded model, 'lookup', or 'layers:N' (the first N)."
+      )
+    if self.num_beams == 1:
+      searching = dict(
+        num_beam_groups=1, diversity_penalty=0.0, length_penalty=1.0, early_stopping=False
+      )
+      for name, neutral in searching.items():
+        if getattr(self, name) != neutral:
+          raise InputError(
+            f"{name}={getattr(self, name)!r} has no effect without a search: set num_beams."
+          )
+      return
+    if self.num_beams % self.num_beam_groups:
+      raise InputError(
+        f"num_beams={self.num_beams} is not a multiple of num_beam_groups={self.num_beam_groups}."
+      )
+    if (self.num_beam_groups > 1) != (self.diversity_penalty > 0):
+      raise InputError(
+        f"num_beam_groups={self.num_beam_groups} and diversity_penalty={self.diversity_penalty}: "
+        "groups differ from each other by a penalty above 0, which one group has no use for."
+      )
+    if sequences > self.num_beams:
+      raise InputError(
+        f"num_return_sequences={sequences} is more than num_beams={self.num_beams} find."
+      )
+
+  def _check_alone(self) -> None:
+    """What does not go with beam search, nor with contrastive search."""
+    if self.num_beams == 1 and not self.penalty_alpha:
+      return
+    beams = self.num_beams > 1
+    search = f"num_beams={self.num_beams}" if beams else f"penalty_alpha={self.penalty_alpha}"
+    refused: dict[str, Any] = dict(
+      temperature=0.0, top_p=None, min_p=None, typical_p=None, epsilon_cutoff=None, best_of=None,
+      logprobs=None, draft=None,
+    )  # fmt: skip
+    refused |= dict(penalty_alpha=0.0, top_k=None) if beams else {}
+    for name, neutral in refused.items():
+      if getattr(self, name) != neutral:
+        raise InputError(
+          f"{name}={getattr(self, name)} does not go with {search}, which searches for sequences "
+          "by its own rule: leave one of them out."
+        )
+    if self.stop_strings():
+      raise InputError(
+        f"stop={self.stop_strings()[0]!r} does not go with {search}: a search ends at token ids; "
+        "give these."
+      )
+
   def most_new_tokens(self) -> int:
     """`max_new_tokens`, the default resolved; a model may have room for fewer."""
     return DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+
+  @property
+  def guesses(self) -> int:
+    """Tokens that are guessed ahead; 0 without a draft."""
+    return 0 if self.draft is None else self.speculate or DEFAULT_GUESSES
 
   def _stops(self) -> list[str | int]:
     return [self.stop] if isinstance(self.stop, str | int) else _items("stop", self.stop)
@@ -114,6 +275,15 @@ def _number(name: str, value: Any, wanted: str, allowed) -> None:
   number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
   if not number or not allowed(value):
     raise InputError(f"{name}={value!r} must be a number {wanted}.")
+
+
+def _word(name: str, word: Any) -> None:
+  tokens = [word] if isinstance(word, str) or _is_whole(word) else word
+  if not isinstance(tokens, Sequence) or not tokens or word == "":
+    raise InputError(f"{name}: {word!r} must be a text, a token id or several, and not empty.")
+  for token in tokens:
+    if not isinstance(word, str):
+      _whole(name, token, least=0)
 
 
 def _items(name: str, value: Any) -> list:

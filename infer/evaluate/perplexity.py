@@ -1,28 +1,22 @@
 """Perplexity of a text: each token scored once, in windows that a protocol says."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from infer.scores import token_logprobs
 from infer.tasks.passes import tokenizer_of
 from model.errors import InputError
-from model.transformer import Inputs
 
 if TYPE_CHECKING:
   from model import Model
 
 _UNLIMITED = 2048  # Tokens of a window where positions set no limit.
 _TOKENS = 4096  # Of a pass, unless a single window is longer.
-_SCORED = 256  # Tokens whose scores of the whole vocabulary are held at a time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,26 +144,5 @@ def _nats(m: "Model", ids: np.ndarray, spans: list[_Span], rows: int) -> float:
     targets[row, : n - 1] = ids[start + 1 : stop]
     weights[row, scored - 1 - start : n - 1] = True
   graphdef, params = m.graphdef, m.params
-  told = np.asarray(_next_nats(graphdef, params, tokens, pos, targets), np.float64)
-  return float(told[weights].sum())
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _next_nats(
-  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], pos: Int[Array, "B T"],
-  targets: Int[Array, "B T"],
-) -> Float[Array, "B T"]:  # fmt: skip
-  """Nats of each target; scores of the vocabulary are made for a few tokens at a time."""
-  net = nnx.merge(graphdef, params)
-  x = net.hidden(Inputs(tokens, pos))[0].reshape(-1, net.cfg.d_model)
-  count = targets.size
-  padding = -count % _SCORED
-  x = jnp.pad(x, ((0, padding), (0, 0))).reshape(-1, _SCORED, x.shape[-1])
-  wanted = jnp.pad(targets.reshape(-1), (0, padding)).reshape(-1, _SCORED)
-
-  def some(pair):
-    scores = net.logits(pair[0])[:, : net.cfg.real_vocab].astype(jnp.float32)
-    chosen = jnp.take_along_axis(scores, pair[1][:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(scores, axis=-1) - chosen
-
-  return jax.lax.map(some, (x, wanted)).reshape(-1)[:count].reshape(targets.shape)
+  told = np.asarray(token_logprobs(graphdef, params, tokens, pos, targets)[0], np.float64)
+  return -float(told[weights].sum())

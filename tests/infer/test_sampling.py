@@ -1,11 +1,24 @@
 """Samplers against Transformers' processors, and draws against the exact distribution."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer.sampling import OFF_TOP_K, MinP, Sampler, Temperature, TopK, TopP, draw, seed_words
+from infer.sampling import (
+  OFF_TOP_K,
+  Epsilon,
+  MinP,
+  Sampler,
+  Temperature,
+  TopK,
+  TopP,
+  TypicalP,
+  draw,
+  seed_words,
+)
 
 ROWS, VOCAB = 1000, 211
 
@@ -21,13 +34,18 @@ def logits_of(seed: int = 0, rows: int = ROWS) -> np.ndarray:
   return logits.astype(np.float32)
 
 
-def sampler(rows: int, *, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=0) -> Sampler:
+def sampler(
+  rows: int, *, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=1.0,
+  epsilon_cutoff=0.0, seed=0,
+) -> Sampler:  # fmt: skip
   full = lambda value, dtype: jnp.full(rows, value, dtype)
   return Sampler(
     Temperature(full(temperature, jnp.float32)),
     TopK(full(OFF_TOP_K if top_k is None else top_k, jnp.int32)),
     TopP(full(1.0 if top_p is None else top_p, jnp.float32)),
     MinP(full(min_p or 0.0, jnp.float32)),
+    TypicalP(full(typical_p, jnp.float32)),
+    Epsilon(full(epsilon_cutoff, jnp.float32)),
     jnp.broadcast_to(seed_words(seed), (rows, 2)),
     full(0, jnp.int32),
   )
@@ -45,7 +63,9 @@ def kept_alike(got: np.ndarray, want: np.ndarray) -> None:
   [
     dict(temperature=0.7), dict(temperature=1.9), dict(top_k=1), dict(top_k=37), dict(top_k=10_000),
     dict(top_p=0.05), dict(top_p=0.9), dict(min_p=0.02), dict(min_p=1.0),
+    dict(typical_p=0.1), dict(typical_p=0.9), dict(epsilon_cutoff=0.003), dict(epsilon_cutoff=0.9),
     dict(temperature=1.3, top_k=50, top_p=0.8, min_p=0.05),
+    dict(temperature=0.8, top_k=90, top_p=0.95, min_p=0.001, typical_p=0.8, epsilon_cutoff=0.01),
   ],
 )  # fmt: skip
 def test_restricted_logits_equal_those_of_transformers(settings):
@@ -54,6 +74,7 @@ def test_restricted_logits_equal_those_of_transformers(settings):
   kinds = dict(
     temperature=processors.TemperatureLogitsWarper, top_k=processors.TopKLogitsWarper,
     top_p=processors.TopPLogitsWarper, min_p=processors.MinPLogitsWarper,
+    typical_p=processors.TypicalLogitsWarper, epsilon_cutoff=processors.EpsilonLogitsWarper,
   )  # fmt: skip
   logits = logits_of()
   want = torch.tensor(logits)
@@ -115,7 +136,7 @@ def test_a_draw_depends_on_seed_sequence_and_position_not_on_the_row():
   logits = np.tile(logits_of(rows=1), (6, 1))
   pos = np.array([5, 5, 6, 5, 5, 6])
   s = sampler(6, temperature=2.0, seed=2**40 + 3)
-  s = Sampler(s.temperature, s.top_k, s.top_p, s.min_p, s.seed, jnp.array([0, 1, 0, 0, 1, 0]))
+  s = dataclasses.replace(s, sequence=jnp.array([0, 1, 0, 0, 1, 0]))
   keys = np.asarray(jax.random.key_data(s.keys(pos)))
   assert len({tuple(k) for k in keys[:3].tolist()}) == 3
   np.testing.assert_array_equal(keys[:3], keys[3:])

@@ -1,0 +1,246 @@
+"""Beam search: the sequences of the highest score, in one compiled loop.
+
+Equal to Transformers' search where it has the same thing; groups that differ from each other are
+diverse beam search (Vijayakumar et al., arXiv:1610.02424, algorithm 1, Hamming diversity).
+"""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from infer.batch import LEAST_LENGTH, LEAST_ROOM, end_ids, padded_prompts, source_of
+from infer.decode import Request, read
+from infer.found import Found
+from infer.prompts import prefix
+from infer.requests import bucket, request_of
+from infer.settings import Settings
+from infer.shaping import History
+from model.cache import Cache
+from model.config import ModelConfig
+from model.errors import InputError
+from model.transformer import Inputs
+
+if TYPE_CHECKING:
+  from model import Model
+
+NOTHING = -1e9  # The score of what there is not.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+  """Sequences of new tokens, for each prompt and beam, and what the model gave each token."""
+
+  tokens: Int[Array, "P B M"]
+  logprobs: Float[Array, "P B M"]
+  lengths: Int[Array, "P B"]
+  score: Float[Array, "P B"]
+
+  def take(self, index: Int[Array, "P C"]) -> "Sequences":
+    """The sequences of each prompt at `index`."""
+
+    def pick(a):
+      places = index.reshape(index.shape + (1,) * (a.ndim - 2))
+      return jnp.take_along_axis(a, places, axis=1)
+
+    return jax.tree.map(pick, self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """Where a search is: beams that go on, the best sequences that have ended, in each group."""
+
+  count: Int[Array, ""]
+  running: Sequences
+  ended: Sequences
+  full: Bool[Array, "P B"]  # Places of `ended` that hold something.
+  open: Bool[Array, "P G"]  # Groups that may still become better.
+  going: Bool[Array, ""]
+  said: History  # Of the rows P · B.
+  logits: Float[Array, "PB V"]  # Behind the newest token of each row.
+  cache: Cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """What a search is compiled for: beams and groups of a prompt, candidates of a group, rules."""
+
+  beams: int
+  groups: int
+  kept: int
+  stop_when_full: bool  # early_stopping=True.
+  patient: bool  # early_stopping="never".
+
+
+def search(m: "Model", prompts: list[list[int]], settings: Settings) -> list[list[Found]]:
+  """The best `num_return_sequences` sequences of each prompt, best first.
+
+  Args:
+    prompts: with room for the same number of new tokens; of an encoder–decoder, what its encoder
+      reads.
+  """
+  ends = end_ids(m, settings)
+  beams, groups = settings.num_beams, settings.num_beam_groups
+  shape = Shape(
+    beams, groups, max(2, 1 + len(ends)) * (beams // groups), settings.early_stopping is True,
+    settings.early_stopping == "never",
+  )  # fmt: skip
+  reads, room = [prefix(m, prompt) for prompt in prompts], settings.most_new_tokens()
+  size, limit = bucket(len(prompts), 1), m.config.max_positions
+  length = bucket(max(map(len, reads)) + room, LEAST_LENGTH, limit)
+  net, params = m.unstacked()
+  tokens, lengths = padded_prompts(m, reads, size)
+  request = request_of(m, settings, [0] * size * beams, None, size * beams, ends)
+  rules = np.array([settings.length_penalty, settings.diversity_penalty], np.float32)
+  state = _search(
+    net, params, tokens, lengths, request, source_of(m, prompts, size), np.int32(room), rules,
+    cfg=m.config, length=length, room=bucket(room, LEAST_ROOM), shape=shape,
+  )  # fmt: skip
+  return _results(jax.device_get(state), len(prompts), settings.num_return_sequences, ends)
+
+
+def _results(
+  ended: Sequences, prompts: int, wanted: int, ends: frozenset[int]
+) -> list[list[Found]]:
+  out = []
+  for p in range(prompts):
+    found = []
+    for b in np.argsort(-np.asarray(ended.score[p]), kind="stable")[:wanted]:
+      n = int(ended.lengths[p, b])
+      if ended.score[p, b] < NOTHING / 2:
+        raise InputError(
+          f"prompt {p} of the batch has only {len(found)} sequences that the settings allow, and "
+          f"num_return_sequences={wanted} are asked for: loosen what restricts them."
+        )
+      tokens = np.asarray(ended.tokens[p, b, :n]).tolist()
+      logprobs = np.asarray(ended.logprobs[p, b, :n]).tolist()
+      found.append(Found(tokens, logprobs, float(ended.score[p, b]), tokens[-1] in ends))
+    out.append(found)
+  return out
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "shape"))
+def _search(
+  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "P T"], lengths: Int[Array, "P"],
+  request: Request, source: Inputs | None, most: Int[Array, ""], rules: Float[Array, "2"], *,
+  cfg: ModelConfig, length: int, room: int, shape: Shape,
+) -> Sequences:  # fmt: skip
+  net, (P, T), B = nnx.merge(graphdef, params), tokens.shape, shape.beams
+  x, cache = read(net, tokens, lengths, lengths, source, cfg, length)
+  last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+  each = lambda a: jnp.repeat(a, B, axis=0)
+  known = jnp.zeros((P, length), jnp.int32).at[:, :T].set(tokens)
+  none = Sequences(
+    jnp.full((P, B, room), -1), jnp.zeros((P, B, room)), jnp.zeros((P, B), jnp.int32),
+    jnp.full((P, B), NOTHING),
+  )  # fmt: skip
+  # All beams of a group begin alike: the first one speaks for them.
+  first = jnp.where(jnp.arange(B) % (B // shape.groups) == 0, 0.0, NOTHING)
+  state = Search(
+    count=jnp.zeros((), jnp.int32),
+    running=dataclasses.replace(none, score=jnp.broadcast_to(first, (P, B))),
+    ended=none,
+    full=jnp.zeros((P, B), bool),
+    open=jnp.broadcast_to((lengths > 0)[:, None], (P, shape.groups)),
+    going=jnp.ones((), bool),
+    said=History(each(known), each(lengths), each(lengths)),
+    logits=each(net.logits(last).astype(jnp.float32)),
+    cache=jax.tree.map(each, cache),
+  )
+  step = functools.partial(_step, net, request, most, rules, shape)
+  return jax.lax.while_loop(lambda state: state.going, step, state).ended
+
+
+def _step(
+  net: Any, request: Request, most: Int[Array, ""], rules: Float[Array, "2"], shape: Shape,
+  state: Search,
+) -> Search:  # fmt: skip
+  """One more token for each beam."""
+  P, B = state.running.score.shape
+  vocab = state.logits.shape[-1]
+  ends = jnp.zeros(vocab, bool).at[request.stop_ids].set(True, mode="drop")
+  own = jax.nn.log_softmax(state.logits, axis=-1)
+  shaped = request.shaping(own, state.said)
+  shaped = jnp.where(ends & (state.count < request.min_new_tokens), -jnp.inf, shaped)
+  by_beam = lambda a: a.reshape(P, B, *a.shape[1:])
+  parts, taken = [], jnp.zeros((P, vocab))
+  for g in range(shape.groups):
+    part = _group(by_beam(shaped), by_beam(own), state, g, taken, ends, most, rules, shape)
+    chosen = part[0].tokens[:, :, state.count]
+    taken = taken.at[jnp.arange(P)[:, None], chosen].add(state.open[:, [g]].astype(jnp.float32))
+    parts.append(part)
+  join = lambda *leaves: jnp.concatenate(leaves, axis=1)
+  running, beam, ended, full, is_open = jax.tree.map(join, *parts)
+  going = jnp.any(is_open)
+  state = dataclasses.replace(
+    state, count=state.count + 1, running=running, ended=ended, full=full, open=is_open, going=going
+  )
+  row = (jnp.arange(P)[:, None] * B + beam).reshape(-1)
+  newest = running.tokens[:, :, state.count - 1].reshape(-1)
+  return jax.lax.cond(going, lambda s: _read_newest(net, row, newest, s), lambda s: s, state)
+
+
+def _read_newest(net: Any, row: Int[Array, "PB"], token: Int[Array, "PB"], state: Search) -> Search:
+  """Each row becomes the one that its beam came from, and reads its newest token."""
+  said = jax.tree.map(lambda a: a[row], state.said)
+  cache = jax.tree.map(lambda a: a[row], state.cache)
+  pos = jnp.where(said.prompt > 0, said.count, -1)
+  x, cache, _ = net.hidden(Inputs(token[:, None], pos[:, None]), cache=cache)
+  logits = net.logits(x[:, 0]).astype(jnp.float32)
+  said = said.push(token, jnp.ones(len(row), bool))
+  return dataclasses.replace(state, said=said, logits=logits, cache=cache)
+
+
+def _group(
+  shaped: Float[Array, "P B V"], own: Float[Array, "P B V"], state: Search, g: int,
+  taken: Float[Array, "P V"], ends: Bool[Array, "V"], most: Int[Array, ""],
+  rules: Float[Array, "2"], shape: Shape,
+):  # fmt: skip
+  """One step of a group: (running, the beam that each came from, ended, full, open).
+
+  Args:
+    taken: how often the groups before have chosen each token in this step.
+  """
+  P, _, V = shaped.shape
+  length_penalty, diversity = rules
+  size, last = shape.beams // shape.groups, state.count + 1 >= most
+  places = slice(g * size, (g + 1) * size)
+  mine = lambda tree: jax.tree.map(lambda a: a[:, places], tree)
+  running, ended, full = mine(state.running), mine(state.ended), state.full[:, places]
+  is_open = state.open[:, [g]]
+  gain = shaped[:, places] - diversity * taken[:, None]
+  total = (running.score[:, :, None] + gain).reshape(P, -1)
+  score, flat = jax.lax.top_k(total, min(shape.kept, total.shape[1]))
+  beam, token = flat // V, flat % V
+  rows = running.take(beam)
+  given = jnp.take_along_axis(own[:, places].reshape(P, -1), flat, axis=1)
+  candidates = Sequences(
+    rows.tokens.at[:, :, state.count].set(token), rows.logprobs.at[:, :, state.count].set(given),
+    rows.lengths + 1, score,
+  )  # fmt: skip
+  hit = ends[token] | last
+  next_score, order = jax.lax.top_k(score + hit * NOTHING, size)
+  running = dataclasses.replace(candidates.take(order), score=next_score)
+  length = (state.count + 1).astype(jnp.float32)
+  ending = hit & (jnp.arange(hit.shape[1]) < size) & is_open & (score > NOTHING / 2)
+  final = jnp.where(ending, score / length**length_penalty, NOTHING)
+  both = lambda a, b: jnp.concatenate((a, b), axis=1)
+  merged = jax.tree.map(both, ended, dataclasses.replace(candidates, score=final))
+  best = jax.lax.top_k(merged.score, size)[1]
+  full = jnp.take_along_axis(both(full, ending), best, axis=1)
+  ended = merged.take(best)
+  # The best that a beam could still reach, by its score of now at this length or at the longest.
+  reach = most.astype(jnp.float32) if shape.patient else length
+  reach = jnp.where(length_penalty > 0, reach, length)
+  worst = jnp.where(full, jnp.min(ended.score, axis=1, keepdims=True), NOTHING)
+  improves = jnp.any(running.score[:, :1] / reach**length_penalty > worst, axis=1, keepdims=True)
+  settled = jnp.all(full, axis=1, keepdims=True) & shape.stop_when_full
+  is_open &= improves & ~settled & ~jnp.all(hit, axis=1, keepdims=True)
+  return running, jnp.take_along_axis(beam, order, axis=1) + g * size, ended, full, is_open

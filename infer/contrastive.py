@@ -1,0 +1,139 @@
+"""Contrastive search: of the most probable tokens, the one least like what has been said.
+
+Source: Su et al., arXiv:2202.06417, equation 5: (1 - α) · probability - α · the largest cosine
+between the last hidden state that the token would have and those of all tokens before it.
+"""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from infer.batch import LEAST_LENGTH, LEAST_ROOM, end_ids, padded_prompts, source_of
+from infer.decode import Request, read
+from infer.found import Found, nothing_left
+from infer.prompts import prefix
+from infer.requests import bucket, request_of
+from infer.settings import Settings
+from infer.shaping import History
+from model.cache import Cache
+from model.config import ModelConfig
+from model.transformer import Inputs
+
+if TYPE_CHECKING:
+  from model import Model
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """Where the rows are; `states` are the last hidden states of their tokens, of length 1."""
+
+  count: Int[Array, ""]
+  ended: Bool[Array, "B"]
+  said: History
+  states: Float[Array, "B L D"]
+  logits: Float[Array, "B V"]  # Behind the newest token of each row.
+  cache: Cache
+  tokens: Int[Array, "B M"]  # New ones; -1 where a row had ended, -2 where none was allowed.
+  logprobs: Float[Array, "B M"]
+
+
+def contrast(m: "Model", prompts: list[list[int]], settings: Settings) -> list[Found]:
+  """The sequence of each prompt.
+
+  Args:
+    prompts: with room for the same number of new tokens; of an encoder–decoder, what its encoder
+      reads.
+  """
+  ends, reads = end_ids(m, settings), [prefix(m, prompt) for prompt in prompts]
+  room, limit = settings.most_new_tokens(), m.config.max_positions
+  size = bucket(len(prompts), 1)
+  length = bucket(max(map(len, reads)) + room, LEAST_LENGTH, limit)
+  net, params = m.unstacked()
+  tokens, lengths = padded_prompts(m, reads, size)
+  request = request_of(m, settings, [0] * size, None, size, ends)
+  told = _search(
+    net, params, tokens, lengths, request, source_of(m, prompts, size), np.int32(room),
+    np.float32(settings.penalty_alpha), cfg=m.config, length=length,
+    room=bucket(room, LEAST_ROOM), among=min(settings.top_k or 1, m.config.real_vocab),
+  )  # fmt: skip
+  out = []
+  for row, values, _ in zip(*jax.device_get(told), prompts, strict=False):
+    n = int((row >= 0).sum())
+    if (row == -2).any():
+      raise nothing_left(n)
+    new = row[:n].tolist()
+    out.append(Found(new, values[:n].tolist(), None, new[-1] in ends))
+  return out
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "among"))
+def _search(
+  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
+  request: Request, source: Inputs | None, most: Int[Array, ""], alpha: Float[Array, ""], *,
+  cfg: ModelConfig, length: int, room: int, among: int,
+) -> tuple[Int[Array, "B M"], Float[Array, "B M"]]:  # fmt: skip
+  net, (B, T) = nnx.merge(graphdef, params), tokens.shape
+  x, cache = read(net, tokens, lengths, lengths, source, cfg, length)
+  last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+  start = Search(
+    count=jnp.zeros((), jnp.int32),
+    ended=lengths == 0,
+    said=History(jnp.zeros((B, length), jnp.int32).at[:, :T].set(tokens), lengths, lengths),
+    states=jnp.zeros((B, length, x.shape[-1])).at[:, :T].set(_directions(x)),
+    logits=net.logits(last).astype(jnp.float32),
+    cache=cache,
+    tokens=jnp.full((B, room), -1),
+    logprobs=jnp.zeros((B, room)),
+  )
+  going = lambda state: (state.count < most) & ~jnp.all(state.ended)
+  step = functools.partial(_step, net, request, alpha, among)
+  end = jax.lax.while_loop(going, step, start)
+  return end.tokens, end.logprobs
+
+
+def _step(net: Any, request: Request, alpha: Float[Array, ""], among: int, state: Search) -> Search:
+  """One more token for each row: each of the most probable ones is read to see what it would be."""
+  B, V = state.logits.shape
+  ends = jnp.zeros(V, bool).at[request.stop_ids].set(True, mode="drop")
+  shaped = request.shaping(state.logits, state.said)
+  shaped = jnp.where(ends & (state.count < request.min_new_tokens), -jnp.inf, shaped)
+  probs, tokens = jax.lax.top_k(jax.nn.softmax(shaped, axis=-1), among)
+  each = lambda a: jnp.repeat(a, among, axis=0)
+  pos = jnp.where(state.ended, -1, state.said.count)
+  cache = jax.tree.map(each, state.cache)
+  x, cache, _ = net.hidden(Inputs(tokens.reshape(-1, 1), each(pos)[:, None]), cache=cache)
+  new = _directions(x[:, 0]).reshape(B, among, -1)
+  alike = jnp.einsum("BKD,BLD->BKL", new, state.states, precision="highest")
+  known = jnp.arange(state.states.shape[1]) < state.said.count[:, None]
+  alike = jnp.max(jnp.where(known[:, None], alike, -1.0), axis=-1)
+  score = jnp.where(probs > 0, (1 - alpha) * probs - alpha * alike, -jnp.inf)
+  best = jnp.argmax(score, axis=1)
+  stuck = jnp.max(shaped, axis=1) == -jnp.inf
+  row = jnp.arange(B)
+  token = jnp.where(state.ended, 0, tokens[row, best])
+  put = lambda old, value: old.at[:, state.count].set(value)
+  own = jax.nn.log_softmax(state.logits, axis=-1)[row, token]
+  chosen = row * among + best
+  return Search(
+    count=state.count + 1,
+    ended=state.ended | ends[token] | stuck,
+    said=state.said.push(token, ~state.ended),
+    states=state.states.at[row, state.said.count].set(new[row, best], mode="drop"),
+    logits=net.logits(x[chosen, 0]).astype(jnp.float32),
+    cache=jax.tree.map(lambda a: a[chosen], cache),
+    tokens=put(state.tokens, jnp.where(state.ended, -1, jnp.where(stuck, -2, token))),
+    logprobs=put(state.logprobs, own),
+  )
+
+
+def _directions(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+  """Vectors of length 1, float32."""
+  x = x.astype(jnp.float32)
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
