@@ -70,6 +70,8 @@ def ragged_experts(
       once = jax.lax.axis_index(layout.mlp) == 0  # The sum over devices below must add it once.
       down = matrices["down_proj"]
       matrices["down_proj"] = down | {"b": jnp.where(once, down["b"], 0)}
+    if layout.mlp:  # Gradients are summed over them here, of tokens, and not of what has arrived.
+      x = jax.lax.pcast(x, layout.mlp, to="varying")
     flat = lambda a: a.reshape(-1, a.shape[-1])
     work = functools.partial(_grouped, matrices=matrices, act=act, padded=bool(layout.expert))
     y = _spread(flat(x), flat(weights), flat(chosen), work, layout, len(up))
