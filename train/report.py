@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from model.flops import matmul_params
 from model.hardware import hardware, peak_flops
 from model.layers import ParamInfo
+from model.pipeline import plan
 from train.config import Config
 from train.data.pipeline import Data
 from train.program import Program
@@ -106,6 +107,12 @@ def run_lines(config: Config, program: Program, data: Data, mesh: Mesh, start: i
     "steps": f"{start:,} of {config.steps:,} done"
     + (", continuing" if 0 < start < config.steps else ""),
   }
+  schedule = plan(config.model, mesh, config.batch_size // config.accumulation)
+  if schedule is not None:
+    rows["pipeline"] = (
+      f"{schedule.stages} stages, {schedule.parts} micro-batches, {schedule.ticks} ticks, of which "
+      f"a stage is idle {schedule.bubble:.0%}"
+    )
   return [f"  {name:<12}{text}" for name, text in rows.items()]
 
 
