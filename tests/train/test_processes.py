@@ -199,13 +199,12 @@ def test_four_processes_end_when_one_dies_or_hangs(bench, which):
 @slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_four_processes_killed_at_random_moments_continue_bit_for_bit(bench, shape):
-  began = time.monotonic()
-  whole = together(bench, f"whole_{shape}", 4, *SHAPES[shape])
-  seconds, rng = time.monotonic() - began, random.Random(0)
+  whole, rng = together(bench, f"whole_{shape}", 4, *SHAPES[shape]), random.Random(0)
   workdir = bench.folder / f"cut_{shape}"
-  for _ in range(4):
-    run = Processes(bench, workdir, 4, *SHAPES[shape])
-    time.sleep(rng.uniform(0.4, 1.0) * seconds)
+  for first in (1, 8, 15, 22):
+    run, step = Processes(bench, workdir, 4, *SHAPES[shape]), first + rng.randrange(5)
+    run.wait_for(lambda step=step: last_step(workdir) >= step)
+    time.sleep(rng.uniform(0, 0.1))
     run.all[rng.randrange(4)].send_signal(signal.SIGKILL)
     assert {done.returncode for done in run.ends()} <= {0, 1, -signal.SIGKILL}
   assert together(bench, f"cut_{shape}", 4, *SHAPES[shape]) == workdir
