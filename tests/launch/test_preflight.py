@@ -11,9 +11,12 @@ from configs.gpt_small import get_config as gpt_small
 from configs.gpt_tiny import get_config
 from launch.topologies import devices_of
 from model.errors import InputError
+from model.sharding import make_mesh
 from tests.commands import run
 from train.analysis.attempt import attempt
 from train.analysis.described import described
+from train.analysis.report import device_memory
+from train.analysis.variants import fitting
 from train.config import Config, DataConfig, MeshConfig, ObjectiveConfig
 
 TINY = dict(num_layers=1, d_model=64, d_ff=128, vocab_size=512)
@@ -148,20 +151,20 @@ V5E = (
 @needs_libtpu
 @pytest.mark.slow
 def test_a_tpu_program_runs_splash_attention_and_a_suggestion_for_it_fits():
-  refused = preflight(*V5E, "--config.batch_size=1024")
-  assert refused.returncode == 1, refused.stderr
-  assert "attention: splash" in refused.stderr
-  first = values(refused)["suggestions"][0]
-  changes = [word for word in first.split() if word.startswith("--config.")]
-  done = preflight(*V5E, "--config.batch_size=1024", *changes)
-  assert done.returncode == 0, done.stderr
-  told = values(done)
-  assert any("splash_mha_fwd" in name for name in told["kernels"])
-  assert any("splash_mha_dkv" in name for name in told["kernels"])
-  assert told["fits"] and told["estimate"]["mfu"] < 1
-  assert {c["axis"] for c in told["collectives"]} == {"fsdp"}
-  # Padded rows of the table are counted in bytes, and are none here; all is split four ways.
-  assert 4 * told["parameter_bytes"] == pytest.approx(4 * told["parameters_total"], rel=1e-3)
+  config = dataclasses.replace(tpu_config(), batch_size=1024)
+  devices = devices_of("v5e:2x2", 1)
+  memory = device_memory(make_mesh(fsdp=4, devices=devices))
+  assert memory == 15.75 * 2**30
+  tried = lambda c: attempt(c, devices, memory)
+  refused = tried(config)
+  assert refused.fits is False
+  suggestion, report = fitting(config, devices, memory, refused, tried)
+  assert suggestion.startswith("--config.model.remat=") and report is not None and report.fits
+  assert any("splash_mha_fwd" in name for name in report.done.kernels)
+  assert any("splash_mha_dkv" in name for name in report.done.kernels)
+  assert {c.axis for c in report.crossing} == {"fsdp"}
+  assert 0 < report.estimate.mfu < 1
+  assert 4 * report.state.parameters == pytest.approx(4 * config.model.num_params(), rel=1e-3)
 
 
 @needs_libtpu
