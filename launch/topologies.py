@@ -116,5 +116,6 @@ def _closed(kind: str, dims: list[int]) -> tuple[bool, bool, bool]:
   16. Source: docs.cloud.google.com/tpu/docs, the architecture pages of v4, v5e, v5p, v6e and tpu7x.
   """
   if len(dims) == 3:
-    return (all(d % 4 == 0 for d in dims),) * 3
+    cubes = all(d % 4 == 0 for d in dims)
+    return cubes, cubes, cubes
   return dims[0] == 16, dims[1] == 16, False

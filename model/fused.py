@@ -22,6 +22,8 @@ from model.context import (
 )
 
 _BLOCKS = (512, 384, 256, 128)  # Of splash attention, in tokens; the first that divides.
+# Keys of a block of its backward pass, which holds the gradient of queries once for each block.
+_BLOCK_BACK = 1024
 
 
 def cudnn_attention(
@@ -111,6 +113,7 @@ def _splash_kernel(
   block_q = next((size for size in _BLOCKS if chunk % size == 0), _BLOCKS[-1])
   block_kv = next(size for size in _BLOCKS if S % size == 0)
   mask: Any
+  block_back = next(size for size in (_BLOCK_BACK, *_BLOCKS) if S % size == 0)
   if window is None:
     mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
   else:
@@ -118,8 +121,8 @@ def _splash_kernel(
   if balanced > 1:
     mask.q_sequence = np.asarray(balanced_index(T, balanced), np.int32)
   blocks = splash.BlockSizes(
-    block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
-    block_q_dq=block_q, block_kv_dq=block_kv,
+    block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_back,
+    use_fused_bwd_kernel=True,  # One kernel computes the scores again, not two.
   )  # fmt: skip
   return splash.make_splash_mha(
     splash.MultiHeadMask([mask] * heads), block_sizes=blocks, attn_logits_soft_cap=softcap,

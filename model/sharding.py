@@ -86,7 +86,7 @@ def _laid_out(devices: list, shape: list[int]) -> np.ndarray:
 
 
 def platform() -> str:
-  """What the devices of the mesh in use are, or without one the default device: "cpu", "tpu", "gpu".
+  """What the devices of the mesh in use, or the default device, are: "cpu", "tpu", "gpu".
 
   A mesh may describe devices that are not here, as when a program is compiled ahead of time.
   """

@@ -17,6 +17,7 @@ from train.config import Config, ObjectiveConfig
 from train.data.arrays import Corpus
 from train.objectives.loss import (
   Loss,
+  Mean,
   in_parts,
   inputs_of,
   right_answers,
@@ -131,5 +132,7 @@ def word_loss(
   read = batch[f"{side}targets"], batch[f"{side}weights"]
   minimized, weight, nats, *right = in_parts(sums, x, *read, objective.loss_parts)
   penalty = router_penalty(stats, cfg).astype(nats.dtype)
-  means = {"loss": (nats, weight)} | ({"accuracy": tuple(right)} if accuracy else {})
+  means: dict[str, Mean] = {"loss": (nats, weight)}
+  if accuracy:
+    means["accuracy"] = right[0], right[1]
   return Loss({"loss": minimized}, means, penalty, tokens, pairs)
