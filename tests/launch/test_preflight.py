@@ -164,7 +164,8 @@ def test_a_tpu_program_runs_splash_attention_and_a_suggestion_for_it_fits():
   assert any("splash_mha_dkv" in name for name in report.done.kernels)
   assert {c.axis for c in report.crossing} == {"fsdp"}
   assert 0 < report.estimate.mfu < 1
-  assert 4 * report.state.parameters == pytest.approx(4 * config.model.num_params(), rel=1e-3)
+  # All but biases and scales is split four ways.
+  assert report.state.parameters == pytest.approx(config.model.num_params(), rel=5e-3)
 
 
 @needs_libtpu
