@@ -6,6 +6,7 @@ import math
 import os
 import re
 
+from launch.xla_flags import xla_environment
 from model.errors import InputError, nearest
 
 # Dimensions of the torus, and chips along each at most in one slice.
@@ -89,6 +90,7 @@ def _tpu(kind: str, size: str, slices: int) -> list:
       "'.[tpu]'."
     )
   os.environ.update(_QUIET)
+  os.environ.update(xla_environment("tpu", os.environ))  # What a launched run compiles with.
   import jax
   from jax.experimental import topologies
 
