@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 
+from jax.sharding import Mesh
+
+from model.config import ModelConfig
 from model.flops import visible_pairs
 from train.config import Config
 from train.objectives import make_objective, step_flops
@@ -32,6 +35,17 @@ def model_flops(config: Config) -> float:
       counts.update({f"generator.{name}": n for name, n in counts.copy().items()})
     tokens["head"] = tokens["encoder"]  # The generator reads the masked places, the model all.
   return step_flops(config, tokens, pairs)
+
+
+def used_rows(cfg: ModelConfig, mesh: Mesh) -> float:
+  """The share of an expert buffer's rows that hold a token when all experts are used evenly.
+
+  Experts apart have room for the worst case, all tokens of all devices (`model.exchange`).
+  """
+  parts = mesh.shape.get("expert", 1)
+  if not cfg.num_experts or parts == 1:
+    return 1.0
+  return cfg.experts_per_token / (parts * min(cfg.experts_per_token, cfg.num_experts // parts))
 
 
 def step_tokens(config: Config) -> int:

@@ -15,7 +15,7 @@ from train.analysis.frames import Frames
 from train.analysis.hlo import parse
 from train.analysis.loops import runs
 from train.analysis.memory import Buffer, StateBytes, program_buffers, state_buffers, state_bytes
-from train.analysis.model_work import FULL_ROWS, model_flops, step_tokens
+from train.analysis.model_work import FULL_ROWS, model_flops, step_tokens, used_rows
 from train.analysis.roofline import Estimate, estimate
 from train.analysis.work import Work, work
 from train.config import Config
@@ -155,17 +155,20 @@ def analyse(config: Config, mesh: Mesh, program: Program, memory: int | None) ->
   text = compiled.as_text() or ""
   module = parse(text)
   found, unknown = runs(module)
-  done = work(module, found, visited(compiled, module))
+  ragged = used_rows(config.model, mesh)
+  done = work(module, found, visited(compiled, module), ragged=ragged)
   crossing = collectives(module, found, mesh)
   needed = model_flops(config)
   loops = (f"loop {name}: its length is not known, counted once" for name in unknown)
-  notes = (*done.notes, *loops, f"model FLOPs: {FULL_ROWS}")
+  notes = [*done.notes, *loops, f"model FLOPs: {FULL_ROWS}"]
+  if ragged < 1:
+    notes.append(f"experts are used evenly: {ragged:.1%} of the rows that they have room for")
   return Report(
     title(config, mesh), mesh.size, state_bytes(program), peak_bytes(compiled, mesh), memory,
     config.model.num_params(), needed, step_tokens(config), done, crossing,
     program_buffers(module, Frames.of(text)),
     estimate(mesh, config.model.compute_dtype, done.flops, done.bytes, crossing, needed),
-    notes,
+    tuple(notes),
   )  # fmt: skip
 
 

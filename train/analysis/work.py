@@ -30,12 +30,13 @@ class Work:
   notes: tuple[str, ...]  # What could not be known.
 
 
-def work(module: Module, found: list[Run], masks: dict[str, float]) -> Work:
+def work(module: Module, found: list[Run], masks: dict[str, float], *, ragged: float = 1.0) -> Work:
   """The work of computations that run as often as `found` says.
 
   Args:
     masks: by the name of a splash kernel's instruction the share of its blocks that it visits
       (`visited`); all of them where it is not known.
+    ragged: the share of the rows of a ragged product that belong to a group.
   """
   flops = remat = moved = 0.0
   kernels: dict[str, float] = {}
@@ -43,6 +44,8 @@ def work(module: Module, found: list[Run], masks: dict[str, float]) -> Work:
   for run in found:
     for i in run.computation.instructions.values():
       done = instruction_flops(run.computation, i)
+      if i.opcode == "ragged-dot":
+        done *= ragged
       if i.opcode == "custom-call":
         name, kernel = kernel_flops(run.computation, i, masks.get(i.name, 1.0))
         if name is not None:
