@@ -162,6 +162,30 @@ def test_a_permute_names_the_axis_that_it_goes_along():
   assert axis_name(device_groups(i, 8), make_mesh(**MESH)) == "data"
 
 
+def test_what_goes_between_tpu_slices_is_a_collective_of_the_slices_axis():
+  text = """HloModule m, is_scheduled=true, num_partitions=4
+
+ENTRY %e (p: f32[100]) -> token[] {
+  %p = f32[100] parameter(0)
+  %t = token[] after-all()
+  %r = f32[100] all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %s = (f32[100], u32[], token[]) send(%r, %t), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %d = token[] send-done(%s), channel_id=3, is_host_transfer=true
+}
+"""
+  module = hlo.parse(text)
+  mesh = make_mesh(slices=2, data=1, fsdp=4)
+  made = collectives(module, runs(module)[0], mesh)
+  assert [(c.kind, c.axis, c.count, c.bytes) for c in made] == [
+    ("all-reduce", "fsdp", 1, 600),
+    ("all-reduce", "slices", 1, 400),
+  ]
+  four = hlo.parse(text.replace("{1,2}x", "{1:4}x"))
+  assert collectives(four, runs(four)[0], mesh)[1].bytes == 600
+
+
 def test_an_unknown_way_to_write_groups_is_an_error():
   i = instruction("%r = f32[8]{0} all-reduce(%p), replica_groups=<new>, to_apply=%add")
   with pytest.raises(ValueError, match="unknown way"):

@@ -31,19 +31,31 @@ class Collective:
 
 
 def collectives(module: Module, found: list[Run], mesh: Mesh) -> list[Collective]:
-  """All that run in a step, most bytes first."""
+  """All that run in a step, most bytes first.
+
+  A program for several TPU slices is that of one of them, whose devices are numbered from 0, as the
+  first of the mesh are. What it exchanges with other slices are sends to the host.
+  """
   totals: dict[tuple[str, str], list[float]] = {}
+  devices = module.partitions
   for run in found:
     for i in run.computation.instructions.values():
+      between = _between_slices(i)
+      if between is not None:
+        kind, sent = between
+        entry = totals.setdefault((kind, "slices"), [0.0, 0.0])
+        entry[0] += run.times
+        entry[1] += sent * run.times
+        continue
       kind = i.opcode.removesuffix("-start")
       if kind not in KINDS or _continued(run, i):
         continue
-      groups = device_groups(i, mesh.size)
+      groups = device_groups(i, devices)
       if len(groups) and max(map(len, groups)) < 2:
         continue
       if run.fused and kind == "all-reduce" and _keeps_a_part(run.computation, i):
         kind = "reduce-scatter"  # TPU programs write them so.
-      sent = bytes_sent(kind, run.computation.shapes(i), groups, mesh.size)
+      sent = bytes_sent(kind, run.computation.shapes(i), groups, devices)
       entry = totals.setdefault((kind, axis_name(groups, mesh)), [0.0, 0.0])
       entry[0] += run.times
       entry[1] += sent * run.times
@@ -51,6 +63,19 @@ def collectives(module: Module, found: list[Run], mesh: Mesh) -> list[Collective
     Collective(kind, axis, round(n), round(size)) for (kind, axis), (n, size) in totals.items()
   ]
   return sorted(made, key=lambda c: -c.bytes)
+
+
+def _between_slices(i: Instruction) -> tuple[str, float] | None:
+  """(kind, bytes that leave a device) of what is exchanged over the data-center network."""
+  found = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.structure)
+  if i.opcode != "send" or not found:
+    return None
+  kind = {"ONE_TO_ONE": "collective-permute"}.get(found[1], found[1].lower().replace("_", "-"))
+  slices = re.search(r'_xla_megascale_target="\{([^}]*)\}', i.structure)
+  ranges = [part.split(":") for part in slices[1].split(",")] if slices else [["1", "2"]]
+  n = sum(int(r[-1]) - int(r[0]) + 1 for r in ranges)  # {1,2,5:8}: six slices.
+  factor = {"all-reduce": 2 * (n - 1) / n, "all-gather": n - 1, "collective-permute": 1}
+  return kind, i.shapes[0].size * factor.get(kind, (n - 1) / n)
 
 
 def _continued(run: Run, i: Instruction) -> bool:

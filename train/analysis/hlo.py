@@ -129,9 +129,9 @@ class Computation:
 class Module:
   """A compiled program of one device."""
 
-  name: str
   entry: str
   computations: dict[str, Computation]
+  partitions: int  # Devices that it runs on; of TPU slices those of one.
 
 
 def parse(text: str) -> Module:
@@ -156,7 +156,8 @@ def parse(text: str) -> Module:
       lines[-1] += line
   if entry is None:
     raise ValueError("the compiled program has no entry computation: is it HLO text?")
-  return Module(text[:200].split(",")[0].removeprefix("HloModule "), entry, computations)
+  counted = re.search(r"num_partitions=(\d+)", text.split("\n", 1)[0])
+  return Module(entry, computations, int(counted[1]) if counted else 1)
 
 
 def _instructions(lines: list[str]) -> dict[str, Instruction]:
