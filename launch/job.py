@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from model.errors import InputError, nearest
+from model.errors import NON_FINITE, USER_ERROR, InputError, nearest
 
 # Modules that may be launched, and whether their work is shared out among processes.
 SHARED_OUT = {
@@ -17,6 +17,7 @@ SHARED_OUT = {
   "infer.evaluate": False,
   "model.hf": False,
 }
+FINAL = (USER_ERROR, NON_FINITE)  # Exit statuses of a command that would end the same way again.
 LONGEST_BACKOFF = 600.0  # Seconds between two attempts.
 OF_PROCESSES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,46}[a-z0-9])?")

@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 
 from launch import kubectl, slices
-from launch.job import Job, process_environment
+from launch.job import FINAL, Job, process_environment
 from launch.options import option
 from launch.workdir import MOUNT, check_lasting, check_mount
 from launch.xla_flags import xla_environment
-from model.errors import DONE, USER_ERROR, InputError
+from model.errors import DONE, InputError
 
 UNREAD = ("processes", "backoff")  # A process on each host; JobSet starts again at once.
 REPLICATED = "slice"  # Name of the jobs in a set, one for each slice.
@@ -136,14 +136,14 @@ def job_set(job: Job, options: Options) -> dict[str, Any]:
 
 
 def _job_spec(job: Job, options: Options, part: slices.Slice | None, hosts: int) -> dict[str, Any]:
-  on_wrong_input = {"containerName": CONTAINER, "operator": "In", "values": [USER_ERROR]}
+  on_final = {"containerName": CONTAINER, "operator": "In", "values": list(FINAL)}
   pod = _given(annotations={"gke-gcsfuse/volumes": "true"} if options.bucket else {})
   return {
     "completionMode": "Indexed",
     "parallelism": hosts,
     "completions": hosts,
     "backoffLimit": 0,  # JobSet starts all pods again, never one.
-    "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": on_wrong_input}]},
+    "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": on_final}]},
     "template": _given(metadata=pod) | {"spec": _pod_spec(job, options, part, hosts)},
   }
 

@@ -10,13 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-from launch.job import Job
+from launch.job import FINAL, Job
 from launch.options import option
 from launch.xla_flags import xla_environment
-from model.errors import DEFECT, DONE, USER_ERROR, InputError
+from model.errors import DEFECT, DONE, InputError
 
 UNREAD: tuple[str, ...] = ()  # Shared flags without effect here.
-_FINAL = (DONE, USER_ERROR)  # Started again, the command would end the same way.
 _OWN = {
   "job-name", "J", "nodes", "N", "ntasks", "n", "ntasks-per-node", "cpus-per-task", "c",
   "gpus-per-node", "time", "t", "partition", "p", "account", "A", "signal", "requeue",
@@ -113,7 +112,7 @@ def batch_script(job: Job, options: Options, folder: Path) -> str:
     exports="".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items()),
     meeting=_MEETING if processes > 1 else "",
     command=shlex.join(words),
-    final="|".join(str(status) for status in _FINAL),
+    final="|".join(str(status) for status in (DONE, *FINAL)),
   )
 
 

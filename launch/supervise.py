@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch.console import Console
-from launch.job import Job
+from launch.job import FINAL, Job
 from launch.processes import Ended, Process, Running
 from model.errors import DEFECT, DONE, NON_FINITE, PREEMPTED, USER_ERROR
 
@@ -46,7 +46,7 @@ def supervise(
       text = explain(first) or ending(first, job.logs)
       if first.status != PREEMPTED:
         _show_again(console, first)
-      if first.status == USER_ERROR or signals.received or seconds is None:
+      if first.status in FINAL or signals.received or seconds is None:
         break
       console.say(f"restart {number} of {job.max_restarts} in {seconds:g} s: {text}")
       if signals.wait(seconds):

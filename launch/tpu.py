@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.gcloud import Lost
-from launch.job import Job
+from launch.job import FINAL, Job
 from launch.tpu_options import Options
 from launch.tpu_pod import Pod
-from model.errors import DONE, PREEMPTED, USER_ERROR
+from model.errors import DONE, PREEMPTED
 
 UNREAD = ("processes",)  # A process on each worker.
 
@@ -58,7 +58,7 @@ def _attempts(pod: Pod, job: Job) -> int:
       reason = f"the run ended with status {status}"
     except Lost as lost:
       status, reason = PREEMPTED, str(lost)
-    if status in (DONE, USER_ERROR) or seconds is None:
+    if status in (DONE, *FINAL) or seconds is None:
       print(f"{job.name}: {reason}; log: {pod.log}", flush=True)
       return status
     print(

@@ -70,7 +70,7 @@ def _laid_out(devices: list, shape: list[int]) -> np.ndarray:
   """Devices in the shape of a mesh, near each other where TPUs say where they are."""
   found = len({getattr(d, "slice_index", 0) for d in devices})
   tpu = devices[0].platform == "tpu"
-  if found != shape[0] and (tpu or found > 1):
+  if tpu and found != shape[0]:  # What other devices call a slice may be a host.
     there = f"{found} slices" if found > 1 else "1 slice"
     raise InputError(
       f"mesh.slices={shape[0]}, and the devices lie in {there}: set mesh.slices={found}."

@@ -123,6 +123,8 @@ def memory_text(step: jax.stages.Compiled, device_kind: str) -> str:
     return "not known: this backend does not analyse its programs"
   held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
   temporary = stats.temp_size_in_bytes
+  if device_kind.upper().startswith("TPU"):  # There the sum counts some of it twice.
+    temporary = stats.peak_memory_in_bytes - held
   entry = hardware(device_kind)
   limit = "" if entry is None else f" of {byte_text(entry.memory_bytes)}"
   return (
