@@ -39,9 +39,10 @@ def token_logprobs(
     values, ids = jax.lax.top_k(scores, top)
     return (chosen - total)[:, 0], ids, values - total
 
-  whole = lambda a: a.reshape(-1, *a.shape[2:])[: targets.size].reshape(
-    *targets.shape, *a.shape[2:]
-  )
+  def whole(a):
+    a = a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])[: targets.size]
+    return a.reshape(*targets.shape, *a.shape[1:])
+
   return jax.tree.map(whole, jax.lax.map(some, (x, wanted)))
 
 

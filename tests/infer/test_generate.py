@@ -205,7 +205,6 @@ def test_a_model_spread_over_devices_gives_what_one_device_gives(m):
     (dict(logprobs=0), "logprobs=0"),
     (dict(logprobs=261), "logprobs=261"),
     (dict(top_q=0.5), "unknown setting 'top_q' of generate. Did you mean 'top_p'"),
-    (dict(num_beams=2), "unknown setting 'num_beams'"),
     (dict(max_new_tokens=94), "together 98, and the model has 96 positions"),
   ],
 )

@@ -144,7 +144,7 @@ def test_hosts_chips_and_restarts_are_where_kubernetes_looks_for_them():
   assert pod(made)["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2x4"
   assert made["spec"]["failurePolicy"]["maxRestarts"] == 3
   rule = job_spec(made)["podFailurePolicy"]["rules"][0]
-  assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])
+  assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, 3])
   assert re.fullmatch(
     "[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", made["spec"]["failurePolicy"]["rules"][0]["name"]
   )
