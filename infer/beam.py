@@ -167,8 +167,7 @@ def _step(
   vocab = state.logits.shape[-1]
   ends = jnp.zeros(vocab, bool).at[request.stop_ids].set(True, mode="drop")
   own = jax.nn.log_softmax(state.logits, axis=-1)
-  shaped = request.shaping(own, state.said)
-  shaped = jnp.where(ends & (state.count < request.min_new_tokens), -jnp.inf, shaped)
+  shaped = request.shaped(own, state.said, state.count)
   by_beam = lambda a: a.reshape(P, B, *a.shape[1:])
   parts, taken = [], jnp.zeros((P, vocab))
   for g in range(shape.groups):

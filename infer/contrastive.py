@@ -102,8 +102,7 @@ def _step(net: Any, request: Request, alpha: Float[Array, ""], among: int, state
   """One more token for each row: each of the most probable ones is read to see what it would be."""
   B, V = state.logits.shape
   ends = jnp.zeros(V, bool).at[request.stop_ids].set(True, mode="drop")
-  shaped = request.shaping(state.logits, state.said)
-  shaped = jnp.where(ends & (state.count < request.min_new_tokens), -jnp.inf, shaped)
+  shaped = request.shaped(state.logits, state.said, state.count)
   probs, tokens = jax.lax.top_k(jax.nn.softmax(shaped, axis=-1), among)
   each = lambda a: jnp.repeat(a, among, axis=0)
   pos = jnp.where(state.ended, -1, state.said.count)

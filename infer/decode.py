@@ -20,10 +20,19 @@ from model.transformer import Inputs
 class Request:
   """What the rows of a batch ask for. Stop ids beyond the vocabulary are padding."""
 
-  shaping: Shaping
+  shaping: Shaping | None  # None where nothing is asked: such programs are compiled sooner.
   sampler: Sampler
   stop_ids: Int[Array, "ends"]  # Tokens that end a row.
   min_new_tokens: Int[Array, ""]  # Before so many new tokens no stop id is chosen.
+
+  def shaped(
+    self, logits: Float[Array, "B V"], said: History, count: Int[Array, "..."]
+  ) -> Float[Array, "B V"]:
+    """The scores that a token is chosen from, behind `count` new tokens."""
+    logits = logits if self.shaping is None else self.shaping(logits, said)
+    ends = jnp.zeros(logits.shape[-1], bool).at[self.stop_ids].set(True, mode="drop")
+    early = jnp.reshape(count < self.min_new_tokens, (-1, 1))
+    return jnp.where(ends & early, -jnp.inf, logits)
 
 
 @jax.tree_util.register_dataclass
@@ -193,8 +202,7 @@ def pick(
   """
   vocab = logits.shape[-1]
   ends = jnp.zeros(vocab, bool).at[request.stop_ids].set(True, mode="drop")
-  shaped = request.shaping(logits.astype(jnp.float32), said)
-  shaped = jnp.where(ends & (count < request.min_new_tokens)[:, None], -jnp.inf, shaped)
+  shaped = request.shaped(logits.astype(jnp.float32), said, count)
   token = request.sampler(shaped, pos)
   return token, ends[token], jnp.max(shaped, axis=-1) == -jnp.inf
 

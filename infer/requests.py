@@ -31,6 +31,10 @@ from infer.shaping import (
 if TYPE_CHECKING:
   from model import Model
 
+SHAPING = (
+  "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size",
+  "logit_bias", "bad_words", "allowed_tokens", "prefix",
+)  # fmt: skip
 LEAST_IDS, LEAST_WORDS, LEAST_WORD = 8, 8, 4  # The smallest sizes of tables.
 
 
@@ -72,7 +76,11 @@ def _sampler(settings: Settings, size: int, seed: Any, sequence: Any) -> Sampler
   )
 
 
-def _shaping(m: "Model", settings: Settings, size: int) -> Shaping:
+def _shaping(m: "Model", settings: Settings, size: int) -> Shaping | None:
+  neutral = Settings()
+  asked = {name: getattr(settings, name) for name in SHAPING}
+  if all(not value or value == getattr(neutral, name) for name, value in asked.items()):
+    return None
   rows = lambda value: _rows(size, value, np.float32)
   biases = [(t, b) for word, b in (settings.logit_bias or {}).items() for t in spellings(m, word)]
   bad = [(tokens, -np.inf) for word in settings.bad_words for tokens in spellings(m, word)]
