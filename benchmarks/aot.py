@@ -102,13 +102,15 @@ def compared(case: Case) -> dict[str, Any]:
   config = importlib.import_module(f"configs.{case.config}").get_config()
   config = described(checked(dataclasses.replace(config, mesh=case.mesh)))
   step = compiled(config, case)
+  with jax.set_mesh(step.mesh):
+    dtype = config.model.compute_dtype
   counted = textbook(config, step)
   sent = sum(c.bytes for c in step.crossing)
   ours, least = flops_without_remat(config, case), model_flops(config)
   state = state_bytes(step.program)
   return dict(
     what=f"{case.config}, {case.topology}, batch {config.batch_size} x {config.seq_len}, "
-    f"{config.model.compute_dtype}",
+    f"{dtype}",
     mesh={axis: size for axis, size in step.mesh.shape.items() if size > 1},
     accumulation=config.accumulation, remat=config.model.remat,
     flops=dict(without_remat=ours, model=least, ratio=ours / least),

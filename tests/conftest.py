@@ -18,7 +18,9 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 _LONGEST = (
   "test_certify.py", "test_run.py", "test_sharding.py", "test_step.py", "test_generate.py",
-  "test_shapes.py",
+  "test_shapes.py", "test_pipeline.py", "test_expert_parallel.py", "test_processes.py",
+  "test_encoder_decoder.py", "test_beam.py", "test_speculative.py", "test_analysis.py",
+  "test_preflight.py",
 )  # fmt: skip
 
 

@@ -29,6 +29,12 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def on_request(cases, *quick) -> list:
+  """Cases of which all but the quick ones are slow."""
+  mark = lambda case: case if case in quick else pytest.param(case, marks=pytest.mark.slow)
+  return [mark(case) for case in cases]
+
+
 @pytest.fixture(scope="module")
 def gpt(tmp_path_factory):
   torch = pytest.importorskip("torch")
@@ -57,7 +63,7 @@ def equal(torch, theirs, m, settings: dict, start: int) -> None:
   assert [c.tokens for c in both] == [c.tokens for c in alone]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", on_request(SETTINGS, "long", "as soon as there are enough"))
 def test_a_search_equals_that_of_transformers(gpt, name):
   torch, theirs, m = gpt
   equal(torch, theirs, m, SETTINGS[name], start=9)
@@ -84,7 +90,7 @@ def next_logprobs(m, text: tuple[int, ...]) -> np.ndarray:
   return np.asarray(jax.nn.log_softmax(m(padded)[0, len(text) - 1]), np.float64)
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("length_penalty", on_request([0.0, 1.0, 2.5], 1.0))
 def test_enough_beams_find_the_best_of_all_sequences(small, length_penalty):
   prompt, most = (1, 4), 3
   scores = {}
@@ -129,8 +135,9 @@ def diverse(m, prompt, *, beams: int, groups: int, strength: float, most: int):
   return sorted((pair for group in ended for pair in group), key=lambda pair: -pair[1])
 
 
-@pytest.mark.parametrize(("beams", "groups", "strength"), [(4, 2, 0.7), (6, 3, 5.0), (3, 3, 1.5)])
-def test_diverse_groups_equal_the_algorithm_of_the_paper(small, beams, groups, strength):
+@pytest.mark.parametrize("case", on_request([(4, 2, 0.7), (6, 3, 5.0), (3, 3, 1.5)], (4, 2, 0.7)))
+def test_diverse_groups_equal_the_algorithm_of_the_paper(small, case):
+  beams, groups, strength = case
   for prompt in ((1, 4), (5, 5, 0)):
     want = diverse(small, prompt, beams=beams, groups=groups, strength=strength, most=5)
     got = infer.generate(
@@ -163,8 +170,9 @@ def contrastive(m, prompt, *, alpha: float, among: int, most: int) -> list[int]:
   return text[len(prompt) :]
 
 
-@pytest.mark.parametrize(("alpha", "among"), [(0.6, 4), (0.3, 6), (0.9, 2)])
-def test_contrastive_search_equals_the_equation_of_the_paper(small, alpha, among):
+@pytest.mark.parametrize("case", on_request([(0.6, 4), (0.3, 6), (0.9, 2)], (0.6, 4)))
+def test_contrastive_search_equals_the_equation_of_the_paper(small, case):
+  alpha, among = case
   prompts = [(1, 4), (5, 5, 0, 3)]
   want = [contrastive(small, p, alpha=alpha, among=among, most=8) for p in prompts]
   settings = dict(max_new_tokens=8, penalty_alpha=alpha, top_k=among)

@@ -1,6 +1,7 @@
 """Guessing ahead changes nothing but the speed."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from infer.shaping import History
 from infer.speculative import lookup
 from tests.infer import tiny
 from tests.infer.copies import theirs_and_ours
-from tests.infer.test_beam import END
+from tests.infer.test_beam import END, on_request
 
 SETTINGS = {
   "greedy": dict(),
@@ -39,10 +40,13 @@ def prompts(count: int) -> list[str]:
   return ["".join(rng.choice(words, rng.integers(1, 9))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", ["itself", "other", "lookup", "layers"])
-@pytest.mark.parametrize("kind", [k if k == "shaped" else pytest.param(k, marks=pytest.mark.slow)
-                                  for k in SETTINGS])  # fmt: skip
-def test_speculative_decoding_equals_plain_decoding(m, drafts, name, kind):
+QUICK = [("itself", "shaped"), ("lookup", "shaped")]
+ALL = list(itertools.product(["itself", "other", "lookup", "layers"], SETTINGS))
+
+
+@pytest.mark.parametrize("case", on_request(ALL, *QUICK))
+def test_speculative_decoding_equals_plain_decoding(m, drafts, case):
+  name, kind = case
   settings = dict(max_new_tokens=24, **SETTINGS[kind])
   texts = prompts(8)
   want = infer.generate(m, texts, **settings)
@@ -78,7 +82,7 @@ def test_stop_strings_end_speculated_texts_where_they_end_others(m):
   assert streamed == want[1].text
 
 
-@pytest.mark.parametrize("draft", ["layers:2", "lookup"])
+@pytest.mark.parametrize("draft", on_request(["layers:2", "lookup"], "layers:2"))
 def test_a_decoder_behind_an_encoder_is_speculated_alike(draft):
   _, m = theirs_and_ours("T5ForConditionalGeneration", std=0.3)
   m = dataclasses.replace(m, end_ids=(END,))
