@@ -64,6 +64,9 @@ class MetricsLog:
     """Takes in what the train step returned for `step`; arrays may still be being computed."""
     self._settle()
     self._pending = (step, metrics)
+    # Where the step was not computed in the background, its time is up now.
+    if all(a.is_ready() for a in metrics.values() if isinstance(a, jax.Array)):
+      self._settle()
 
   def validation(self, step: int, means: dict[str, float]) -> None:
     """Writes means over the validation rows, `loss` in nats a target; {} (no rows): nothing."""

@@ -49,7 +49,7 @@ def alone():
 
 slow = pytest.mark.slow
 CASES = [
-  ("adamw", "mix"), ("muon", "mix"),
+  ("adamw", "mix"), pytest.param("muon", "mix", marks=slow),
   *(pytest.param("adamw", mesh, marks=slow) for mesh in ("data", "fsdp", "tensor", *SPLIT)),
   *(pytest.param(optimizer, "mix", marks=slow) for optimizer in ("adafactor", "lion", "sgd")),
 ]  # fmt: skip
