@@ -65,7 +65,8 @@ class MetricsLog:
     self._settle()
     self._pending = (step, metrics)
     # Where the step was not computed in the background, its time is up now.
-    if all(a.is_ready() for a in metrics.values() if isinstance(a, jax.Array)):
+    arrays: list[Any] = [a for a in metrics.values() if isinstance(a, jax.Array)]
+    if all(a.is_ready() for a in arrays):
       self._settle()
 
   def validation(self, step: int, means: dict[str, float]) -> None:
