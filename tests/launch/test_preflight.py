@@ -178,10 +178,10 @@ def test_on_a_tpu_skipped_blocks_are_not_counted_and_buffers_add_up_to_the_peak(
   scores = 2 * rows * length**2 * width * layers * visited
   kernels = report.done.kernels
   assert kernels["splash_mha_fwd_segmented_residuals"] == 2 * scores
-  assert kernels["splash_mha_dkv_segmented_no_residuals"] == 4 * scores
-  assert kernels["splash_mha_dq_segmented_no_residuals"] == 3 * scores
+  back = 5 * scores / visited  # Its blocks of 512 x 1,024 all see something.
+  assert kernels["splash_mha_dkv_segmented_no_residuals"] == back
   weights = layers * 12 * width**2 + 2048 * width
-  assert report.done.flops == 6 * rows * length * weights + 9 * scores
+  assert report.done.flops == 6 * rows * length * weights + 2 * scores + back
   assert sum(b.bytes for b in report.buffers) == pytest.approx(report.peak_bytes, rel=0.1)
 
 

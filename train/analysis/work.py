@@ -38,6 +38,8 @@ def work(module: Module, found: list[Run], masks: dict[str, float], *, ragged: f
       (`visited`); all of them where it is not known.
     ragged: the share of the rows of a ragged product that belong to a group.
   """
+  # Splash attention without a kernel for queries of its own computes their gradient with the keys'.
+  fused = not any("splash_mha_dq" in n for run in found for n in run.computation.instructions)
   flops = remat = moved = 0.0
   kernels: dict[str, float] = {}
   notes: list[str] = []
@@ -47,7 +49,7 @@ def work(module: Module, found: list[Run], masks: dict[str, float], *, ragged: f
       if i.opcode == "ragged-dot":
         done *= ragged
       if i.opcode == "custom-call":
-        name, kernel = kernel_flops(run.computation, i, masks.get(i.name, 1.0))
+        name, kernel = kernel_flops(run.computation, i, masks.get(i.name, 1.0), fused=fused)
         if name is not None:
           if kernel is None:
             notes.append(f"FLOPs of the kernel {name} are not known and not counted")
@@ -132,7 +134,7 @@ def _valid_places(
 
 
 def kernel_flops(
-  computation: Computation, i: Instruction, share: float
+  computation: Computation, i: Instruction, share: float, *, fused: bool
 ) -> tuple[str | None, float | None]:
   """(name, FLOPs) of a kernel; (None, 0) for a call that multiplies nothing, FLOPs None: unknown.
 
@@ -147,7 +149,7 @@ def kernel_flops(
     if not any(s.dtype[0] in "bf" for s in computation.shapes(i)):
       return None, 0.0  # It works on indices.
     if "splash" in name:
-      return name, _splash_flops(computation, i, share)
+      return name, _splash_flops(computation, i, share, fused=fused)
     return name, float(estimate[1]) if estimate else None
   if target.startswith(("__cublas", "__onednn$matmul", "__triton_gemm")):
     return target, _library_product(computation, i)
@@ -156,9 +158,8 @@ def kernel_flops(
   return None, 0.0
 
 
-def _splash_flops(computation: Computation, i: Instruction, share: float) -> float:
+def _splash_flops(computation: Computation, i: Instruction, share: float, *, fused: bool) -> float:
   backward = "dkv" in i.name or "dq" in i.name
-  fused = '\\"use_fused_bwd_kernel\\": true' in i.attributes
   products = _SPLASH["fwd"]
   if backward:
     products = _SPLASH["dq" if "dq" in i.name else "fused" if fused else "dkv"]
