@@ -63,7 +63,7 @@ class Batch:
     read = [prefix(m, prompt) for prompt in prompts]
     self.rows = [Row(prompt, begin(prompt)) for prompt in read]
     self._net, self._params = m.unstacked()
-    self._config, self._length = m.config, _cache_length(m, read, settings)
+    self._config, self._length = m.config, cache_length(m, read, settings)
     size = bucket(len(prompts), 1)
     tokens, lengths = padded_prompts(m, read, size)
     source = source_of(m, prompts, size)
@@ -174,7 +174,7 @@ def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[li
   """Indices of the prompts of each batch: similar lengths, and as many as memory has room for with
   all of their beams or candidates."""
   longest = max(map(len, prompts))
-  length = _cache_length(m, [prefix(m, prompt) for prompt in prompts], settings)
+  length = cache_length(m, [prefix(m, prompt) for prompt in prompts], settings)
   source = bucket(longest, LEAST_PROMPT, m.config.max_positions)  # Kept behind an encoder only.
   row = jax.eval_shape(lambda: new_cache(m.config, 1, length, stacked=False, source=source))
   row_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(row))
@@ -206,7 +206,7 @@ def text_of(m: "Model") -> Callable[[list[int]], str]:
   return m.tokenizer.decode if m.tokenizer is not None else lambda tokens: ""
 
 
-def _cache_length(m: "Model", prompts: list[list[int]], settings: Settings) -> int:
+def cache_length(m: "Model", prompts: list[list[int]], settings: Settings) -> int:
   longest, most = max(map(len, prompts)), m.config.max_positions
   return bucket(longest + settings.most_new_tokens(), LEAST_LENGTH, most)
 

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from infer.batch import LEAST_LENGTH, LEAST_ROOM, end_ids, padded_prompts, source_of
-from infer.decode import Request, read
+from infer.batch import LEAST_ROOM, cache_length, end_ids, padded_prompts, source_of
+from infer.decode import Request, begin
 from infer.found import Found
 from infer.prompts import prefix
 from infer.requests import bucket, request_of
@@ -93,15 +93,15 @@ def search(m: "Model", prompts: list[list[int]], settings: Settings) -> list[lis
     settings.early_stopping == "never",
   )  # fmt: skip
   reads, room = [prefix(m, prompt) for prompt in prompts], settings.most_new_tokens()
-  size, limit = bucket(len(prompts), 1), m.config.max_positions
-  length = bucket(max(map(len, reads)) + room, LEAST_LENGTH, limit)
+  size = bucket(len(prompts), 1)
   net, params = m.unstacked()
   tokens, lengths = padded_prompts(m, reads, size)
   request = request_of(m, settings, [0] * size * beams, None, size * beams, ends)
   rules = np.array([settings.length_penalty, settings.diversity_penalty], np.float32)
   state = _search(
     net, params, tokens, lengths, request, source_of(m, prompts, size), np.int32(room), rules,
-    cfg=m.config, length=length, room=bucket(room, LEAST_ROOM), shape=shape,
+    cfg=m.config, length=cache_length(m, reads, settings), room=bucket(room, LEAST_ROOM),
+    shape=shape,
   )  # fmt: skip
   return _results(jax.device_get(state), len(prompts), settings.num_return_sequences, ends)
 
@@ -132,11 +132,9 @@ def _search(
   request: Request, source: Inputs | None, most: Int[Array, ""], rules: Float[Array, "2"], *,
   cfg: ModelConfig, length: int, room: int, shape: Shape,
 ) -> Sequences:  # fmt: skip
-  net, (P, T), B = nnx.merge(graphdef, params), tokens.shape, shape.beams
-  x, cache = read(net, tokens, lengths, lengths, source, cfg, length)
-  last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+  net, P, B = nnx.merge(graphdef, params), len(tokens), shape.beams
+  _, logits, said, cache = begin(net, tokens, lengths, source, cfg, length)
   each = lambda a: jnp.repeat(a, B, axis=0)
-  known = jnp.zeros((P, length), jnp.int32).at[:, :T].set(tokens)
   none = Sequences(
     jnp.full((P, B, room), -1), jnp.zeros((P, B, room)), jnp.zeros((P, B), jnp.int32),
     jnp.full((P, B), NOTHING),
@@ -150,8 +148,8 @@ def _search(
     full=jnp.zeros((P, B), bool),
     open=jnp.broadcast_to((lengths > 0)[:, None], (P, shape.groups)),
     going=jnp.ones((), bool),
-    said=History(each(known), each(lengths), each(lengths)),
-    logits=each(net.logits(last).astype(jnp.float32)),
+    said=jax.tree.map(each, said),
+    logits=each(logits.astype(jnp.float32)),
     cache=jax.tree.map(each, cache),
   )
   step = functools.partial(_step, net, request, most, rules, shape)

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from infer.batch import LEAST_LENGTH, LEAST_ROOM, end_ids, padded_prompts, source_of
-from infer.decode import Request, read
+from infer.batch import LEAST_ROOM, cache_length, end_ids, padded_prompts, source_of
+from infer.decode import Request, begin
 from infer.found import Found, nothing_left
 from infer.prompts import prefix
 from infer.requests import bucket, request_of
@@ -52,15 +52,14 @@ def contrast(m: "Model", prompts: list[list[int]], settings: Settings) -> list[F
       reads.
   """
   ends, reads = end_ids(m, settings), [prefix(m, prompt) for prompt in prompts]
-  room, limit = settings.most_new_tokens(), m.config.max_positions
-  size = bucket(len(prompts), 1)
-  length = bucket(max(map(len, reads)) + room, LEAST_LENGTH, limit)
+  room, size = settings.most_new_tokens(), bucket(len(prompts), 1)
   net, params = m.unstacked()
   tokens, lengths = padded_prompts(m, reads, size)
   request = request_of(m, settings, [0] * size, None, size, ends)
   told = _search(
     net, params, tokens, lengths, request, source_of(m, prompts, size), np.int32(room),
-    np.float32(settings.penalty_alpha), cfg=m.config, length=length,
+    np.float32(settings.penalty_alpha), cfg=m.config,
+    length=cache_length(m, reads, settings),
     room=bucket(room, LEAST_ROOM), among=min(settings.top_k or 1, m.config.real_vocab),
   )  # fmt: skip
   out = []
@@ -80,14 +79,13 @@ def _search(
   cfg: ModelConfig, length: int, room: int, among: int,
 ) -> tuple[Int[Array, "B M"], Float[Array, "B M"]]:  # fmt: skip
   net, (B, T) = nnx.merge(graphdef, params), tokens.shape
-  x, cache = read(net, tokens, lengths, lengths, source, cfg, length)
-  last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+  x, logits, said, cache = begin(net, tokens, lengths, source, cfg, length)
   start = Search(
     count=jnp.zeros((), jnp.int32),
     ended=lengths == 0,
-    said=History(jnp.zeros((B, length), jnp.int32).at[:, :T].set(tokens), lengths, lengths),
+    said=said,
     states=jnp.zeros((B, length, x.shape[-1])).at[:, :T].set(_directions(x)),
-    logits=net.logits(last).astype(jnp.float32),
+    logits=logits.astype(jnp.float32),
     cache=cache,
     tokens=jnp.full((B, room), -1),
     logprobs=jnp.zeros((B, room)),

@@ -80,15 +80,13 @@ def prefill(
     ahead: tokens that will be guessed ahead.
   """
   net, B = nnx.merge(graphdef, params), len(tokens)
-  x, cache = read(net, tokens, lengths, lengths, source, cfg, length, ahead)
-  last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-  known = jnp.zeros((B, length), jnp.int32).at[:, : tokens.shape[1]].set(tokens)
+  _, logits, said, cache = begin(net, tokens, lengths, source, cfg, length, ahead)
   start = Progress(
     count=jnp.zeros(B, jnp.int32),
     token=jnp.zeros(B, jnp.int32),
     pos=lengths - 1,
     ended=lengths == 0,
-    said=History(known, lengths, lengths),
+    said=said,
     drawn=Drawn(
       tokens=jnp.full((B, room), -1, jnp.int32),
       logprobs=jnp.zeros((B, room), jnp.float32),
@@ -96,7 +94,7 @@ def prefill(
       top_logprobs=jnp.zeros((B, room, top), jnp.float32),
     ),
   )
-  return cache, choose(start, net.logits(last), request, ~start.ended)
+  return cache, choose(start, logits, request, ~start.ended)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length"))
@@ -136,6 +134,17 @@ def read(
   both_ways = (pos >= 0) & (index < prompts[:, None]) if cfg.prefix_attention else None
   x, cache, _ = net.hidden(Inputs(tokens, pos, bidirectional=both_ways), cache=cache)
   return x, cache
+
+
+def begin(
+  net, tokens, lengths, source: Inputs | None, cfg: ModelConfig, length: int, ahead: int = 0
+):
+  """(hidden states of prompts that lie from the left, scores behind their last tokens, what has
+  been said, the cache)."""
+  x, cache = read(net, tokens, lengths, lengths, source, cfg, length, ahead)
+  last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+  known = jnp.zeros((len(tokens), length), jnp.int32).at[:, : tokens.shape[1]].set(tokens)
+  return x, net.logits(last), History(known, lengths, lengths), cache
 
 
 def active(progress: Progress, until: Int[Array, ""]) -> Bool[Array, "B"]:

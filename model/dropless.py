@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from model.attend import device_facts
+from model.context import free_axes
 from model.exchange import Work, exchanged
 from model.sharding import mesh_axes
 
@@ -93,8 +93,7 @@ def _layout(tokens: tuple[int, ...], up: tuple[int, ...]) -> Layout:
   here where each device has tokens of its own, and elsewhere before.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-  free = frozenset(axis for axis, kind in kinds if kind == AxisType.Auto and mesh.size > 1)
+  free = frozenset(free_axes(mesh) if mesh.size > 1 else ())
 
   def split(name: str, size: int) -> tuple[str, ...]:
     names = tuple(axis for axis in mesh_axes(name, mesh) if axis in free)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
 from model.errors import InputError
-from model.sharding import constrain, mesh_axes, mesh_parts
+from model.sharding import constrain, mesh_parts, shown_axes
 
 AXIS = "stage"
 _MOST = 4  # Micro-batches for each stage, where the config does not say how many.
@@ -112,7 +112,7 @@ def _check_parts(cfg: ModelConfig, mesh: Mesh, rows: int) -> None:
   if plan(cfg, mesh, rows) is None:
     number = cfg.micro_batches or stages
     wanted = f"model.micro_batches={number}" if cfg.micro_batches else f"mesh.stage={stages}"
-    over = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in mesh_axes("batch", mesh))
+    over = shown_axes("batch", mesh)
     share = f"a part of {rows} sequences leaves {own} to each share of {over}" if over else (
       f"a part of the batch has {own} sequences"
     )  # fmt: skip

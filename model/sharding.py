@@ -118,7 +118,7 @@ def _placed(name: str | None, size: int, mesh: Mesh) -> tuple[str, ...] | None:
     return mesh_axes(name, mesh)
   if name == "kv_heads" and parts % size == 0:
     return None
-  where = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in mesh_axes(name, mesh))
+  where = shown_axes(name, mesh)
   raise InputError(f"{name}={size} is not a multiple of {where}: change the size or the mesh.")
 
 
@@ -132,6 +132,11 @@ def mesh_axes(name: str | None, mesh: Mesh | jax.sharding.AbstractMesh) -> tuple
 def mesh_parts(name: str | None, mesh: Mesh | jax.sharding.AbstractMesh) -> int:
   """Into how many parts `mesh` splits a logical axis."""
   return math.prod(mesh.shape[axis] for axis in mesh_axes(name, mesh))
+
+
+def shown_axes(name: str | None, mesh: Mesh | jax.sharding.AbstractMesh) -> str:
+  """The mesh axes that split a logical axis, as the config names them."""
+  return " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in mesh_axes(name, mesh))
 
 
 def shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:

@@ -15,7 +15,7 @@ from model.context import check_lengths
 from model.errors import InputError
 from model.layers import param_info
 from model.pipeline import check_pipeline
-from model.sharding import batch_sharding, mesh_axes, mesh_parts, replicated, shardings
+from model.sharding import batch_sharding, mesh_parts, replicated, shardings, shown_axes
 from train.config import Config
 from train.objectives import make_objective
 from train.objectives.loss import Loss
@@ -141,7 +141,7 @@ def check_batch(config: Config, mesh: Mesh) -> None:
   if rows % shares:
     raise InputError(
       f"batch_size={config.batch_size} / accumulation={config.accumulation} = {rows} sequences is "
-      f"not a multiple of the {shares} parts that {_shown_axes('batch', mesh)} split them into: "
+      f"not a multiple of the {shares} parts that {shown_axes('batch', mesh)} split them into: "
       "change one of them."
     )
 
@@ -151,7 +151,7 @@ def check_experts(config: Config, mesh: Mesh) -> None:
   model, parts = config.model, mesh_parts("expert", mesh)
   if parts == 1:
     return
-  where = _shown_axes("expert", mesh)
+  where = shown_axes("expert", mesh)
   if not any(kind.experts for stack in model.stacks for kind in model.layers(stack)):
     raise InputError(
       f"{where} splits experts, and no layer of this model has any: use mesh.data={parts} or "
@@ -162,11 +162,6 @@ def check_experts(config: Config, mesh: Mesh) -> None:
       f"model.num_experts={model.num_experts} is not a multiple of {where}: each part of the mesh "
       "has as many experts as any other. Change one of them."
     )
-
-
-def _shown_axes(name: str, mesh: Mesh) -> str:
-  """The mesh axes that a logical axis is split over, as the config names them."""
-  return " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in mesh_axes(name, mesh))
 
 
 def check_precision(config: Config) -> None:

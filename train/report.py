@@ -86,7 +86,7 @@ def parameter_lines(config: Config, program: Program) -> list[str]:
 
 def run_lines(config: Config, program: Program, data: Data, mesh: Mesh, start: int) -> list[str]:
   """Mesh, device and its peak, tokens per step, data, memory, and where the run begins."""
-  axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "1"
+  axes = mesh_text(mesh)
   kind = mesh.devices.flat[0].device_kind
   lengths = [n for n in (config.seq_len, config.target_len) if n is not None]
   tokens = config.batch_size * sum(lengths)
@@ -116,21 +116,38 @@ def run_lines(config: Config, program: Program, data: Data, mesh: Mesh, start: i
   return [f"  {name:<12}{text}" for name, text in rows.items()]
 
 
+def mesh_text(mesh: Mesh) -> str:
+  """The axes of a mesh that are longer than one device."""
+  return " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "1"
+
+
 def memory_text(step: jax.stages.Compiled, device_kind: str) -> str:
   """What the compiled step needs on each device, by the compiler's own analysis."""
-  stats = step.memory_analysis()
-  if stats is None:
+  sizes = program_bytes(step, device_kind)
+  if sizes is None:
     return "not known: this backend does not analyse its programs"
-  held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-  temporary = stats.temp_size_in_bytes
-  if device_kind.upper().startswith("TPU"):  # There the sum counts some of it twice.
-    temporary = stats.peak_memory_in_bytes - held
+  held, temporary = sizes
   entry = hardware(device_kind)
   limit = "" if entry is None else f" of {byte_text(entry.memory_bytes)}"
   return (
     f"{byte_text(held + temporary)}{limit} a device: {byte_text(held)} state and batch, "
     f"{byte_text(temporary)} temporary"
   )
+
+
+def program_bytes(step: jax.stages.Compiled, device_kind: str) -> tuple[int, int] | None:
+  """(state and batch, temporaries) of a device at the fullest moment, by the compiler's account.
+
+  For TPUs its peak is right: the sum of temporaries there counts some memory twice. Elsewhere its
+  peak leaves temporaries out, and their sum is right. None: the backend does not tell.
+  """
+  stats = step.memory_analysis()
+  if stats is None:
+    return None
+  held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+  if device_kind.upper().startswith("TPU"):
+    return held, stats.peak_memory_in_bytes - held
+  return held, stats.temp_size_in_bytes
 
 
 def byte_text(size: float) -> str:

@@ -20,7 +20,7 @@ from train.analysis.roofline import Estimate, estimate
 from train.analysis.work import Work, work
 from train.config import Config
 from train.program import Program
-from train.report import byte_text
+from train.report import byte_text, mesh_text, program_bytes
 
 LARGEST = 5  # Buffers that are named.
 
@@ -205,18 +205,9 @@ def allocations(message: str) -> list[Buffer]:
 
 
 def peak_bytes(compiled: jax.stages.Compiled, mesh: Mesh) -> int | None:
-  """The most that a device holds during a step, by the compiler's own account.
-
-  For TPUs that is its peak: the sum of temporaries there counts some memory twice. Elsewhere its
-  peak leaves temporaries out, and their sum is right.
-  """
-  stats = compiled.memory_analysis()
-  if stats is None:
-    return None
-  if mesh.devices.flat[0].platform == "tpu":
-    return stats.peak_memory_in_bytes
-  held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-  return held + stats.temp_size_in_bytes
+  """The most that a device holds during a step, by the compiler's own account."""
+  sizes = program_bytes(compiled, mesh.devices.flat[0].device_kind)
+  return None if sizes is None else sum(sizes)
 
 
 def device_memory(mesh: Mesh) -> int | None:
@@ -233,7 +224,7 @@ def device_memory(mesh: Mesh) -> int | None:
 
 def title(config: Config, mesh: Mesh) -> str:
   """Device, mesh and batch in a line."""
-  axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "1"
+  axes = mesh_text(mesh)
   kind = mesh.devices.flat[0].device_kind
   lengths = " + ".join(str(n) for n in (config.seq_len, config.target_len) if n is not None)
   parts = f" in {config.accumulation} parts" if config.accumulation > 1 else ""
