@@ -74,7 +74,7 @@ def possible(name: str, mesh: str, optimizer: str) -> bool:
   return divides and (optimizer == "adamw" or mesh in ("data expert tensor", "fsdp expert"))
 
 
-FIRST = ("latent_grouped_experts", "data expert tensor", "adamw")
+FIRST = ("experts", "data expert tensor", "adamw")
 CASES = [FIRST, *(
   pytest.param(*case, marks=slow)
   for case in itertools.product(MODELS, MESHES, ("adamw", "muon", "adafactor"))

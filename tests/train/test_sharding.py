@@ -98,11 +98,10 @@ def test_every_kind_of_model_is_the_same_with_texts_split(name, variant):
   jax.tree.map(near, state.params, want.params)
 
 
-TWENTY = [("mix", "gather"), *(
-  pytest.param(mesh, how, marks=slow) for mesh in SPLIT for how in ("gather", "ring")
-)]  # fmt: skip
+TWENTY = [("mix", "gather"), *((mesh, how) for mesh in SPLIT for how in ("gather", "ring"))]
 
 
+@slow
 @pytest.mark.parametrize(("mesh", "variant"), TWENTY)
 def test_eight_devices_equal_one_over_twenty_losses_in_float32(mesh, variant):
   batches = [tiny.random_batch(seed) for seed in range(20)]

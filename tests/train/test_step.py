@@ -100,8 +100,7 @@ def test_loop_and_remat_equal_the_plain_scan_with_dropout(change):
   "optimizer",
   [
     "adamw",
-    "muon",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ("adafactor", "lion", "sgd")),
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("muon", "adafactor", "lion", "sgd")),
   ],
 )
 def test_scan_equals_loop_with_every_optimizer(optimizer):
