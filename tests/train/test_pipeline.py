@@ -120,14 +120,13 @@ def test_every_setting_equals_one_device_in_float64(change):
 
 
 SHAPE_CASES = [
-  *(pytest.param(*case, marks=slow) for case in (
-    ("encoder_decoder", "stage2 fsdp2 tensor2", 1), ("encoder_decoder", "stage4 data2", 1), ("encoder_decoder", "stage2 data4", 2),
-    ("encoder", "stage2 fsdp2 tensor2", 1), ("encoder", "stage4 data2", 1),
-    ("encoder", "slices2 stage2 fsdp2", 2),
-  )),
+  ("encoder_decoder", "stage2 fsdp2 tensor2", 1), ("encoder_decoder", "stage4 data2", 1),
+  ("encoder_decoder", "stage2 data4", 2), ("encoder", "stage2 fsdp2 tensor2", 1),
+  ("encoder", "stage4 data2", 1), ("encoder", "slices2 stage2 fsdp2", 2),
 ]  # fmt: skip
 
 
+@slow
 @pytest.mark.parametrize(("shape", "mesh", "rounds"), SHAPE_CASES)
 def test_shapes_with_an_encoder_equal_one_device_in_float64(text, shape, mesh, rounds):  # noqa: F811
   layers = MESHES[mesh].stage * rounds
