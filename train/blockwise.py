@@ -107,7 +107,7 @@ def block_axis(info: ParamInfo, shape: tuple[int, ...]) -> int | None:
 
 
 def scale_axes(info: ParamInfo, shape: tuple[int, ...]) -> tuple[str | None, ...]:
-  """Logical axes of the scales of an array of `shape`: the number of blocks is divided by nobody."""
+  """Logical axes of the scales of an array of `shape`: no mesh divides the number of blocks."""
   axis = block_axis(info, shape)
   return tuple(None if i == axis else name for i, name in enumerate(info.axes))
 

@@ -97,8 +97,8 @@ def skipped_steps(state: OptimizerState) -> Int[Array, ""]:
 def state_axes(tx: optax.GradientTransformation, params: PyTree, info: dict) -> PyTree:
   """Logical axes of each leaf of `tx.init(params)`, as tuples at the leaves of the same structure.
 
-  `params` may be abstract. Moments have the axes of their parameter, also as 8-bit codes, and so have
-  the scales of these, but for the one that is cut into blocks. A factored statistic keeps the
+  `params` may be abstract. Moments have the axes of their parameter, also as 8-bit codes; so
+  have the scales of these, but for the one that is cut into blocks. A factored statistic keeps the
   stacked axes and the name of the matrix's rows or columns; where these are several axes in one,
   the name is that of the first, by which the product can be divided too. (Only `kv_heads` is
   dropped then: a mesh may replicate them.) All else, counters and placeholders, has no names.

@@ -56,7 +56,7 @@ def test_blocks_that_do_not_fill_the_axis_have_a_scale_of_their_own():
 
 
 def by_hand(name: str, start: np.ndarray, gradients: list[np.ndarray], cfg: OptimizerConfig):
-  """Algorithms of the paper: moments are rounded after each update, which has used the exact ones."""
+  """The paper's algorithm: moments are rounded after an update, which has used the exact ones."""
   p, m, v = start, np.zeros_like(start), np.zeros_like(start)
   b1, b2 = cfg.moments()["b1"], cfg.moments()["b2"]
   for count, g in enumerate(gradients, start=1):
