@@ -16,6 +16,8 @@ OPTIMIZER_MOMENTS = {
   "sgd": {"b1": 0.9},
 }
 
+EIGHT_BIT = ("adamw", "lion")  # Optimizers whose state may have 8 bits.
+
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class OptimizerConfig:
@@ -23,7 +25,8 @@ class OptimizerConfig:
 
   Every optimizer reads all fields but `b1`, `b2` and `eps`: of these each has its own values (None;
   see OPTIMIZER_MOMENTS), and one that the chosen optimizer does not read is refused. So are
-  `final_fraction` and `decay_steps` where the schedule does not read them.
+  `final_fraction` and `decay_steps` where the schedule does not read them, and `state_bits` of 8
+  where the optimizer has no such state.
   """
 
   name: str = "adamw"
@@ -36,6 +39,7 @@ class OptimizerConfig:
   b1: float | None = None  # Momentum of adamw, lion, sgd and of muon's matrices.
   b2: float | None = None  # Second moment of adamw and of muon's AdamW; memory of lion.
   eps: float | None = None  # Keeps adamw, muon and (on squares) adafactor from dividing by 0.
+  state_bits: int = 32  # 8: the moments of adamw and lion as 8-bit codes, block by block.
   clip_norm: float | None = 1.0  # Largest global norm of a gradient; None: no clipping.
   # Skip an update whose gradient norm exceeds this many times its running mean; None: never.
   skip_spikes: float | None = None
@@ -91,6 +95,12 @@ class OptimizerConfig:
         )
     if self.decay_steps is not None and self.schedule != "wsd":
       raise InputError("optimizer.decay_steps has an effect only with optimizer.schedule='wsd'.")
+    if self.state_bits not in (8, 32):
+      raise InputError(f"optimizer.state_bits={self.state_bits} is not known: use 32 or 8.")
+    if self.state_bits == 8 and self.name not in EIGHT_BIT:
+      raise InputError(
+        f"optimizer.state_bits=8 is not there for {self.name}: use 32, or {' or '.join(EIGHT_BIT)}."
+      )
     default = type(self).__dataclass_fields__["final_fraction"].default
     if self.schedule in ("constant", "inverse_sqrt") and self.final_fraction != default:
       raise InputError(

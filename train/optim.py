@@ -19,6 +19,7 @@ from jax.tree_util import DictKey, GetAttrKey, tree_flatten_with_path, tree_map_
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from model.layers import ParamInfo
+from train.blockwise import in_8_bits, scale_axes
 from train.config import OptimizerConfig
 from train.schedules import make_schedule
 
@@ -96,7 +97,8 @@ def skipped_steps(state: OptimizerState) -> Int[Array, ""]:
 def state_axes(tx: optax.GradientTransformation, params: PyTree, info: dict) -> PyTree:
   """Logical axes of each leaf of `tx.init(params)`, as tuples at the leaves of the same structure.
 
-  `params` may be abstract. Moments have the axes of their parameter. A factored statistic keeps the
+  `params` may be abstract. Moments have the axes of their parameter, also as 8-bit codes; so
+  have the scales of these, but for the one that is cut into blocks. A factored statistic keeps the
   stacked axes and the name of the matrix's rows or columns; where these are several axes in one,
   the name is that of the first, by which the product can be divided too. (Only `kv_heads` is
   dropped then: a mesh may replicate them.) All else, counters and placeholders, has no names.
@@ -110,6 +112,8 @@ def state_axes(tx: optax.GradientTransformation, params: PyTree, info: dict) -> 
     field = next((k.name for k in reversed(path) if isinstance(k, GetAttrKey)), "")
     if owner is None or field in _SHARED:
       return (None,) * leaf.ndim
+    if field == "scale":
+      return scale_axes(infos[owner], shapes[owner])
     if leaf.shape == shapes[owner]:
       return infos[owner].axes
     return _factored_axes(field, leaf.shape, infos[owner], shapes[owner])
@@ -150,10 +154,11 @@ def _direction(config: OptimizerConfig, info: dict) -> optax.GradientTransformat
 
 def _preconditioner(config: OptimizerConfig, info: dict) -> optax.GradientTransformation:
   m = config.moments()
+  narrow = lambda tx: in_8_bits(tx, info) if config.state_bits == 8 else tx
   if config.name == "adamw":
-    return _adam(m["b1"], m["b2"], m["eps"])
+    return narrow(_adam(m["b1"], m["b2"], m["eps"]))
   if config.name == "lion":
-    return optax.scale_by_lion(m["b1"], m["b2"])
+    return narrow(optax.scale_by_lion(m["b1"], m["b2"]))
   if config.name == "sgd":
     return optax.trace(m["b1"]) if m["b1"] else optax.identity()
   if config.name == "adafactor":

@@ -319,8 +319,8 @@ def sharded_equals_one_device():
     return jax.sharding.NamedSharding(mesh, spec(axes, leaf.shape, mesh))
 
   where = jax.tree.map(lambda i, p: place(p, i.axes), info, draw(0))
-  for name in OPTIMIZERS:
-    tx = make_optimizer(config(name, skip_spikes=4.0), STEPS, info)
+  for name, bits in [*((name, 32) for name in OPTIMIZERS), ("adamw", 8), ("lion", 8)]:
+    tx = make_optimizer(config(name, skip_spikes=4.0, state_bits=bits), STEPS, info)
     state = jax.eval_shape(tx.init, draw(0))
     state_where = jax.tree.map(place, state, state_axes(tx, draw(0), info))
     expected = run(tx, draw(0), [draw(1), draw(2)])
