@@ -254,6 +254,21 @@ class MLP(nnx.Module):
     return self.down_proj(hidden)
 
 
+def noisy(
+  x: Float[Array, "B T D"], seg: Int[Array, "B T"], alpha: float, key: jax.Array
+) -> Float[Array, "B T D"]:
+  """Embeddings with even noise of up to alpha / √(L·D) in each element, L tokens in a text.
+
+  Source: NEFTune (Jain et al., arXiv:2310.05914, algorithm 1).
+
+  Args:
+    seg: the text that each token is of, from 1; 0 is nothing.
+  """
+  length = jax.vmap(lambda row: jnp.bincount(row, length=row.size + 1)[row])(seg)
+  most = alpha * jax.lax.rsqrt(length.astype(x.dtype) * x.shape[-1])
+  return x + most[..., None] * jax.random.uniform(key, x.shape, x.dtype, -1.0, 1.0)
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   """Zeroes elements with probability `rate` and scales the others; identity without a key."""
   if rate == 0.0 or key is None:

@@ -208,13 +208,10 @@ class Tokenizer:
         "return_assistant_tokens_mask is told of tokens, and of whole messages: leave out "
         f"{'tokenize=False' if not tokenize else 'continue_final_message'}."
       )
-    names = {k: v for k, v in self.config.items() if k.endswith("_token") and isinstance(v, str)}
-    names |= {f"{role}_token": token for role, token in self.special.items()}
-    text, written = chat.render(
-      chat.choose(self.config.get("chat_template"), chat_template, tools is not None), conversation,
-      {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt,
-       **names, **variables},
-      unfinished=continue_final_message, marked=return_assistant_tokens_mask,
+    text, written = self.render_chat(
+      conversation, tools, documents=documents, chat_template=chat_template,
+      add_generation_prompt=add_generation_prompt, unfinished=continue_final_message,
+      marked=return_assistant_tokens_mask, **variables,
     )  # fmt: skip
     if not tokenize:
       return text
@@ -223,6 +220,32 @@ class Tokenizer:
     if not return_assistant_tokens_mask:
       return found.ids
     return {"input_ids": found.ids, "assistant_masks": chat.overlapping(found.offsets, written)}
+
+  def render_chat(
+    self, conversation: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None, *,
+    documents: Sequence[Mapping[str, Any]] | None = None, chat_template: str | None = None,
+    add_generation_prompt: bool = False, unfinished: bool = False, marked: bool = False,
+    **variables: Any,
+  ) -> tuple[str, list[tuple[int, int]]]:  # fmt: skip
+    """The text of messages, and the characters that the template marks as the assistant's.
+
+    Args:
+      conversation, …, add_generation_prompt, **variables: as of `apply_chat_template`.
+      unfinished: the text ends with the content of the last message.
+      marked: a template without marks is an error.
+
+    Raises:
+      InputError: as `apply_chat_template`.
+    """
+    names = {k: v for k, v in self.config.items() if k.endswith("_token") and isinstance(v, str)}
+    names |= {f"{role}_token": token for role, token in self.special.items()}
+    return chat.render(
+      chat.choose(self.config.get("chat_template"), chat_template, tools is not None), conversation,
+      {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt,
+       **names, **variables},
+      unfinished=unfinished, marked=marked,
+    )  # fmt: skip
 
   def save(self, directory: str | Path, *, token_types: bool | None = None) -> None:
     """Writes tokenizer.json and tokenizer_config.json, which Transformers opens too.

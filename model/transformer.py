@@ -16,7 +16,7 @@ from model.config import LayerKind, ModelConfig
 from model.context import balanced, balanced_parts, sent_home
 from model.convolution import Convolution
 from model.disentangled import RelativeTable
-from model.layers import MLP, Embed, Linear, Norm, dropout
+from model.layers import MLP, Embed, Linear, Norm, dropout, noisy
 from model.moe import Experts
 from model.pipeline import Plan, current_plan, of_round, pipelined, stage_policy
 from model.sharding import constrain_residual, constrain_rows, constrain_tokens
@@ -31,7 +31,8 @@ class Inputs:
 
   `seg` counts segments from 1, 0 is nothing. `types` are token types. `bidirectional` marks the
   tokens of prefixes, which a decoder reads in both directions. `ordered` promises, statically, that
-  tokens lie in row order with positions rising by one in each segment.
+  tokens lie in row order with positions rising by one in each segment. `noise`, static too, is what
+  embeddings get in training (`model.layers.noisy`).
   """
 
   tokens: Int[Array, "B T"]
@@ -40,6 +41,7 @@ class Inputs:
   types: Int[Array, "B T"] | None = None
   bidirectional: Bool[Array, "B T"] | None = None
   ordered: bool = dataclasses.field(default=False, metadata={"static": True})
+  noise: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
 class Block(nnx.Module):
@@ -173,7 +175,7 @@ class Stack(nnx.Module):
         cache that holds it (`read`).
     """
     parts = 1
-    if self.name == "decoder" and cache is None and not self._draws(key):
+    if self.name == "decoder" and cache is None and not self._draws(key, inputs):
       parts = balanced_parts(inputs.pos.shape[1])
     inputs, x = jax.tree.map(functools.partial(balanced, parts=parts), (inputs, x))
     where = Where(
@@ -183,7 +185,11 @@ class Stack(nnx.Module):
     where = self._derived(where, cached=cache is not None)
     h = self.embedded(embed, inputs) if x is None else x
     if key is not None:
-      h = dropout(h, self.cfg.dropout, jax.random.fold_in(key, self.cfg.depth(self.name)))
+      depth = self.cfg.depth(self.name)
+      if inputs.noise:
+        seg = (inputs.pos >= 0).astype(jnp.int32) if inputs.seg is None else inputs.seg
+        h = noisy(h, seg, inputs.noise, jax.random.fold_in(key, depth + 1))
+      h = dropout(h, self.cfg.dropout, jax.random.fold_in(key, depth))
     if x is None and self.cfg.d_embed is not None:
       h = self.embed_proj(h)
     run = self._run_stacked if self.stacked else self._run_unstacked
@@ -191,12 +197,13 @@ class Stack(nnx.Module):
     h = constrain_rows(self.final_norm(h) if self.cfg.final_norm else h)
     return sent_home(h, parts), cache, aux
 
-  def _draws(self, key: jax.Array | None) -> bool:
-    """Whether dropout draws by place: tokens then stay where they are, so that any mesh draws the
-    same.
+  def _draws(self, key: jax.Array | None, inputs: Inputs) -> bool:
+    """Whether dropout or noise draws by place: tokens then stay where they are, so that any mesh
+    draws the same.
     """
     cfg = self.cfg
-    return key is not None and max(cfg.dropout, cfg.attention_dropout, cfg.mlp_dropout) > 0
+    rates = cfg.dropout, cfg.attention_dropout, cfg.mlp_dropout, inputs.noise
+    return key is not None and max(rates) > 0
 
   def read(self, cache: Cache, context: Context) -> Cache:
     """The cache with keys and values of what the encoder has read, once for all steps."""

@@ -30,6 +30,7 @@ class DataConfig:
   negative: str | None = None  # Column of a text that is unlike `text` (contrastive).
   label: str | None = None  # Column of the label, number or answer.
   labels: tuple[str, ...] | None = None  # Their order; None: the training values, sorted.
+  chat_template: str | None = None  # File in the place of the tokenizer's own; "none": no chats.
   max_texts: int | None = None  # Pieces that a row holds at most, of objectives on whole texts.
   data_dir: str | None = None  # Where TFDS data sets lie; None: TFDS's own default.
   truncate: bool = False  # Cut documents at seq_len instead of splitting them; counted.

@@ -24,6 +24,7 @@ OBJECTIVE_SETTINGS: dict[str, dict[str, Any]] = {
   "denoising": dict(mask_rate=0.3, mean_span=3.0, permute_sentences=True),
   "ul2": dict(denoisers=UL2_DENOISERS),
   "seq2seq": {},
+  "sft": dict(turns="all", too_long="error", noise=0.0),
   "classification": {},
   "tagging": {},
   "span_qa": dict(stride=128),
@@ -33,9 +34,12 @@ OBJECTIVES = tuple(OBJECTIVE_SETTINGS)
 # Those that score the vocabulary for their loss alone.
 WORD_OBJECTIVES = (
   "causal_lm", "prefix_lm", "masked_lm", "span_corruption", "denoising", "ul2", "seq2seq",
+  "sft",
 )  # fmt: skip
 MASK_UNITS = ("token", "word", "ngram")
 PAIRS = ("none", "next_sentence", "sentence_order")
+TURNS = ("all", "last")
+TOO_LONG = ("error", "drop", "truncate")
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -64,6 +68,9 @@ class ObjectiveConfig:
   denoisers: tuple[str, ...] | None = None  # UL2: KIND:MEAN_SPAN:RATE, S:RATE.
   stride: int | None = None  # Tokens that two windows on one text share.
   temperature: float | None = None  # Divides similarities of embeddings.
+  turns: str | None = None  # Which answers of a conversation are learned: all, or the last.
+  too_long: str | None = None  # Conversations: an error, dropped, or cut behind an answer.
+  noise: float | None = None  # NEFTune's alpha (5 is usual); 0: none.
 
   def __post_init__(self):
     if self.name not in OBJECTIVES:
@@ -99,7 +106,8 @@ class ObjectiveConfig:
         )
 
   def _check_values(self):
-    for name, allowed in (("mask_unit", MASK_UNITS), ("pairs", PAIRS)):
+    for name, allowed in (("mask_unit", MASK_UNITS), ("pairs", PAIRS), ("turns", TURNS),
+                          ("too_long", TOO_LONG)):  # fmt: skip
       value = getattr(self, name)
       if value is not None and value not in allowed:
         raise InputError(
@@ -127,6 +135,8 @@ class ObjectiveConfig:
       value = getattr(self, name)
       if value is not None and not 1 <= value < float("inf"):
         raise InputError(f"objective.{name}={value} must be at least 1.")
+    if self.noise is not None and not 0 <= self.noise < float("inf"):
+      raise InputError(f"objective.noise={self.noise} must be at least 0.")
     if self.denoisers is not None:
       parse_denoisers(self.denoisers)
     for name in ("temperature", "replaced_weight"):

@@ -84,6 +84,16 @@ def prepared(config: Config, workdir: Path, group: Group) -> Config:
   return config
 
 
+def _left_out(config: Config, data: Data) -> dict[str, int]:
+  """What of the corpus is not learned from, where the config allows that."""
+  counted = {}
+  if config.data.truncate or config.objective.too_long == "truncate":
+    counted["truncated_tokens"] = data.truncated_tokens
+  if config.objective.too_long in ("drop", "truncate"):
+    counted["dropped_documents"] = data.dropped_documents
+  return counted
+
+
 def run_steps(
   config: Config, workdir: Path, program: Program, checkpoints: Checkpoints, data: Data,
   preemption: Preemption, state: TrainState, start: int,
@@ -91,7 +101,7 @@ def run_steps(
   """The steps from `start` on, with validation, checkpoints, and what a person sees."""
   group = preemption.group
   log = MetricsLog(workdir, config, program, start)
-  counted = {"truncated_tokens": data.truncated_tokens} if config.data.truncate else {}
+  counted = _left_out(config, data)
   saved = start
   with contextlib.closing(checkpoints), contextlib.closing(log), group.telling():
     train_step, batches = program.train_step, data.batches(start)

@@ -227,6 +227,8 @@ def _data_text(config: Config, data: Data) -> str:
   )
   if data.truncated_documents:
     text += f"; {data.truncated_tokens:,} of {data.truncated_documents:,} documents are cut off"
+  if data.dropped_documents:
+    text += f"; {data.dropped_documents:,} documents are too long and left out"
   return text
 
 

@@ -25,6 +25,7 @@ SHAPES = {
   "denoising": {"encoder_decoder": "language"},
   "ul2": {"encoder_decoder": "language", "decoder": "language"},
   "seq2seq": {"encoder_decoder": "language", "decoder": "language"},
+  "sft": {"decoder": "language"},
   "classification": dict.fromkeys(("encoder", "decoder", "encoder_decoder"), "sequence"),
   "tagging": {"encoder": "token", "decoder": "token"},
   "span_qa": {"encoder": "span", "decoder": "span"},

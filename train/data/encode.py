@@ -12,6 +12,7 @@ from absl import logging
 
 from model.errors import InputError
 from model.tokenizer import Tokenizer
+from train.data import conversations
 from train.data.arrays import Column, Corpus
 from train.data.cache import Cache
 from train.data.examples import Example, ExampleSource
@@ -31,12 +32,15 @@ def read_examples(source: ExampleSource, tokenizer: Tokenizer, cache: Cache) -> 
   Columns, besides the text in `tokens`: token ids without special tokens; of `label` the places of
   labels in `names`, one or several for each example, or one for each token (tags: -1 but on a
   word's first token), or numbers, or the first and the last token of an answer (none where there
-  is no answer); `place`, the file and line.
+  is no answer); of a conversation `turns` and `ends` (`train.data.conversations.Encoded`); `place`,
+  the file and line.
 
   Raises:
     InputError: naming the place of what cannot be learned from.
   """
   decides = f"{_FORMAT} {source.fingerprint} {tokenizer.fingerprint}"
+  if source.roles and source.roles[0].kind == "said":
+    decides += json.dumps(tokenizer.config.get("chat_template"))
   key = "examples-" + hashlib.sha256(decides.encode()).hexdigest()[:32]
   entry = cache.entry(key, lambda folder: _write(folder, source, tokenizer))
   meta = json.loads((entry.path / "meta.json").read_text())
@@ -113,6 +117,8 @@ class _Coder:
         out[role.name] = self._texts(values, role, places)
       elif role.kind in ("label", "labels", "number"):
         out[role.name] = [self._label(v, role, p) for v, p in zip(values, places, strict=True)]
+    if "said" in kinds:
+      out |= self._said(examples, places)
     if "words" in kinds:
       out |= self._tagged(examples, kinds["words"], kinds["tags"], places)
     if "context" in kinds:
@@ -140,6 +146,15 @@ class _Coder:
 
   def _codes(self, names: list[str]) -> np.ndarray:
     return np.array([self.labels.setdefault(n, len(self.labels)) for n in names], np.int32)
+
+  def _said(self, examples: list[Example], places: list[Place]) -> Arrays:
+    found = [conversations.encode(e.values, self._tokenizer, p) for e, p in _both(examples, places)]
+    numbers = lambda rows: [np.array(row, np.int32) for row in rows]
+    return {
+      "text": [np.array(one.ids, self._dtype) for one in found],
+      "turns": numbers(one.turns for one in found),
+      "ends": numbers(one.ends for one in found),
+    }
 
   def _tagged(
     self, examples: list[Example], words: Role, tags: Role, places: list[Place]

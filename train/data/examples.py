@@ -8,11 +8,12 @@ from typing import Any
 
 from model.errors import InputError
 from train.config import Config
+from train.data.conversations import texts_of
 from train.data.roles import Role, roles_of
 from train.data.sources import ARRAYS, TextSource, find_files, fingerprint, kind_of, parse_mixture
-from train.data.tables import open_text, read_rows, unit_of
+from train.data.tables import LIST, open_text, read_rows, suffix_of, unit_of
 
-_TEXTS = ("text", "context", "words")  # Kinds of columns that hold text.
+_TEXTS = ("text", "context", "words", "said")  # Kinds of columns that hold text.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,9 @@ class ExampleSource:
 
     def documents() -> Iterator[str]:
       for example in self.examples():
+        if self.roles[0].kind == "said":
+          yield from texts_of(example.values)
+          continue
         for name in names:
           value = example.values[name]
           yield " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -94,7 +98,7 @@ def _open(
     examples = lambda: (_example(0, row, roles) for row in rows())
     return ExampleSource(spec, _decides(roles, content), roles, (f"{spec}, example",), examples)
   files = find_files(spec)
-  kinds = {kind_of(file) for file in files}
+  kinds = {LIST if suffix_of(file) == LIST else kind_of(file) for file in files}
   if kinds & set(ARRAYS):
     raise InputError(f"data.source={spec!r} holds token ids: {config.objective.name} learns from "
                      "columns of a table.")  # fmt: skip
@@ -120,7 +124,7 @@ def _parallel(
   if config.objective.name != "seq2seq":
     raise InputError(
       f"data.source={spec!r} is text: {config.objective.name} learns from columns of a table "
-      "(.jsonl, .csv, .tsv, .parquet)."
+      "(.jsonl, .json, .csv, .tsv, .parquet)."
     )
   if not alone:
     raise InputError(f"{spec!r}: parallel text files cannot be mixed; put them into tables.")

@@ -20,6 +20,7 @@ class Fitted:
   corpus: Corpus
   truncated_tokens: int = 0
   truncated_documents: int = 0
+  dropped_documents: int = 0
 
 
 def lengths_of(corpus: Corpus, name: str) -> Lengths:

@@ -58,6 +58,7 @@ class Data:
   validation_tokens: int
   truncated_tokens: int  # That data.truncate leaves out, in training.
   truncated_documents: int
+  dropped_documents: int  # That are too long and were left out, in training.
   num_validation_batches: int
   labels: tuple[str, ...] | None  # Of a corpus that has them, in their order.
   _parts: list[tuple[Corpus, Rows]] = dataclasses.field(repr=False)
@@ -153,7 +154,7 @@ def load_data(
   with group.turn("the tokenizer"):
     tokenizer = choose_tokenizer(
       config.data.tokenizer, texts, cache, workdir, write=group.index == 0,
-      extra=extra_tokens(config),
+      extra=extra_tokens(config), chat_template=config.data.chat_template,
     )  # fmt: skip
   group.at("reading the data", patient=True)
   read = lambda source: _read(source, tokenizer, cache)
@@ -204,6 +205,7 @@ def _assemble(
     validation_tokens=sum(int(steps(c).sum()) for c in validation),
     truncated_tokens=sum(one.truncated_tokens for one in fitted),
     truncated_documents=sum(one.truncated_documents for one in fitted),
+    dropped_documents=sum(one.dropped_documents for one in fitted),
     num_validation_batches=batches
     if config.eval_batches is None
     else min(batches, config.eval_batches),

@@ -4,6 +4,7 @@ import dataclasses
 
 from model.errors import InputError
 from train.config import Config
+from train.data.conversations import COLUMNS as CONVERSATION
 
 # By objective the fields of `data` that name its columns, and what these hold.
 TASKS: dict[str, dict[str, str]] = {
@@ -12,6 +13,7 @@ TASKS: dict[str, dict[str, str]] = {
   "tagging": dict(text="words", label="tags"),
   "span_qa": dict(text="text", text_pair="context", label="answers"),
   "contrastive": dict(text="text", text_pair="text", negative="text"),
+  "sft": {},
 }  # fmt: skip
 _MAY_BE_NONE = (("classification", "text_pair"), ("contrastive", "negative"))
 _COLUMNS = ("text_pair", "target", "validation_target", "negative", "label")
@@ -27,7 +29,8 @@ class Role:
 
   Kinds: `text`; `context`, a text with answers in it; `words`, a list of them or text with white
   space between; `label`, text or a number; `labels`, a list of them or text with `|` or `,`
-  between; `number`; `tags`, as many as there are words; `answers`, text or SQuAD's object.
+  between; `number`; `tags`, as many as there are words; `answers`, text or SQuAD's object; `said`,
+  a part of a conversation (`train.data.conversations`).
   """
 
   name: str
@@ -56,6 +59,8 @@ def roles_of(config: Config) -> tuple[Role, ...]:
     InputError: as `check_columns`.
   """
   check_columns(config)
+  if config.objective.name == "sft":
+    return tuple(Role(name, name, "said", optional=True) for name in CONVERSATION)
   kinds = dict(TASKS[config.objective.name])
   if kinds.get("label") == "label":
     kinds["label"] = _LABEL_OF[config.model.problem]
@@ -89,5 +94,17 @@ def check_columns(config: Config) -> None:
   if data.labels is not None and (name not in _NAMED or numbers):
     what = "a regression" if numbers else name
     raise InputError(f"data.labels has no effect on {what}: remove it.")
+  if name != "sft" and data.chat_template is not None:
+    raise InputError(
+      f"data.chat_template={data.chat_template!r} has no effect on {name}: remove it, or use "
+      "objective.name=sft."
+    )
+  if name == "sft" and data.text != "text":
+    raise InputError(
+      f"data.text={data.text!r} has no effect on sft, which reads the columns "
+      f"{', '.join(CONVERSATION)}: remove it."
+    )
+  if name == "sft" and data.truncate:
+    raise InputError("data.truncate has no effect on sft: set objective.too_long='truncate'.")
   if data.max_texts is not None and name not in _TEXTS and not config.objective.paired:
     raise InputError(f"data.max_texts={data.max_texts} has no effect on {name}: remove it.")

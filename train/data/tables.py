@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from model.errors import InputError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+LIST = ".json"  # A list of objects; of objectives on tables only, to others it is text.
 PACKED = ".gz"
 
 # Columns by the field of the config that names each: {"data.text": "sentence"}.
@@ -28,7 +29,7 @@ def suffix_of(path: Path) -> str:
 
 def unit_of(path: Path) -> str:
   """What the numbers of `read_rows` count."""
-  return "row" if suffix_of(path) == ".parquet" else "line"
+  return "row" if suffix_of(path) in (".parquet", LIST) else "line"
 
 
 def read_column(path: Path, column: str) -> Iterator[str]:
@@ -57,6 +58,8 @@ def read_rows(path: Path, wanted: Wanted, optional: Collection[str] = ()) -> Ite
   """
   if suffix_of(path) == ".jsonl":
     return _jsonl(path, wanted, optional)
+  if suffix_of(path) == LIST:
+    return _list(path, wanted, optional)
   if suffix_of(path) == ".parquet":
     return _parquet(path, wanted, optional)
   return _csv(path, wanted, optional)
@@ -91,6 +94,20 @@ def _jsonl(path: Path, wanted: Wanted, optional: Collection[str]) -> Iterator[Ro
       known = row if isinstance(row, dict) else {}
       _check(f"{path}, line {number}", wanted, known, optional)
       yield number, tuple(known.get(column) for column in wanted.values())
+
+
+def _list(path: Path, wanted: Wanted, optional: Collection[str]) -> Iterator[Row]:
+  with open_text(path) as f:
+    try:
+      rows = json.load(f)
+    except ValueError as error:
+      raise InputError(f"{path} is not JSON: {error}.") from None
+  if not isinstance(rows, list):
+    raise InputError(f"{path} holds a {type(rows).__name__}: a list of objects is needed.")
+  for number, row in enumerate(rows, 1):
+    known = row if isinstance(row, dict) else {}
+    _check(f"{path}, row {number}", wanted, known, optional)
+    yield number, tuple(known.get(column) for column in wanted.values())
 
 
 def _csv(path: Path, wanted: Wanted, optional: Collection[str]) -> Iterator[Row]:

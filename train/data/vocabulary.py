@@ -22,7 +22,7 @@ _NOTE = "trained_as"  # Field of tokenizer_config.json: the spec it was built fr
 
 def choose_tokenizer(
   spec: str, sources: list[Source], cache: Cache, workdir: Path | None, *, write: bool,
-  extra: tuple[str, ...] = (),
+  extra: tuple[str, ...] = (), chat_template: str | None = None,
 ) -> Tokenizer:  # fmt: skip
   """The tokenizer that `data.tokenizer` names.
 
@@ -31,6 +31,7 @@ def choose_tokenizer(
     workdir: its `tokenizer/` is used where it is there, and made where it is not.
     write: whether this process makes it.
     extra: special tokens that one which is built gets besides its own.
+    chat_template: file of a chat template that takes the place of its own; "none": without one.
 
   Raises:
     InputError: for a spec that is none, a corpus without text, or a workdir with another one.
@@ -53,9 +54,22 @@ def choose_tokenizer(
   else:
     tokenizer = _build(spec, *parsed, sources, cache, extra)
     tokenizer.config[_NOTE] = note
+  if chat_template is not None:
+    tokenizer.config.pop("chat_template", None)
+  if chat_template not in (None, "none"):
+    tokenizer.config["chat_template"] = _template(chat_template)
   if kept is not None and write:
     _save(tokenizer, kept)
   return tokenizer
+
+
+def _template(path: str) -> str:
+  try:
+    return Path(path).expanduser().read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(
+      f"data.chat_template={path!r} is not a file with a Jinja template, nor 'none': {error}"
+    ) from None
 
 
 def _check_note(kept: str, wanted: str, folder: Path) -> None:

@@ -14,6 +14,7 @@ from train.objectives.objective import Objective
 from train.objectives.prefix_lm import DecoderPrefixLM, EncoderPrefixLM
 from train.objectives.replaced_token import ReplacedToken, generator_flops
 from train.objectives.seq2seq import Seq2Seq
+from train.objectives.sft import SFT
 from train.objectives.span_corruption import SpanCorruption
 from train.objectives.span_qa import SpanQA
 from train.objectives.special_tokens import bare, extra_tokens
@@ -37,7 +38,7 @@ def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Object
     "causal_lm": CausalLM, "prefix_lm": prefix_lm, "masked_lm": MaskedLM,
     "replaced_token": ReplacedToken, "span_corruption": SpanCorruption, "denoising": Denoising,
     "ul2": UL2, "seq2seq": Seq2Seq, "classification": Classification, "tagging": Tagging,
-    "span_qa": SpanQA, "contrastive": Contrastive,
+    "span_qa": SpanQA, "contrastive": Contrastive, "sft": SFT,
   }  # fmt: skip
   return kinds[config.objective.name].of(config, tokenizer)
 

@@ -94,10 +94,10 @@ class CausalLM:
 
 def next_token_loss(
   objective: ObjectiveConfig, cfg: ModelConfig, net: Any, batch: Mapping[str, Array],
-  key: jax.Array | None,
+  key: jax.Array | None, *, noise: float = 0.0,
 ) -> Loss:  # fmt: skip
-  """Cross-entropy of the next token of what a decoder reads."""
-  inputs = inputs_of(batch)
+  """Cross-entropy of the next token of what a decoder reads; `noise` is that of its embeddings."""
+  inputs = inputs_of(batch, noise=noise)
   x, _, stats = net.hidden(inputs, key=key)
   done = work(cfg, inputs, head=jnp.sum(inputs.pos >= 0))
   return word_loss(objective, cfg, net.logits, x, batch, stats, **done)

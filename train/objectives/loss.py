@@ -35,11 +35,12 @@ class Loss:
   pairs: dict[str, Array]
 
 
-def inputs_of(batch: Batch, side: str = "") -> Inputs:
-  """What a stack reads from a side of a batch."""
+def inputs_of(batch: Batch, side: str = "", *, noise: float = 0.0) -> Inputs:
+  """What a stack reads from a side of a batch; `noise` is that of its embeddings in training."""
   return Inputs(
     batch[f"{side}tokens"], batch[f"{side}positions"], batch[f"{side}segments"],
     types=batch.get(f"{side}types"), bidirectional=batch.get(f"{side}prefix"), ordered=True,
+    noise=noise,
   )  # fmt: skip
 
 

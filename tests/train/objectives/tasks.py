@@ -24,6 +24,7 @@ COLUMNS = {
   "tagging": dict(text="words", label="tags"),
   "span_qa": dict(text_pair="other", label="answer"),
   "contrastive": dict(text_pair="other", negative="third"),
+  "sft": {},
 }
 WORDS = ["a", "bee", "can", "dig", "every", "fine", "green", "hat", "in", "july"]
 
@@ -44,7 +45,7 @@ def rows(
     out.append(dict(
       text=f"{text} {i}", other=other, third=third, label=["no", "yes", 7][rng.integers(0, 3)],
       labels=[w for w in ("x", "y", "z") if rng.random() < 0.5], number=float(rng.normal()),
-      words=texts[0], tags=[w[0] for w in texts[0]],
+      prompt=text, completion=other, words=texts[0], tags=[w[0] for w in texts[0]],
       answer=answer if i % 4 else dict(text=[], answer_start=[]),
     ))  # fmt: skip
   return out

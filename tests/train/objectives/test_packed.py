@@ -16,6 +16,7 @@ CASES = [
   ("tagging", "encoder", {}),
   ("span_qa", "encoder", dict(token_types=2, label_smoothing=0.1, z_loss=0.01)),
   ("contrastive", "encoder", dict(pooling="mean")),
+  ("sft", "decoder", {}),
 ]
 SLOW = [
   ("seq2seq", "decoder", {}),
