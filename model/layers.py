@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from model import quant
 from model.config import ModelConfig
+from model.quant import Quantized
 from model.sharding import constrain, platform
 
 FEW_ROWS = 32  # Up to so many rows, a product costs the reading of its matrix.
@@ -105,21 +107,27 @@ class Linear(nnx.Module):
       self.b = param(cfg, rngs, shape[inputs:], axes[inputs:], role="vector", init=zeros)
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    x, w = x.astype(self.dtype), self.w[...].astype(self.dtype)
-    if self.turned:
+    x, w = x.astype(self.dtype), self.w.get_value()
+    if isinstance(w, Quantized):
+      y = quant.product(x, w)
+    elif self.turned:
+      w = w.astype(self.dtype)
       rows, outputs = x.shape[: x.ndim - self.inputs], w.shape[: w.ndim - self.inputs]
       flat = (math.prod(outputs), -1)
       y = scores(w.reshape(flat), x.reshape(*rows, -1)).reshape(*rows, *outputs)
     else:
       # An einsum would contract axes in alphabetical order, which turns the weights at every call.
-      y = jnp.tensordot(x, w, self.inputs)
+      y = jnp.tensordot(x, w.astype(self.dtype), self.inputs)
     return y + self.b[...].astype(self.dtype) if hasattr(self, "b") else y
 
   def matrix(self) -> Float[Array, "..."]:
     """The weights in the compute dtype, with the axes of `shape`, turned or not."""
-    w = self.w[...].astype(self.dtype)
+    stored = self.w.get_value()
+    w = quant.dense(stored, self.dtype)
+    if not self.turned or isinstance(stored, Quantized):
+      return w
     last = tuple(range(w.ndim - self.inputs, w.ndim))
-    return jnp.moveaxis(w, last, tuple(range(self.inputs))) if self.turned else w
+    return jnp.moveaxis(w, last, tuple(range(self.inputs)))
 
 
 def turn(module: Any, params: dict) -> dict:
@@ -127,6 +135,8 @@ def turn(module: Any, params: dict) -> dict:
   if isinstance(module, Linear):
     module.turned = True
     weights = params["w"]
+    if isinstance(weights, Quantized):  # Lies that way from the beginning.
+      return params
     order = (*range(module.inputs, weights.ndim), *range(module.inputs))
     return params | {"w": jnp.transpose(weights, order)}
   below = dict(enumerate(module)) if isinstance(module, nnx.List) else vars(module)
@@ -193,8 +203,10 @@ class Embed(nnx.Module):
     self.table = param(cfg, rngs, shape, axes, role="embedding", init=init)
 
   def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    table = constrain(self.table[...].astype(self.dtype), (self.row_axis, None))
-    ids = constrain(ids, ("rows", "seq"))
+    table, ids = self.table.get_value(), constrain(ids, ("rows", "seq"))
+    if isinstance(table, Quantized):
+      return constrain(quant.rows(table, ids, self.dtype), ("rows", "seq", None))
+    table = constrain(table.astype(self.dtype), (self.row_axis, None))
     if len(table) > _FEW_VECTORS:
       return constrain(table[ids], ("rows", "seq", None))
     chosen = jax.nn.one_hot(ids, len(table), dtype=table.dtype)
@@ -203,8 +215,10 @@ class Embed(nnx.Module):
   def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Scores in at least float32."""
     wide = jnp.promote_types(self.dtype, jnp.float32)
-    table = self.table[...].astype(self.dtype)
-    return scores(table, x.astype(self.dtype), wide)
+    table, x = self.table.get_value(), x.astype(self.dtype)
+    if isinstance(table, Quantized):
+      return quant.product(x, table, wide)
+    return scores(table.astype(self.dtype), x, wide)
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:

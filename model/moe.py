@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from model.config import ModelConfig
 from model.dropless import ragged_experts
 from model.layers import MLP, Initializer, Linear, activated, param, residual_init
+from model.quant import dense
 from model.sharding import constrain
 
 
@@ -97,7 +98,8 @@ class ExpertMatrix(nnx.Module):
 
   def arrays(self, dtype: jnp.dtype) -> dict[str, Array]:
     """The parameters as plain arrays of the compute dtype."""
-    return {name: getattr(self, name)[...].astype(dtype) for name in "wb" if hasattr(self, name)}
+    names = [name for name in "wb" if hasattr(self, name)]
+    return {name: dense(getattr(self, name).get_value(), dtype) for name in names}
 
   def axes(self) -> dict[str, tuple[str, ...]]:
     """Their logical axes."""

@@ -1,0 +1,290 @@
+"""Matrices in eight or four bits, and what multiplies by them.
+
+The contract. A quantized matrix is one `Quantized` in the place of the array that a parameter holds
+(`Linear.w`, `Embed.table`, `ExpertMatrix.w`): a frozen pytree of arrays whose leading axes, of
+stacked layers and of experts, are those of the float array, so that slicing, scanning and placing
+need not know it. `w.shape` is the float array's, `w.dequantize(dtype)` that array. What reads a
+weight calls `product(x, w)`, `rows(w, ids)` for a table's vectors, or `dense(w, dtype)`, which take
+plain arrays too where that makes sense, and knows no formats. `quantize(w, format, …)` makes one
+of an array, `quantize_params(params, info, format)` (in `quant_tree`) all of a model's.
+
+Arithmetic hangs on the format only. `int8`, `int4`, `nf4` and `fp8` keep activations as they are
+and multiply by the dequantized matrix, however few rows there are. `int8_dynamic` and `fp8_dynamic`
+round each row of activations to eight bits, with a scale of its own, so that batches say nothing.
+Gradients flow to `x`, through the matrix dequantized once more; the matrix itself has none.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from model import quant_formats as formats
+from model.errors import InputError, nearest
+from model.sharding import platform
+
+NAMES = ("int8", "int4", "nf4", "fp8", "int8_dynamic", "fp8_dynamic")
+# On a CPU, XLA reads small numbers and widens them in one loop if a single row is multiplied; more
+# rows than these are cheaper by a dequantized matrix.
+_SINGLE_ROWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """How a matrix is kept. `group` inputs share a scale; None: all of an output do.
+
+  `dynamic`: activations are rounded to as many bits when they are multiplied.
+  """
+
+  kind: str
+  group: int | None = None
+  dynamic: bool = False
+
+  @classmethod
+  def parse(cls, name: str) -> "Format":
+    """`int8`, `int4`, `nf4`, `fp8`, `int8_dynamic`, `fp8_dynamic`, or `int4:GROUP`.
+
+    Raises:
+      InputError: for another name, or a group that is no even number from 2.
+    """
+    kind, colon, group = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if kind not in NAMES or (colon and kind != "int4"):
+      known = f"{', '.join(NAMES)} or int4:GROUP"
+      raise InputError(f"quantize={name!r} is not known: use one of {known}.{nearest(kind, NAMES)}")
+    if colon and not (group.isdecimal() and int(group) > 0 and int(group) % 2 == 0):
+      raise InputError(f"quantize={name!r}: a group must be an even number of inputs, from 2.")
+    kind, _, dynamic = kind.partition("_")
+    own = {"int4": formats.INT4_GROUP, "nf4": formats.NF4_BLOCK}.get(kind)
+    return cls(kind, int(group) if colon else own, bool(dynamic))
+
+  @property
+  def name(self) -> str:
+    """What `parse` takes."""
+    group = "" if self.group in (None, formats.INT4_GROUP, formats.NF4_BLOCK) else f":{self.group}"
+    return self.kind + group + ("_dynamic" if self.dynamic else "")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+  """A matrix of `inputs` and `outputs` axes, kept as (outputs, inputs), both flat.
+
+  `values` are int8, float8_e4m3fn or, two to a byte, codes of four bits (`quant_formats.pack`).
+  `scales` multiply an output or a group of its inputs; of int4 and nf4 they are in eight bits
+  themselves, `steps` multiply them and `offset` is added. A `table` (Embed) has its outputs, the
+  rows, first in `shape`, other matrices their inputs.
+  """
+
+  values: Array  # (…, O, I), or (…, O, I/2) uint8.
+  scales: Array  # (…, O) float32, or (…, O, groups).
+  steps: Array | None  # int4: (…, O) float32; nf4: (…, groups of a matrix / 256, rounded up).
+  offset: Array | None  # nf4: (…) float32.
+  format: Format = dataclasses.field(metadata={"static": True})
+  inputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+  outputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+  table: bool = dataclasses.field(default=False, metadata={"static": True})
+
+  @property
+  def lead(self) -> tuple[int, ...]:
+    """Sizes of axes before the matrix: stacked layers, experts."""
+    return self.values.shape[:-2]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the matrix that this stands for."""
+    own = self.outputs + self.inputs if self.table else self.inputs + self.outputs
+    return self.lead + own
+
+  @property
+  def ndim(self) -> int:
+    """Axes of `shape`."""
+    return len(self.shape)
+
+  @property
+  def size(self) -> int:
+    """Elements of the matrix that this stands for."""
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """Of all arrays together."""
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
+
+  def arrays(self) -> dict[str, Array]:
+    """Its arrays by name, without those that its format does not have."""
+    return {name: getattr(self, name) for name in ("values", "scales", "steps", "offset")
+            if getattr(self, name) is not None}  # fmt: skip
+
+  def flat(self, dtype: Any) -> Float[Array, "... O I"]:
+    """The matrix that this stands for, outputs first, both flat."""
+    dense = _DENSE[self.format.kind]
+    one = lambda arrays: dense(arrays, self.format.group).astype(dtype)
+    for _ in self.lead:
+      one = jax.vmap(one)
+    return one(self.arrays())
+
+  def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "..."]:
+    """The matrix that this stands for, in its shape."""
+    w, n = self.flat(dtype), len(self.lead)
+    if not self.table:
+      w = jnp.swapaxes(w, n, n + 1)
+    return w.reshape(self.shape)
+
+
+def _scaled(arrays: formats.Arrays, _: int | None) -> Float[Array, "O I"]:
+  return arrays["values"].astype(jnp.float32) * arrays["scales"][:, None]
+
+
+_DENSE = {
+  "int8": _scaled,
+  "fp8": _scaled,
+  "int4": formats.int4_dense,
+  "nf4": formats.nf4_dense,
+}
+
+
+def quantize(
+  w: Float[Array, "..."], format: Format | str, *, inputs: int = 1, lead: int = 0,
+  table: bool = False,
+) -> Quantized:  # fmt: skip
+  """A matrix in fewer bits: scales that reach its largest elements, of int4 those with the least
+  squared error.
+
+  Args:
+    w: (…, inputs…, outputs…), or of a `table` (…, outputs…, inputs…).
+    inputs: how many axes are inputs.
+    lead: how many axes come before, each with matrices of its own.
+
+  Raises:
+    InputError: for a format that is not known, or a group that does not divide the inputs.
+  """
+  format = Format.parse(format) if isinstance(format, str) else format
+  own = w.shape[lead:]
+  split = len(own) - inputs if table else inputs
+  first, second = own[:split], own[split:]
+  ins, outs = (second, first) if table else (first, second)
+  check_group(format, math.prod(ins), f"a matrix of shape {w.shape}")
+  return _quantize(w, format, ins, outs, lead, table)
+
+
+def check_group(format: Format, inputs: int, what: str) -> None:
+  """Raises an InputError if the format's groups do not divide so many inputs."""
+  if format.group is not None and inputs % format.group:
+    raise InputError(
+      f"quantize={format.name!r}: groups of {format.group} do not divide the {inputs} inputs of "
+      f"{what}: use a group that does, or int8."
+    )
+
+
+def _quantize(w, format: Format, inputs, outputs, lead: int, table: bool) -> Quantized:
+  run: Any = {
+    "int8": formats.int8,
+    "fp8": formats.fp8,
+    "int4": lambda w: formats.int4(w, format.group or 0),
+    "nf4": lambda w: formats.nf4(w, format.group or 0),
+  }[format.kind]
+  flat = w.astype(jnp.float32).reshape(*w.shape[:lead], *map(math.prod, (
+    (outputs, inputs) if table else (inputs, outputs)
+  )))  # fmt: skip
+  flat = flat if table else jnp.swapaxes(flat, lead, lead + 1)
+  for _ in range(lead):
+    run = jax.vmap(run)
+  arrays = {"steps": None, "offset": None} | run(flat)
+  return Quantized(**arrays, format=format, inputs=inputs, outputs=outputs, table=table)
+
+
+_quantize: Any = jax.jit(_quantize, static_argnums=(1, 2, 3, 4, 5))
+
+
+def is_quantized(tree: Any) -> bool:
+  """Whether any matrix of a tree of parameters is quantized."""
+  leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+  return any(isinstance(leaf, Quantized) for leaf in leaves)
+
+
+def dense(w: Array | Quantized, dtype: Any) -> Float[Array, "..."]:
+  """A weight as an array of its shape."""
+  return w.dequantize(dtype) if isinstance(w, Quantized) else w.astype(dtype)
+
+
+def rows(w: Quantized, ids: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
+  """Vectors of a table."""
+  if w.format.kind not in ("int8", "fp8"):
+    return w.dequantize(dtype)[ids]
+  scale = w.scales[ids][..., None]
+  return (w.values[ids].astype(jnp.float32) * scale).astype(dtype).reshape(*ids.shape, *w.inputs)
+
+
+def product(x: Float[Array, "..."], w: Quantized, dtype: Any = None) -> Float[Array, "..."]:
+  """x, whose last axes are the inputs of `w`, times the matrix: (…, outputs…).
+
+  Args:
+    dtype: of the result, which is accumulated in at least float32; None: that of x.
+  """
+  dtype = x.dtype if dtype is None else dtype
+  lead = x.shape[: x.ndim - len(w.inputs)]
+  flat = x.reshape(*lead, math.prod(w.inputs))
+  return _product(flat, w).astype(dtype).reshape(*lead, *w.outputs)
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "... I"], w: Quantized) -> Float[Array, "... O"]:
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  if w.format.kind not in ("int8", "fp8"):
+    return _times(x, w.flat(x.dtype), wide)
+  if w.format.dynamic:
+    return _dynamic(x, w, wide)
+  return _times(x, _widened(w.values, x.dtype), wide) * w.scales.astype(wide)
+
+
+def _forward(x, w):
+  return _product(x, w), (w, jnp.zeros((), x.dtype))
+
+
+def _backward(kept, gradient):
+  w, like = kept
+  back = jnp.matmul(gradient.astype(like.dtype), w.flat(like.dtype))
+  return back, None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _times(x: Float[Array, "... I"], w: Float[Array, "O I"], wide: Any) -> Float[Array, "... O"]:
+  """x · wᵀ, row by row where that is cheaper."""
+  number = math.prod(x.shape[:-1])
+  mesh = jax.sharding.get_abstract_mesh()
+  alone = platform() == "cpu" and (mesh.empty or mesh.size == 1)
+  if not 1 < number <= _SINGLE_ROWS or not alone:
+    return jnp.matmul(x, w.T, preferred_element_type=wide)
+  each = x.reshape(number, 1, -1)
+  one = lambda row: jnp.matmul(row, w.T, preferred_element_type=wide)
+  return jnp.concatenate([one(row) for row in each]).reshape(*x.shape[:-1], -1)
+
+
+def _dynamic(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, "... O"]:
+  """Both rounded to eight bits; each row of x has a scale of its own."""
+  most = 127 if w.format.kind == "int8" else 448
+  scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(wide) / most
+  scale = jnp.where(scale == 0, 1, scale)
+  small = x.astype(wide) / scale
+  small = jnp.round(small) if w.format.kind == "int8" else small.astype(jnp.float8_e4m3fn)
+  if platform() == "cpu":  # XLA has no fast product of small numbers there.
+    y = _times(small.astype(wide), _widened(w.values, wide), wide)
+  else:
+    small = small.astype(w.values.dtype)
+    exact = jnp.int32 if w.format.kind == "int8" else jnp.float32
+    y = jnp.matmul(small, w.values.T, preferred_element_type=exact).astype(wide)
+  return y * scale * w.scales.astype(wide)
+
+
+def _widened(values: Array, dtype: Any) -> Float[Array, "O I"]:
+  """Small numbers in a wider type; of float8 by its bits, which a CPU does faster than a cast."""
+  if values.dtype != jnp.float8_e4m3fn or platform() != "cpu" or dtype != jnp.float32:
+    return values.astype(dtype)
+  bits = jax.lax.bitcast_convert_type(values, jnp.uint8).astype(jnp.uint32)
+  moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+  return jax.lax.bitcast_convert_type(moved, jnp.float32) * jnp.float32(2.0**120)
