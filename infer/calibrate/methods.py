@@ -107,6 +107,11 @@ class Matrix:
 Made = tuple[dict[Path, Any], list[Part]]
 
 
+def plainly(cfg: ModelConfig, layer: Layer) -> Made:
+  """The layer rounded to the nearest values."""
+  return layer.plain, [matrix.part(matrix.plain, None, "plain") for matrix in layer.matrices()]
+
+
 def by_gptq(cfg: ModelConfig, layer: Layer) -> Made:
   """The layer with the values that GPTQ chooses."""
   made, parts, experts = dict(layer.plain), [], {}
