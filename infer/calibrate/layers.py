@@ -13,7 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from infer.calibrate.methods import Layer, Made, Part
-from infer.calibrate.reads import reads
+from infer.calibrate.reads import changes, reads
 from model.attention import Context
 from model.config import LayerKind, ModelConfig
 from model.heads import Network, abstract
@@ -74,6 +74,11 @@ class Walk:
       batch, x=_run(*self._told(name, kind), params, self.shell_params, batch)
     )
 
+  def changes(self, name: str, kind: LayerKind, params: dict, batches: list[Batch], forms: Any):
+    """What `reads.changes` says of a layer and all rows."""
+    each = [_changes(*self._told(name, kind), params, self.shell_params, b, forms) for b in batches]
+    return jax.tree.map(lambda *a: sum(a), *each)
+
   def _told(self, name: str, kind: LayerKind):
     return self.shell, self.blocks[name, kind], name
 
@@ -103,6 +108,12 @@ def _reads(shell, block, name: str, params, shell_params, batch: Batch):
 def _run(shell, block, name: str, params, shell_params, batch: Batch):
   where = getattr(nnx.merge(shell, shell_params), name).placed(batch.inputs[name], batch.context)
   return nnx.merge(block, params)(batch.x, where)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _changes(shell, block, name: str, params, shell_params, batch: Batch, forms: Any):
+  where = getattr(nnx.merge(shell, shell_params), name).placed(batch.inputs[name], batch.context)
+  return changes(nnx.merge(block, params), batch.x, where, forms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,23 +148,36 @@ def calibrated_stack(
     batches: rows, as its first layer reads them.
     tell: called after each layer.
   """
-  cfg, made, parts = walk.cfg, {stack: [] for stack in params}, []
+  made, parts = {stack: [] for stack in params}, []
   row_of = lambda tree, row: jax.tree.map(lambda a: a[row], tree)
-  for own in sets(cfg, name):
-    float_params = row_of(params[own.stack], own.row)
-    found, ahead = None, batches
-    for _ in range(cfg.layer_uses(name)):
-      ahead, more = zip(*(walk.reads(name, own.kind, float_params, b) for b in ahead), strict=True)
-      for one in more:
-        found = one if found is None else {path: found[path] + one[path] for path in found}
-    flat: Any = flatten_dict(float_params)
-    rounded: Any = flatten_dict(row_of(plain[own.stack], own.row))
-    layer, told = method(cfg, Layer(own.kind, flat, rounded, found or {}))
-    layer = unflatten_dict(layer)
-    for _ in range(cfg.layer_uses(name)):
+  for own in sets(walk.cfg, name):
+    pair = row_of(params[own.stack], own.row), row_of(plain[own.stack], own.row)
+    layer, told = _calibrated(walk, name, own, *pair, batches, method)
+    for _ in range(walk.cfg.layer_uses(name)):
       batches = [walk.run(name, own.kind, layer, batch) for batch in batches]
     made[own.stack].append(layer)
     parts += [dataclasses.replace(p, name=f"{name}.{own.first}.{p.name}") for p in told]
     tell()
   stacked = {s: jax.tree.map(lambda *a: jnp.stack(a), *rows) for s, rows in made.items()}
   return stacked, batches, parts
+
+
+def _calibrated(
+  walk: Walk, name: str, own: Set, params: dict, plain: dict, batches: list[Batch], method: Method
+) -> tuple[dict, list[Part]]:
+  """A set of parameters for all its layers, each of which reads what those before it give."""
+  found, ahead = None, [batches]
+  for _ in range(walk.cfg.layer_uses(name)):
+    pairs = [walk.reads(name, own.kind, params, batch) for batch in ahead[-1]]
+    ahead.append([batch for batch, _ in pairs])
+    for _, read in pairs:
+      found = read if found is None else {path: found[path] + read[path] for path in found}
+  flat: Any = flatten_dict(params)
+  rounded: Any = flatten_dict(plain)
+  layer = Layer(own.kind, flat, rounded, found or {})
+  made = method(walk.cfg, layer)
+  forms = made.forms(layer)
+  if forms:
+    read = [batch for some in ahead[:-1] for batch in some]
+    made = made.with_errors(walk.changes(name, own.kind, params, read, forms))
+  return unflatten_dict(made.params), made.parts

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from infer.calibrate.folding import Params, Path, Site, sites
 from infer.calibrate.gptq import gptq
 from infer.calibrate.grid import recoded, scales_of
-from infer.calibrate.reads import Read
+from infer.calibrate.reads import Forms, Read
 from infer.calibrate.scales import Reader, awq_scales, error, smooth_scales
 from model.config import LayerKind, ModelConfig
 from model.quant import Quantized, quantize
@@ -104,12 +104,43 @@ class Matrix:
     return Part(name, q.format.name, method, int(read.tokens), plain, off(now))
 
 
-Made = tuple[dict[Path, Any], list[Part]]
+@dataclasses.dataclass(frozen=True)
+class Made:
+  """A layer's parameters with quantized matrices, flat, and what became of each.
+
+  `times` is what its parameters were multiplied by beforehand; None: by nothing.
+  """
+
+  params: dict[Path, Any]
+  parts: list[Part]
+  times: Params | None = None
+
+  def forms(self, layer: Layer) -> dict[Path, Forms]:
+    """The matrices that round what they read."""
+    found = {}
+    for m in layer.matrices():
+      q = self.params[(*m.path, "w")]
+      if m.expert is None and q.format.dynamic:
+        w = m.flat(layer.params)
+        times = jnp.ones_like(w) if self.times is None else m.flat(self.times)
+        found[m.path] = Forms(w, m.plain, q, times[:, 0], times[0, 0] / times[0])
+    return found
+
+  def with_errors(self, sums: dict[Path, Any]) -> "Made":
+    """With errors from `reads.changes` where they were measured."""
+    parts = []
+    for part in self.parts:
+      found = sums.get(tuple(part.name.split(".")))
+      if found is not None and found[0] > 0:
+        errors = dict(plain_error=float(found[1] / found[0]), error=float(found[2] / found[0]))
+        part = dataclasses.replace(part, **errors)
+      parts.append(part)
+    return dataclasses.replace(self, parts=parts)
 
 
 def plainly(cfg: ModelConfig, layer: Layer) -> Made:
   """The layer rounded to the nearest values."""
-  return layer.plain, [matrix.part(matrix.plain, None, "plain") for matrix in layer.matrices()]
+  return Made(layer.plain, [m.part(m.plain, None, "plain") for m in layer.matrices()])
 
 
 def by_gptq(cfg: ModelConfig, layer: Layer) -> Made:
@@ -127,7 +158,7 @@ def by_gptq(cfg: ModelConfig, layer: Layer) -> Made:
     else:
       experts.setdefault(path, []).append(q)
   stacked = {path: jax.tree.map(lambda *a: jnp.stack(a), *all) for path, all in experts.items()}
-  return made | stacked, parts
+  return Made(made | stacked, parts)
 
 
 def by_awq(cfg: ModelConfig, layer: Layer) -> Made:
@@ -169,7 +200,7 @@ def _scaled(cfg: ModelConfig, layer: Layer, method: str, scales: Callable) -> Ma
     q = m.own(made[(*m.path, "w")])
     how = method if (m.path, m.expert) in touched else "plain"
     parts.append(m.part(q, m.flat(times), how))
-  return made, parts
+  return Made(made, parts, times)
 
 
 def _as(plain: Any, a: jax.Array) -> Any:

@@ -15,6 +15,7 @@ from infer.calibrate.folding import Path
 from model.attention import Where
 from model.layers import Linear, activated
 from model.moe import Experts
+from model.quant import Quantized, product
 from model.transformer import Block
 
 Hear = Callable[[Path, Linear, Array, Array | None], None]
@@ -61,6 +62,50 @@ def reads(block: Block, x: Float[Array, "B T D"], where: Where) -> tuple[Array, 
   listen(block, where, hear)
   hear_experts(block, where, found)
   return block(x, where)[0], found
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forms:
+  """A matrix in its forms: as it was, rounded plainly, and as it is kept now, which reads inputs
+  divided by `into` and whose outputs are multiplied by `out` to be what they were.
+  """
+
+  w: Float[Array, "I O"]
+  plain: Quantized
+  now: Quantized
+  into: Float[Array, "I"]
+  out: Float[Array, "O"]
+
+
+def changes(
+  block: Block, x: Float[Array, "B T D"], where: Where, forms: dict[Path, Forms]
+) -> dict[Path, Float[Array, "3"]]:
+  """For each matrix the summed squares of its outputs, and of what they change by plainly and now,
+  activations rounded as its format does.
+
+  Call it as `reads`.
+  """
+  found: dict[Path, Array] = {}
+
+  def hear(path: Path, linear: Linear, x: Array, valid: Array | None) -> None:
+    if path not in forms:
+      return
+    form, flat = forms[path], _flat(x, linear.inputs).astype(jnp.float32)
+    flat = flat if valid is None else jnp.where(valid.reshape(-1, 1), flat, 0)
+    y = jnp.matmul(flat, form.w, precision="highest")
+    plain = _outputs(flat, form.plain)
+    now = _outputs(flat / form.into, form.now) * form.out
+    sums = jnp.stack([jnp.sum(jnp.square(a)) for a in (y, plain - y, now - y)])
+    found[path] = found[path] + sums if path in found else sums
+
+  listen(block, where, hear)
+  block(x, where)
+  return found
+
+
+def _outputs(x: Float[Array, "n I"], q: Quantized) -> Float[Array, "n O"]:
+  return product(x.reshape(-1, *q.inputs), q).reshape(len(x), -1)
 
 
 def listen(block: nnx.Module, where: Where, hear: Hear) -> None:
