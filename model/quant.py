@@ -24,12 +24,12 @@ from jaxtyping import Array, Float, Int
 
 from model import quant_formats as formats
 from model.errors import InputError, nearest
-from model.sharding import platform
+from model.sharding import constrain, platform
 
 NAMES = ("int8", "int4", "nf4", "fp8", "int8_dynamic", "fp8_dynamic")
 # On a CPU, XLA reads small numbers and widens them in one loop if a single row is multiplied; more
 # rows than these are cheaper by a dequantized matrix.
-_SINGLE_ROWS = 8
+_SINGLE_ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Format:
   @property
   def name(self) -> str:
     """What `parse` takes."""
-    group = "" if self.group in (None, formats.INT4_GROUP, formats.NF4_BLOCK) else f":{self.group}"
-    return self.kind + group + ("_dynamic" if self.dynamic else "")
+    own = self.kind != "int4" or self.group == formats.INT4_GROUP
+    return self.kind + ("" if own else f":{self.group}") + ("_dynamic" if self.dynamic else "")
 
 
 @jax.tree_util.register_dataclass
@@ -210,12 +210,15 @@ def dense(w: Array | Quantized, dtype: Any) -> Float[Array, "..."]:
   return w.dequantize(dtype) if isinstance(w, Quantized) else w.astype(dtype)
 
 
-def rows(w: Quantized, ids: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
-  """Vectors of a table."""
+def rows(
+  w: Quantized, ids: Int[Array, "..."], dtype: Any, *, axis: str | None = None
+) -> Float[Array, "... D"]:
+  """Vectors of a table, whose rows are the logical axis `axis`."""
   if w.format.kind not in ("int8", "fp8"):
-    return w.dequantize(dtype)[ids]
-  scale = w.scales[ids][..., None]
-  return (w.values[ids].astype(jnp.float32) * scale).astype(dtype).reshape(*ids.shape, *w.inputs)
+    return constrain(w.dequantize(dtype), (axis, None))[ids]
+  scale = constrain(w.scales, (axis,))[ids][..., None]
+  values = constrain(w.values, (axis, None))[ids].astype(jnp.float32)
+  return (values * scale).astype(dtype)
 
 
 def product(x: Float[Array, "..."], w: Quantized, dtype: Any = None) -> Float[Array, "..."]:
@@ -233,6 +236,8 @@ def product(x: Float[Array, "..."], w: Quantized, dtype: Any = None) -> Float[Ar
 @jax.custom_vjp
 def _product(x: Float[Array, "... I"], w: Quantized) -> Float[Array, "... O"]:
   wide = jnp.promote_types(x.dtype, jnp.float32)
+  # A loop of steps would otherwise widen its matrices once, before it, and hold them all.
+  x, w = jax.lax.optimization_barrier((x, w))
   if w.format.kind not in ("int8", "fp8"):
     return _times(x, w.flat(x.dtype), wide)
   if w.format.dynamic:

@@ -86,6 +86,31 @@ def quantize_params(params: dict, info: dict, format: Format | str) -> dict:
   return unflatten_dict(made)
 
 
+def main_format(found: set[Format]) -> str:
+  """Which of a model's formats was asked for: words keep eight bits where others have fewer."""
+  return max(found, key=lambda f: (f.dynamic, f.group is not None, f.name)).name
+
+
+def quantized_leaves(params: dict) -> dict[tuple[str | int, ...], Quantized]:
+  """The quantized matrices among parameters, by path."""
+  leaves: Any = flatten_dict(params)
+  return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Quantized)}
+
+
+def report(params: dict) -> str:
+  """One line: how many bytes parameters take, how many as float32, and what is kept how."""
+  bytes_, leaves = resident_bytes(params), flatten_dict(params).values()
+  plain = 4 * sum(leaf.size for leaf in leaves)
+  kinds: dict[str, int] = {}
+  for leaf in leaves:
+    name = leaf.format.name if isinstance(leaf, Quantized) else str(leaf.dtype)
+    kinds[name] = kinds.get(name, 0) + leaf.size
+  parts = ", ".join(f"{count:,} in {name}" for name, count in sorted(kinds.items()))
+  return (
+    f"parameters: {bytes_ / 2**20:.1f} MiB, {plain / bytes_:.2f} times less than float32 ({parts})"
+  )
+
+
 def dequantize_params(params: dict, dtype: Any) -> dict:
   """The same with plain arrays, of `dtype` where they were quantized."""
   is_leaf = lambda leaf: isinstance(leaf, Quantized)
