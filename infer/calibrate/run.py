@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flax.traverse_util import flatten_dict
-from tqdm import tqdm
 
 from infer.calibrate.layers import Method, Walk, calibrated_stack, sets
 from infer.calibrate.methods import METHODS, Part, by_awq, by_gptq, by_smoothquant, plainly
@@ -90,6 +89,8 @@ def calibrated(
     "awq": by_awq,
     "smoothquant": functools.partial(by_smoothquant, strength=STRENGTH if alpha is None else alpha),
   }[method]
+  from tqdm import tqdm  # Who does not calibrate may be without it.
+
   walk, read = Walk(m.config, plain), [s for s in m.config.stacks if s in batches[0].inputs]
   total = sum(len(list(sets(m.config, name))) for name in read)
   with tqdm(total=total, unit="layer", disable=None, leave=False) as bar:

@@ -1,0 +1,234 @@
+"""Calibrated quantization: the papers' algorithms, scales that change no function, whole models."""
+
+import argparse
+import inspect
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import infer
+import model
+from infer.calibrate import calibrated
+from infer.calibrate.folding import sites
+from infer.calibrate.gptq import gptq
+from infer.calibrate.grid import recoded, scales_of
+from infer.calibrate.layers import sets
+from infer.calibrate.scales import Reader, awq_scales, smooth_scales
+from model.errors import InputError
+from model.quant import Format, Quantized, quantize
+from model.quant_formats import NF4
+from tests.commands import run
+from tests.infer import tiny
+
+TEXT = inspect.getsource(argparse)
+ENCODER_DECODER = dict(
+  shape="encoder_decoder", decoder_start_id=256, layer_pattern=("global",), window=None
+)
+EXPERTS = dict(layer_pattern=("global+experts",), window=None, num_experts=3, shared_experts=1)
+# Settings of a model, and what of its first layers can take scales.
+ROTARY = {"attn_norm", "attn.v_proj", "mlp_norm", "mlp.up_proj"}
+FOLDED = {
+  "grouped queries, gated": ({}, ROTARY),
+  "layer norms, biases, relu": (
+    dict(norm="layer", mlp_bias=True, attention_bias=True, gated=False, activation="relu"), ROTARY,
+  ),
+  "squared relu": (dict(gated=False, activation="relu_squared"), ROTARY),
+  "gelu": (dict(gated=False, activation="gelu"), ROTARY - {"mlp.up_proj"}),
+  "offsets, norms on both sides, of heads": (
+    dict(norm_offset=True, norm_placement="sandwich", qk_norm="head"), ROTARY,
+  ),
+  "parallel": (dict(residual="parallel"), ROTARY - {"mlp_norm"}),
+  "norms behind": (
+    dict(shape="encoder", norm_placement="post", final_norm=False), {"attn.v_proj", "mlp.up_proj"},
+  ),
+  "shared layers": (dict(layer_sets=1, layer_pattern=("global",), window=None), ROTARY),
+  "encoder-decoder": (
+    ENCODER_DECODER, ROTARY | {"cross_attn_norm", "cross_attn.v_proj"},
+  ),
+  "experts": (
+    EXPERTS | dict(shared_gate=True, mlp_bias=True, router_bias=True),
+    ROTARY - {"mlp.up_proj"} | {"mlp.shared.up_proj", *(f"mlp.up_proj[{e}]" for e in range(3))},
+  ),
+  "clamped gates": (dict(gate_limit=1.0, gate_offset=1.0), ROTARY - {"mlp.up_proj"}),
+  "latents": (
+    dict(num_kv_heads=None, kv_latent_dim=12, q_latent_dim=6, rope_head_dim=4, v_head_dim=6,
+         head_dim=10),
+    ROTARY - {"attn.v_proj"} | {"attn.q_proj.norm", "attn.kv_proj.norm", "attn.kv_proj.up_proj"},
+  ),
+}  # fmt: skip
+QUICK = ("grouped queries, gated",)
+rest = lambda names: [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+def problem(inputs=64, outputs=24, seed=0):
+  """A matrix, and correlated rows that it reads."""
+  rng = np.random.default_rng(seed)
+  mix = rng.normal(size=(inputs, inputs)) * rng.random(inputs) ** 3
+  return rng.normal(size=(inputs, outputs)), rng.normal(size=(500, inputs)) @ mix
+
+
+def by_the_paper(w, gram, nearest, order, damping):
+  """Algorithm 1 without blocks and factors: a weight after the other, the inverse updated each time
+  (equations 2 and 3).
+  """
+  w, values = w.copy(), np.zeros_like(w)
+  inverse = np.linalg.inv(gram + damping * np.mean(np.diag(gram)) * np.eye(len(w)))
+  for i in order:
+    values[i] = nearest(i, w[i])
+    error = (w[i] - values[i]) / inverse[i, i]
+    w = w - np.outer(inverse[:, i], error)
+    inverse = inverse - np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+  return values
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("format", ["int4:16", "nf4", "int8"])
+def test_gptq_equals_the_paper_column_by_column(format, ordered):
+  w, x = problem()
+  gram = x.T @ x
+  with jax.enable_x64(True):
+    q = quantize(jnp.asarray(w), format)
+    scales = np.asarray(scales_of(q), np.float64)
+    group = len(w) // len(scales)
+
+    def nearest(i, row):
+      scaled = row / scales[i // group]
+      if format == "nf4":
+        table = NF4.astype(np.float64)
+        return table[np.abs(scaled[:, None] - table).argmin(1)] * scales[i // group]
+      most = 7 if format == "int4:16" else 127
+      return np.clip(np.round(scaled), -8 if most == 7 else -most, most) * scales[i // group]
+
+    order = np.argsort(-np.diag(gram), kind="stable") if ordered else np.arange(len(w))
+    want = by_the_paper(w, gram, nearest, order, 0.02)
+    got = gptq(
+      jnp.asarray(w), jnp.asarray(gram), q.format.kind, jnp.asarray(scales), damping=0.02,
+      ordered=ordered,
+    )  # fmt: skip
+  np.testing.assert_allclose(got, want, atol=1e-9)
+
+
+@pytest.mark.parametrize("format", ["int4", "int8", "nf4", "fp8"])
+def test_gptq_gives_outputs_nearer_than_rounding_in_values_that_the_format_has(format):
+  w, x = (a.astype(np.float32) for a in problem())
+  x[:, 5] = 0  # An input that never comes.
+  q = quantize(jnp.asarray(w), format)
+  values = gptq(jnp.asarray(w), jnp.asarray(x.T @ x), q.format.kind, scales_of(q))
+  kept = recoded(q, values)
+  np.testing.assert_allclose(kept.dequantize(), values, rtol=1e-6)
+  np.testing.assert_allclose(kept.dequantize()[5], q.dequantize()[5], rtol=1e-6)
+  error = lambda q: float(np.square(x @ (np.asarray(q.dequantize()) - w)).sum())
+  assert error(kept) < 0.8 * error(q)
+  again = recoded(q, q.dequantize())
+  assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (again, q)), strict=True))
+
+
+def test_awq_tries_powers_of_mean_activations_and_takes_the_best_output():
+  (w, x), (other, _) = problem(32), problem(32, seed=1)
+  x = x / x.std(0) * np.random.default_rng(2).uniform(0.2, 2, 32)
+  x[:, :3] *= 40
+  w, other, x = (a.astype(np.float32) for a in (w, other, x))
+  gram, mean = x.T @ x, np.abs(x).mean(0)
+  best, want = np.inf, None
+  for n in range(20):
+    scales = mean ** (n / 20)
+    scales = scales / np.sqrt(scales.max() * scales.min())
+    error = 0
+    for one in (w, other):
+      rounded = np.asarray(quantize(jnp.asarray(one * scales[:, None]), "int4").dequantize())
+      error += np.square((x / scales) @ rounded - x @ one).sum()
+    best, want = min((best, want), (error, scales), key=lambda pair: pair[0])
+  readers = [Reader(jnp.asarray(a), jnp.asarray(gram), Format.parse("int4")) for a in (w, other)]
+  got = awq_scales(readers, jnp.asarray(mean), np.arange(32))
+  np.testing.assert_allclose(got, want, rtol=1e-3)
+  assert np.ptp(got) > 0.5  # Others than all of 1 were best.
+
+
+def test_smooth_scales_are_the_papers_and_shared_by_channels():
+  (w, x), (other, _) = problem(8), problem(8, seed=1)
+  x[:, 2] = 0
+  most = np.abs(x).max(0)
+  weights = np.maximum(np.abs(w).max(1), np.abs(other).max(1))
+  want = np.where(most > 0, most**0.7 / weights**0.3, 1)
+  both = [jnp.asarray(w), jnp.asarray(other)]
+  np.testing.assert_allclose(
+    smooth_scales(both, jnp.asarray(most), np.arange(8), 0.7), want, rtol=1e-5
+  )
+  channel = np.repeat(np.arange(4), 2)
+  most, weights = most.reshape(4, 2).max(1), weights.reshape(4, 2).max(1)
+  got = smooth_scales(both, jnp.asarray(np.abs(x).max(0)), channel, 0.7)
+  np.testing.assert_allclose(got, most**0.7 / weights**0.3, rtol=1e-5)
+
+
+def folded(m, seed=0):
+  """The model with random scales at every place that can take some, and the places' names."""
+  rng, names, params = np.random.default_rng(seed), set(), dict(m.params)
+  for name in m.config.stacks:
+    rows = {stack: [] for stack in m.params[name]["layers"]}
+    for own in sets(m.config, name):
+      row = jax.tree.map(lambda a: a[own.row], m.params[name]["layers"][own.stack])  # noqa: B023
+      flat = flatten_dict(row)
+      for site in sites(m.config, own.kind, {path: a.shape for path, a in flat.items()}):
+        scales = jnp.asarray(rng.uniform(0.3, 3, site.scales), jnp.float32)
+        changed, names = site.folded(flat, scales), names | {site.name}
+        assert any(not np.array_equal(changed[path], flat[path]) for path in flat)
+        flat = changed
+      rows[own.stack].append(unflatten_dict(flat))
+    layers = {s: jax.tree.map(lambda *a: jnp.stack(a), *some) for s, some in rows.items()}
+    params[name] = {**params[name], "layers": layers}
+  return model.Model(m.config, params, m.tokenizer), names
+
+
+def said(m, length=24):
+  tokens = np.random.default_rng(3).integers(0, 250, (2, length)).astype(np.int32)
+  other = dict(decoder_tokens=tokens[:, ::-1]) if m.config.shape == "encoder_decoder" else {}
+  return np.asarray(m(tokens, **other))
+
+
+@pytest.mark.parametrize("name", rest(FOLDED))
+def test_scales_of_channels_change_no_function(name):
+  changes, expected = FOLDED[name]
+  m = tiny.model(**changes)
+  other, names = folded(m)
+  assert names == expected
+  want = said(m)
+  np.testing.assert_allclose(said(other), want, atol=1e-5 * np.abs(want).max(), rtol=1e-5)
+
+
+def errors(report):
+  found = [(p.plain_error, p.error) for p in report.parts if p.error is not None]
+  return np.mean(found, axis=0)
+
+
+@pytest.mark.parametrize(
+  ("format", "method", "share"),
+  [
+    ("int4:16", "gptq", 0.6),
+    pytest.param("int4:16", "awq", 0.99, marks=pytest.mark.slow),
+    pytest.param("int8", "gptq", 0.7, marks=pytest.mark.slow),
+    pytest.param("fp8", "gptq", 0.7, marks=pytest.mark.slow),
+  ],
+)
+def test_a_decoder_calibrated_is_nearer_to_the_float_model_than_one_rounded_plainly(
+  format, method, share
+):
+  m = tiny.model()
+  settings = dict(format=format, method=method, samples=24, length=64)
+  made, report = calibrated(m, TEXT, **settings)
+  plain, now = errors(report)
+  assert now < share * plain
+  assert {p.method for p in report.parts if p.error is not None} == {method}
+  assert [p.name for p in report.parts if p.error is None] == ["embed.table"]
+  again = infer.calibrate(m, TEXT, **settings)
+  for a, b in zip(*map(jax.tree.leaves, (made.params, again.params)), strict=True):
+    np.testing.assert_array_equal(a, b)
+  rows = np.asarray(m.tokenizer.encode(TEXT[-4000:])[:3840]).reshape(40, 96).astype(np.int32)
+  want, off = np.asarray(m(rows)), {}
+  for kind, other in (("plain", calibrated(m, None, format=format, method="plain")[0]),
+                      (method, made)):  # fmt: skip
+    off[kind] = np.square(np.asarray(other(rows)) - want).mean()
+  assert off[method] < off["plain"]
