@@ -1,5 +1,5 @@
-"""`python -m infer.quantize --checkpoint=PATH --target=DIR --format=int4 --method=gptq --data=FILE`:
-writes a quantized model, and says on stdout what that costs each matrix; with --json as one object.
+"""`python -m infer.quantize --checkpoint=PATH --target=DIR --method=gptq --data=FILE`: writes a
+quantized model, and says on stdout what that costs each matrix; with --json as one object.
 """
 
 from model.host_memory import use_huge_pages
@@ -10,11 +10,12 @@ if __name__ == "__main__":
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from infer.calibrate import calibrated
-from infer.calibrate.methods import METHODS, Part
+from infer.calibrate.methods import METHODS
 from infer.calibrate.run import Report, check
 from model import load, save
 from model.compilation import use_compilation_cache
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
   for name, what in (("checkpoint", "a checkpoint"), ("target", "a new folder")):
     if not flags.FLAGS[name].value:
       raise InputError(f"--{name} is missing: give {what}.")
-  chosen = dict(format=_FORMAT.value, method=_METHOD.value, samples=_SAMPLES.value,
+  chosen: Any = dict(format=_FORMAT.value, method=_METHOD.value, samples=_SAMPLES.value,
                 length=_LENGTH.value, alpha=_ALPHA.value)  # fmt: skip
   check(**chosen, text=_DATA.value is not None)  # What is impossible is said before the load.
   target = Path(_TARGET.value or "").expanduser()
@@ -71,24 +72,30 @@ def tell(report: Report, before: int, after: int) -> None:
   if _JSON.value:
     print(json.dumps({**dataclasses.asdict(report), "float_bytes": before, "bytes": after}))
     return
-  told = [part for part in report.parts if part.error is not None]
   width = max(len(part.name) for part in report.parts)
   for part in report.parts:
-    print(f"{part.name:{width}}  {part.format:12}  {part.method:11}  {_errors(part)}".rstrip())
-  if told:
-    mean = lambda errors: sum(errors) / len(told)
-    plain, now = mean(p.plain_error or 0 for p in told), mean(p.error or 0 for p in told)
-    print(
-      f"relative squared error of outputs, mean of {len(told)} matrices: {plain:.3e} plain, "
-      f"{now:.3e} {report.method}, on {report.samples} samples of {report.length} tokens"
+    cost = "" if part.error is None else f"{part.plain_error:.3e} -> {part.error:.3e}"
+    print(f"{part.name:{width}}  {part.format:12}  {part.method:11}  {cost}".rstrip())
+  print("\n".join([*_summary(report), f"{before:,} bytes became {after:,}"]))
+
+
+def _summary(report: Report) -> list[str]:
+  lines, met = [], [part for part in report.parts if part.error is not None]
+  if met:
+    mean = lambda errors: sum(errors) / len(met)
+    plain, now = mean(p.plain_error or 0 for p in met), mean(p.error or 0 for p in met)
+    lines.append(
+      f"squared error of outputs beside their squares, mean of {len(met)} matrices on "
+      f"{report.samples} samples of {report.length} tokens: {plain:.3e} plain -> {now:.3e} "
+      f"{report.method}"
     )
-  print(f"{before:,} bytes became {after:,}")
-
-
-def _errors(part: Part) -> str:
-  if part.error is None:
-    return "no text met it" if part.method == "plain" else ""
-  return f"{part.plain_error:.3e} -> {part.error:.3e}"
+  left = len(report.parts) - sum(part.method == report.method for part in report.parts)
+  if left:
+    lines.append(
+      f"{left} of {len(report.parts)} matrices are rounded plainly: they lie outside of layers, "
+      "met no token, or have nothing before them that could take scales"
+    )
+  return lines
 
 
 def _text(path: str) -> str:

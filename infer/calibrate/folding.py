@@ -48,7 +48,7 @@ class Site:
     """A layer that computes the same, whose readers read inputs divided by `scales`."""
     out = dict(params) | self.divided(params, scales)
     each = scales[self.channel]
-    for path in (*(p + ("w",) for p in self.readers), *self.others):
+    for path in (*((*p, "w") for p in self.readers), *self.others):
       out[path] = _multiplied(out[path], each, path, self.expert)
     return out
 
@@ -60,7 +60,7 @@ def sites(cfg: ModelConfig, kind: LayerKind, shapes: Mapping[Path, tuple[int, ..
     kind: of the layer.
     shapes: of its parameters.
   """
-  there = lambda *paths: tuple(p for p in paths if p + ("w",) in shapes)
+  there = lambda *paths: tuple(p for p in paths if (*p, "w") in shapes)
   found = []
   for name in ("attn", "cross_attn"):
     found += _of_attention(cfg, name, shapes, there)
@@ -97,9 +97,11 @@ def _of_norm(cfg: ModelConfig, norm: Path, readers, shapes, others: tuple[Path, 
   offset = float(cfg.norm_offset)
 
   def divided(params: Params, scales: Array) -> Params:
-    scale, bias = (*norm, "scale"), (*norm, "bias")
-    out = {scale: ((params[scale] + offset) / scales - offset).astype(params[scale].dtype)}
-    return out | ({bias: (params[bias] / scales).astype(params[bias].dtype)} if bias in params else {})
+    out = {}
+    for path, more in (((*norm, "scale"), offset), ((*norm, "bias"), 0.0)):
+      if path in params:
+        out[path] = ((params[path] + more) / scales - more).astype(params[path].dtype)
+    return out
 
   channel = np.arange(shapes[(*norm, "scale")][0])
   return Site(".".join(norm), readers, channel, divided, others)

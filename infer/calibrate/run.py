@@ -1,5 +1,6 @@
 """Calibration from top to bottom: a float model and some text in, a quantized model out."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -76,34 +77,40 @@ def calibrated(
 ) -> tuple["Model", Report]:  # fmt: skip
   """The same, with a report. `plain` needs no text; with some, its errors are told."""
   check(format, method, alpha, texts is not None, samples, length)
-  plain = quantize_params(m.params, param_info(abstract(m.config)), format)
-  kept = Format.parse(format)
-  if texts is None:
-    parts = _untouched(plain, [])
-    return dataclasses.replace(m, params=plain), Report(kept.name, method, 0, 0, parts)
-  rows = rows_of(m, texts, samples, length)
-  batches, made, parts = batches_of(m, rows), dict(plain), []
-  chosen: Method = {
-    "plain": plainly,
-    "gptq": by_gptq,
-    "awq": by_awq,
-    "smoothquant": functools.partial(by_smoothquant, strength=STRENGTH if alpha is None else alpha),
-  }[method]
+  rows = None if texts is None else rows_of(m, texts, samples, length)
+  with _told_as_format():
+    plain = quantize_params(m.params, param_info(abstract(m.config)), format)
+  kept = Format.parse(format).name
+  if rows is None:
+    report = Report(kept, method, 0, 0, _untouched(plain, []))
+    return dataclasses.replace(m, params=plain), report
+  made, parts = _calibrated(m, plain, rows, _method(method, alpha))
+  return dataclasses.replace(m, params=made), Report(kept, method, *rows.shape, parts)
+
+
+def _method(name: str, alpha: float | None) -> Method:
+  strength = STRENGTH if alpha is None else alpha
+  smoothquant = functools.partial(by_smoothquant, strength=strength)
+  return {"plain": plainly, "gptq": by_gptq, "awq": by_awq, "smoothquant": smoothquant}[name]
+
+
+def _calibrated(m: "Model", plain: dict, rows: Any, method: Method) -> tuple[dict, list[Part]]:
+  """(parameters, what became of matrices): the stacks one after the other."""
   from tqdm import tqdm  # Who does not calibrate may be without it.
 
+  batches, made, parts = batches_of(m, rows), dict(plain), []
   walk, read = Walk(m.config, plain), [s for s in m.config.stacks if s in batches[0].inputs]
   total = sum(len(list(sets(m.config, name))) for name in read)
   with tqdm(total=total, unit="layer", disable=None, leave=False) as bar:
     for name in read:
       batches = [walk.begin(name, batch) for batch in batches]
       layers, batches, told = calibrated_stack(
-        walk, name, m.params[name]["layers"], plain[name]["layers"], batches, chosen,
+        walk, name, m.params[name]["layers"], plain[name]["layers"], batches, method,
         lambda: bar.update(),
       )  # fmt: skip
       made[name] = {**plain[name], "layers": layers}
       batches, parts = [walk.end(name, batch) for batch in batches], parts + told
-  report = Report(kept.name, method, *rows.shape, parts + _untouched(plain, read))
-  return dataclasses.replace(m, params=made), report
+  return made, parts + _untouched(plain, read)
 
 
 def check(
@@ -111,10 +118,8 @@ def check(
   length: int | None,
 ) -> None:  # fmt: skip
   """Raises an InputError for settings that no model could be calibrated with."""
-  try:
+  with _told_as_format():
     dynamic = Format.parse(format).dynamic
-  except InputError as error:
-    raise InputError(str(error).replace("quantize=", "format=")) from None
   if method not in METHODS:
     raise InputError(
       f"method={method!r} is not known: use one of {', '.join(METHODS)}.{nearest(method, METHODS)}"
@@ -133,6 +138,15 @@ def check(
   for name, value in (("samples", samples), ("length", length)):
     if value is not None and not text:
       raise InputError(f"{name}={value} has no effect without text: give some (--data).")
+
+
+@contextlib.contextmanager
+def _told_as_format():
+  """Names the setting as it is named here in what `model.quant` refuses."""
+  try:
+    yield
+  except InputError as error:
+    raise InputError(str(error).replace("quantize=", "format=")) from None
 
 
 def _untouched(plain: dict, read: list[str]) -> list[Part]:

@@ -75,16 +75,16 @@ def batches_of(m: "Model", rows: Int32[np.ndarray, "n T"]) -> list[Batch]:
   each = max(n for n in range(1, len(rows) + 1) if len(rows) % n == 0 and n <= _most(rows))
   parts = [_inputs(rows[start : start + each]) for start in range(0, len(rows), each)]
   first = m.config.stacks[0]
-  if m.config.shape != "encoder_decoder":
+  # An encoder alone makes embeddings.
+  if m.config.shape != "encoder_decoder" or m.config.head_kind == "embedding":
     return [Batch({first: part}) for part in parts]
-  if m.config.head_kind == "embedding":  # The encoder alone makes it.
-    return [Batch({first: part}) for part in parts]
-  start = decoder_start(m.config, m.tokenizer)
-  if start is None or m.config.head_kind != "language":
-    return [Batch({first: part, "decoder": shifted(part, start or 0)}) for part in parts]
-  decoded = _written(m, rows, start)
-  split = [Inputs(*(a[i : i + each] for a in decoded)) for i in range(0, len(rows), each)]
-  return [Batch({first: part, "decoder": own}) for part, own in zip(parts, split, strict=True)]
+  start = decoder_start(m.config, m.tokenizer) or 0
+  if m.config.head_kind != "language":
+    return [Batch({first: part, "decoder": shifted(part, start)}) for part in parts]
+  tokens, pos = _written(m, rows, start)
+  places = range(0, len(rows), each)
+  own = [Inputs(tokens[i : i + each], pos[i : i + each]) for i in places]
+  return [Batch({first: a, "decoder": b}) for a, b in zip(parts, own, strict=True)]
 
 
 def _most(rows: Int32[np.ndarray, "n T"]) -> int:

@@ -232,3 +232,173 @@ def test_a_decoder_calibrated_is_nearer_to_the_float_model_than_one_rounded_plai
                       (method, made)):  # fmt: skip
     off[kind] = np.square(np.asarray(other(rows)) - want).mean()
   assert off[method] < off["plain"]
+
+
+SHAPES = {
+  "encoder": dict(shape="encoder", norm_placement="post", final_norm=False, norm="layer"),
+  "encoder-decoder": ENCODER_DECODER,
+  "experts": EXPERTS,
+  "latents": FOLDED["latents"][0],
+  "shared layers": FOLDED["shared layers"][0] | dict(num_layers=4, layer_sets=2),
+  "parallel": dict(residual="parallel"),
+}
+SMALL = dict(samples=8, length=48)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_models_of_every_shape_are_calibrated_layer_by_layer(name):
+  m = tiny.model(**SHAPES[name])
+  made, report = calibrated(m, TEXT, format="int4:8", method="gptq", **SMALL)
+  plain, now = errors(report)
+  assert now < 0.9 * plain
+  names = {part.name: part for part in report.parts}
+  quantized = [
+    path for path, leaf in flatten_dict(made.params).items() if isinstance(leaf, Quantized)
+  ]
+  assert "embed.table" in names and len(quantized) > 3
+  met = [part for part in report.parts if part.name != "embed.table"]
+  assert all(part.method == "gptq" and part.error < part.plain_error for part in met)
+  want = said(m)
+  off = lambda other: np.square(said(other) - want).mean()
+  assert off(made) < off(calibrated(m, None, format="int4:8", method="plain")[0])
+  if name == "encoder-decoder":
+    assert names["decoder.0.cross_attn.k_proj"].tokens == 8 * 48
+    assert 8 <= names["decoder.0.cross_attn.q_proj"].tokens <= 8 * 64
+  elif name == "experts":
+    counts = [names[f"decoder.0.mlp.up_proj.{e}"].tokens for e in range(3)]
+    assert sum(counts) == 2 * 8 * 48 and min(counts) > 0
+  else:
+    uses = 2 if name == "shared layers" else 1
+    first = met[0].name.partition(".")[0]
+    tokens = names[f"{first}.0.attn.o_proj"].tokens
+    assert tokens == uses * 8 * 48
+
+
+@pytest.mark.slow
+def test_an_expert_that_no_token_was_sent_to_is_rounded_plainly():
+  m = tiny.model(**EXPERTS | dict(router_bias=True))
+  params = jax.tree.map(lambda a: a, m.params)
+  router = params["decoder"]["layers"][0]["mlp"]["router"]
+  router["b"] = router["b"].at[:, 1].set(-1e9)
+  m = model.Model(m.config, params, m.tokenizer)
+  made, report = calibrated(m, TEXT, format="int4:8", method="gptq", **SMALL)
+  plain = calibrated(m, None, format="int4:8", method="plain")[0]
+  found = {p.name: p for p in report.parts if ".mlp.up_proj" in p.name}
+  assert found["decoder.1.mlp.up_proj.1"].method == "plain"
+  assert found["decoder.1.mlp.up_proj.1"].error is None
+  assert found["decoder.1.mlp.up_proj.0"].method == "gptq"
+  values = lambda m: m.params["decoder"]["layers"][0]["mlp"]["up_proj"]["w"].values
+  assert np.array_equal(values(made)[:, 1], values(plain)[:, 1])
+  assert not np.array_equal(values(made)[:, 0], values(plain)[:, 0])
+
+
+def with_outliers(m, factor=60.0):
+  """The same function, where a few elements of what layers read are much larger than the others."""
+  params = jax.tree.map(lambda a: a, m.params)
+  for layer in params["decoder"]["layers"].values():
+    for norm, part, names in (("attn_norm", "attn", ("q_proj", "k_proj", "v_proj")),
+                              ("mlp_norm", "mlp", ("up_proj", "gate_proj"))):  # fmt: skip
+      layer[norm]["scale"] = layer[norm]["scale"].at[:, 3:5].multiply(factor)
+      for name in names:
+        layer[part][name]["w"] = layer[part][name]["w"].at[:, 3:5].divide(factor)
+  return model.Model(m.config, params, m.tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["int8_dynamic", "fp8_dynamic"])
+def test_smoothquant_takes_outliers_out_of_activations(format):
+  plain_m = tiny.model()
+  m = with_outliers(plain_m)
+  want = said(m)
+  np.testing.assert_allclose(want, said(plain_m), atol=1e-4)
+  made, report = calibrated(m, TEXT, format=format, method="smoothquant", **SMALL)
+  plain, now = errors(report)
+  off = lambda other: np.square(said(other) - want).mean()
+  rounded = off(calibrated(m, None, format=format, method="plain")[0])
+  if format == "int8_dynamic":  # Of eight bits all are for the outliers; a float has an exponent.
+    assert now < 0.05 * plain
+    assert off(made) < 0.05 * rounded
+  else:
+    assert now < 1.1 * plain
+  kept = [p for p in report.parts if p.name.endswith("q_proj")]
+  assert all(p.method == "smoothquant" for p in kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("changes", "format", "method"),
+  [
+    ({}, "int4:16", "awq"),
+    (SHAPES["encoder"], "int8_dynamic", "smoothquant"),
+    (SHAPES["encoder-decoder"], "nf4", "gptq"),
+    (SHAPES["experts"], "int4:8", "awq"),
+  ],
+)
+def test_the_command_writes_what_python_gives_and_says_what_it_costs(
+  tmp_path, changes, format, method
+):
+  m = tiny.model(**changes | dict(d_model=64, d_ff=64))
+  model.save(m, tmp_path / "m")
+  (tmp_path / "text.txt").write_text(TEXT)
+  command = [f"--checkpoint={tmp_path / 'm'}", f"--cache_dir={tmp_path}", f"--format={format}",
+             f"--method={method}", f"--data={tmp_path / 'text.txt'}", "--samples=8",
+             "--length=48"]  # fmt: skip
+  done = run("infer.quantize", *command, f"--target={tmp_path / 'q'}", "--json")
+  assert done.returncode == 0, done.stderr
+  told = json.loads(done.stdout)
+  assert (told["format"], told["method"]) == (format, method)
+  assert (told["samples"], told["length"]) == (8, 48)
+  assert told["bytes"] < 0.6 * told["float_bytes"]
+  want, report = calibrated(m, TEXT, format=format, method=method, **SMALL)
+  assert [p["name"] for p in told["parts"]] == [p.name for p in report.parts]
+  assert {p["method"] for p in told["parts"]} <= {method, "plain"}
+  np.testing.assert_allclose(
+    [p["error"] for p in told["parts"] if p["error"] is not None],
+    [p.error for p in report.parts if p.error is not None], rtol=1e-3,
+  )  # fmt: skip
+  got = model.load(tmp_path / "q")
+  for a, b in zip(*map(jax.tree.leaves, (got.params, want.params)), strict=True):
+    np.testing.assert_array_equal(a, b)
+  again = run("infer.quantize", *command, f"--target={tmp_path / 'q'}")
+  assert again.returncode == 2
+  assert again.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'q'} holds something")
+  twice = run(
+    "infer.quantize", f"--checkpoint={tmp_path / 'q'}", *command[1:], f"--target={tmp_path / 'p'}"
+  )
+  assert twice.returncode == 2 and not (tmp_path / "p").exists()
+  assert "quantized already" in twice.stderr.splitlines()[-1]
+
+
+WRONG = [
+  (dict(method="gtpq"), "method='gtpq' is not known"),
+  (dict(format="int5"), "format='int5' is not known"),
+  (dict(method="smoothquant"), "method='smoothquant' does not fit format='int4'"),
+  (dict(format="int8_dynamic"), "method='gptq' does not fit format='int8_dynamic'"),
+  (dict(texts=[]), "no text"),
+  (dict(texts=" \n"), "no text"),
+  (dict(texts="short", length=96), "enough for 0 samples of length 96"),
+  (dict(samples=10**6), "samples of length 96, and 1000000 are needed"),
+  (dict(samples=0), "samples=0"),
+  (dict(length=97), "length=97"),
+  (dict(length=0), "length=0"),
+  (dict(alpha=0.5), "alpha=0.5 has no effect on method='gptq'"),
+  (dict(alpha=1.5, method="smoothquant", format="int8_dynamic"), "alpha=1.5 must be"),
+  (dict(format="int4:7"), "must be an even number"),
+  (dict(format="int4:64"), "groups of 64 do not divide"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), WRONG, ids=lambda value: str(value)[:40])
+def test_what_cannot_be_is_one_error_that_names_it(changes, said):
+  with pytest.raises(InputError) as caught:
+    infer.calibrate(tiny.model(), **dict(texts=TEXT) | changes)
+  assert said in str(caught.value) and "quantize=" not in str(caught.value)
+
+
+def test_models_that_cannot_be_calibrated_are_named():
+  m = tiny.model()
+  with pytest.raises(InputError, match="has no tokenizer"):
+    infer.calibrate(model.Model(m.config, m.params), TEXT)
+  with pytest.raises(InputError, match="quantized already"):
+    infer.calibrate(calibrated(m, None, format="int8", method="plain")[0], TEXT)
