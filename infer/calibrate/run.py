@@ -136,6 +136,8 @@ def check(
   if method != "plain" and not text:
     raise InputError(f"method={method!r} needs text to calibrate with: give some (--data).")
   for name, value in (("samples", samples), ("length", length)):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+      raise InputError(f"{name}={value!r} must be a whole number, at least 1.")
     if value is not None and not text:
       raise InputError(f"{name}={value} has no effect without text: give some (--data).")
 

@@ -45,7 +45,8 @@ def awq_scales(
   Source: Lin et al., arXiv:2306.00978, equations 4 and 5.
   """
   mean = _by_channel(mean, channel, jnp.mean)
-  mean = jnp.maximum(mean / jnp.max(mean), _LEAST)
+  most = jnp.max(mean)
+  mean = jnp.maximum(mean / jnp.where(most > 0, most, 1), _LEAST)
   tried = []
   for i in range(_TRIED):
     scales = mean ** (i / _TRIED)

