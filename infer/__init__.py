@@ -1,5 +1,6 @@
 """What a trained model does."""
 
+from infer.calibrate import calibrate
 from infer.generate import Completion, generate, stream
 from infer.ranking import vote
 from infer.tasks.answer import Answer, answer
@@ -15,6 +16,7 @@ __all__ = [
   "Label",
   "Span",
   "answer",
+  "calibrate",
   "classify",
   "fill_mask",
   "generate",

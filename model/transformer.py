@@ -243,6 +243,11 @@ class Stack(nnx.Module):
       x += waves.astype(x.dtype)
     return self.embed_norm(x) if cfg.embed_norm else x
 
+  def placed(self, inputs: Inputs, context: Context | None = None) -> Where:
+    """Where the tokens of a pass without a cache are, as each layer is told, on one device."""
+    where = Where(inputs.pos, inputs.seg, bidirectional=inputs.bidirectional, context=context)
+    return self._derived(where, cached=False)
+
   def _derived(self, where: Where, *, cached: bool) -> Where:
     """With what every layer needs of these positions."""
     cfg, angles, local, pos = self.cfg, None, None, where.pos
