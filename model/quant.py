@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model import quant_formats as formats
+from model import quant_kernels as kernels
 from model.errors import InputError, nearest
 from model.sharding import platform
 
@@ -233,6 +234,9 @@ def product(x: Float[Array, "..."], w: Quantized, dtype: Any = None) -> Float[Ar
 @jax.custom_vjp
 def _product(x: Float[Array, "... I"], w: Quantized) -> Float[Array, "... O"]:
   wide = jnp.promote_types(x.dtype, jnp.float32)
+  kind, group = w.format.kind, w.format.group
+  if kernels.fits(x, w.arrays(), kind, group):
+    return kernels.product(x, w.arrays(), kind, group or 0)
   if w.format.kind not in ("int8", "fp8"):
     return _times(x, w.flat(x.dtype), wide)
   if w.format.dynamic:

@@ -14,7 +14,7 @@ Arrays = dict[str, Array]
 
 INT4_GROUP = 32  # Inputs that share a scale, unless another number is asked for.
 NF4_BLOCK = 64  # Inputs that share a scale, as in QLoRA.
-_SCALES = 256  # Scales of nf4 that share a scale of their own.
+SCALES = 256  # Scales of nf4 that share a scale of their own.
 _E4M3_MOST = 448.0
 
 # The quantiles of a normal distribution that QLoRA keeps (Dettmers et al., arXiv:2305.14314,
@@ -121,7 +121,7 @@ def nf4_with_scales(w: Float[Array, "O I"], scales: Float32[Array, "O blocks"]) 
   codes = _nearest(_relative(grouped(w, block), scales[..., None]), NF4)
   offset = jnp.mean(scales)
   flat = (scales - offset).reshape(-1)
-  parts = jnp.pad(flat, (0, -len(flat) % _SCALES)).reshape(-1, _SCALES)
+  parts = jnp.pad(flat, (0, -len(flat) % SCALES)).reshape(-1, SCALES)
   steps = jnp.max(jnp.abs(parts), axis=1)
   kept = _nearest(_relative(parts, steps[:, None]), dynamic_values())
   kept = kept.reshape(-1)[: len(flat)].reshape(scales.shape)
@@ -132,7 +132,7 @@ def nf4_with_scales(w: Float[Array, "O I"], scales: Float32[Array, "O blocks"]) 
 def nf4_scales(arrays: Arrays) -> Float32[Array, "O blocks"]:
   """The largest elements of blocks, as they are kept."""
   kept = jnp.asarray(dynamic_values())[arrays["scales"]]
-  steps = jnp.repeat(arrays["steps"], _SCALES)[: kept.size].reshape(kept.shape)
+  steps = jnp.repeat(arrays["steps"], SCALES)[: kept.size].reshape(kept.shape)
   return kept * steps + arrays["offset"]
 
 

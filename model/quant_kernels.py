@@ -1,0 +1,171 @@
+"""A TPU kernel for few rows times a matrix in four bits, which reads the packed bytes only.
+
+XLA multiplies int8 and fp8 where it reads them, but of groups that share a scale it first writes
+the dequantized matrix to memory: eight times the bytes. This kernel (Pallas, Mosaic) unpacks a part
+of the matrix in fast memory and never writes it. It never meets a mesh of several devices: there,
+and for shapes that it does not tile, XLA's form is used.
+
+Codes are small numbers that bfloat16 holds exactly (nf4's are rounded to it), and scales multiply
+sums of products in place of the matrix: a row of x becomes one row for each group of a chunk, with
+zeros elsewhere, so that one product gives the sums of all its groups apart.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, Int8, UInt8
+
+from model.quant_formats import NF4, SCALES, Arrays
+from model.sharding import platform
+
+_MOST_ROWS = 32  # Beyond them a product costs more than the reading of its matrix.
+_GROUPS = 8  # Of a chunk: as many as a register of a TPU has sublanes of float32.
+_LANES = 128  # What a TPU reads is whole rows of so many elements.
+_OUTPUTS = (256, 128)  # Of a block; the first that divides.
+_ARRAYS = {"int4": {"values", "scales", "steps"}, "nf4": {"values", "scales", "steps", "offset"}}
+_BLOCK_BYTES = 4 * 2**20  # Of codes at most: two blocks are in fast memory at a time.
+
+
+def fits(x: Float[Array, "... I"], arrays: Arrays, kind: str, group: int | None) -> bool:
+  """Whether `product` takes these arrays of a format, and should on the devices in use."""
+  if platform() != "tpu" or group is None or _ARRAYS.get(kind) != arrays.keys():
+    return False
+  codes = arrays["values"]
+  return (
+    codes.ndim == 2
+    and _alone(codes)
+    and x.dtype in (jnp.bfloat16, jnp.float32)
+    and math.prod(x.shape[:-1]) <= _MOST_ROWS
+    and tiles(*codes.shape, group)
+  )
+
+
+def tiles(outputs: int, packed: int, group: int) -> bool:
+  """Whether a matrix of so many outputs and bytes for each can be cut into the kernel's blocks."""
+  lanes = _GROUPS * group // 2
+  return lanes % _LANES == 0 and packed % lanes == 0 and _block(outputs, packed) is not None
+
+
+def product(
+  x: Float[Array, "... I"], arrays: Arrays, kind: str, group: int, *, interpret: bool = False
+) -> Float32[Array, "... O"]:
+  """x · wᵀ of a matrix in int4 or nf4 (`quant_formats`), accumulated in float32.
+
+  Args:
+    x: bfloat16 or float32; its rows and the matrix are such that `fits`.
+    arrays: of one matrix, int4 or nf4 (`kind`).
+    interpret: run the kernel's program step by step on any device, for tests.
+  """
+  flat = x.reshape(-1, x.shape[-1])
+  if kind == "nf4":
+    y = _kernel(flat, arrays["values"], nf4_scales(arrays), _nf4, group, interpret)
+  else:
+    y = _kernel(flat, arrays["values"], arrays["scales"], _int4, group, interpret)
+    y *= arrays["steps"]
+  return y.reshape(*x.shape[:-1], -1)
+
+
+def _alone(codes: Array) -> bool:
+  """Whether a matrix lies on one device, as far as can be known while it is traced."""
+  meshes = (jax.sharding.get_abstract_mesh(), jax.typeof(codes).sharding.mesh)
+  return all(mesh.empty or mesh.size == 1 for mesh in meshes)
+
+
+def _block(outputs: int, packed: int) -> int | None:
+  sizes = (size for size in _OUTPUTS if outputs % size == 0 and size * packed <= _BLOCK_BYTES)
+  return next(sizes, None)
+
+
+def _kernel(
+  x: Float[Array, "R I"], codes: UInt8[Array, "O I/2"],
+  scales: Int8[Array, "O groups"] | Float32[Array, "O groups"],
+  values: Callable[[Array], Array], group: int, interpret: bool,
+) -> Float32[Array, "R O"]:  # fmt: skip
+  # Pallas is large to import and not needed elsewhere.
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import tpu as pltpu
+
+  R, (O, packed) = len(x), codes.shape  # noqa: E741
+  block = _block(O, packed) or O
+  halves = x.reshape(R, -1, 2, group // 2)
+  low, high = (halves[:, :, i].reshape(R, packed) for i in range(2))
+  whole = pl.BlockSpec((R, packed), lambda o: (0, 0))
+  return pl.pallas_call(
+    functools.partial(_body, values=values, group=group),
+    grid=(O // block,),
+    in_specs=[whole, whole, pl.BlockSpec((block, packed), lambda o: (o, 0)),
+              pl.BlockSpec((block, scales.shape[1]), lambda o: (o, 0))],
+    out_specs=pl.BlockSpec((R, block), lambda o: (0, o)),
+    out_shape=jax.ShapeDtypeStruct((R, O), jnp.float32),
+    cost_estimate=pl.CostEstimate(
+      flops=4 * R * O * packed, transcendentals=0,
+      bytes_accessed=sum(a.size * a.dtype.itemsize for a in (x, codes, scales)) + 4 * R * O,
+    ),
+    scratch_shapes=[pltpu.VMEM((scales.shape[1], block), jnp.float32)],
+    interpret=interpret,
+  )(low, high, codes, scales)  # fmt: skip
+
+
+def _body(low, high, codes, scales, y, turned, *, values, group: int):
+  """One block of outputs; low and high are what the low and the high bits of bytes multiply."""
+  from jax.experimental import pallas as pl
+
+  lanes, (R, outputs) = _GROUPS * group // 2, y.shape
+  turned[...] = scales[...].astype(jnp.float32).T
+  shape = (R, _GROUPS, lanes)
+  lane, row = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 1))
+  own = lane // (group // 2) == row
+  exact = jax.lax.Precision.HIGHEST if low.dtype == jnp.float32 else None
+
+  def sums(x, code):
+    apart = jnp.where(own, x.astype(jnp.float32)[:, None], 0).reshape(R * _GROUPS, lanes)
+    return jax.lax.dot_general(
+      apart.astype(x.dtype), values(code).astype(x.dtype), (((1,), (1,)), ((), ())),
+      precision=exact, preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+  def add(chunk, total):
+    at = pl.ds(pl.multiple_of(chunk * lanes, lanes), lanes)
+    code = codes[:, at].astype(jnp.int32)
+    both = sums(low[:, at], code & 15) + sums(high[:, at], code >> 4)
+    scale = turned[pl.ds(pl.multiple_of(chunk * _GROUPS, _GROUPS), _GROUPS)]
+    return total + (both.reshape(R, _GROUPS, outputs) * scale).sum(axis=1)
+
+  zeros = jnp.zeros((R, outputs), jnp.float32)
+  y[...] = jax.lax.fori_loop(0, codes.shape[1] // lanes, add, zeros)
+
+
+def _int4(code: Int32[Array, "O n"]) -> Float32[Array, "O n"]:
+  return (code - 8).astype(jnp.float32)
+
+
+def _nf4(code: Int32[Array, "O n"]) -> Float32[Array, "O n"]:
+  """Looked up bit by bit: a TPU chooses fast and gathers slowly."""
+  found = [jnp.float32(value) for value in NF4]
+  for bit in range(4):
+    high = (code >> bit) & 1 != 0
+    found = [jnp.where(high, b, a) for a, b in zip(found[::2], found[1::2], strict=True)]
+  return found[0]
+
+
+def nf4_scales(arrays: Arrays) -> Float32[Array, "O groups"]:
+  """`quant_formats.nf4_scales` with values that are computed in place of a table's.
+
+  The m-th value above 0, 2ᵉ ≤ m < 2ᵉ⁺¹, lies (m - 2ᵉ + ½) / 2ᵉ of the way from a tenth of 10ᵉ⁻⁶ to
+  all of it, and the last one, behind those of e = 6, is 1.
+  """
+  place = arrays["scales"].astype(jnp.int32) - 127
+  m = jnp.abs(place)
+  bits = jax.lax.bitcast_convert_type(m.astype(jnp.float32), jnp.int32)
+  e = (bits >> 23) - 127
+  power = jnp.left_shift(1, jnp.clip(e, 0, 6)).astype(jnp.float32)
+  most = jnp.float32(1e-6)
+  for exponent in range(1, 7):
+    most = jnp.where(e == exponent, jnp.float32(10.0 ** (exponent - 6)), most)
+  value = (0.1 + 0.9 * (m.astype(jnp.float32) - power + 0.5) / power) * most
+  value = jnp.where(place == 128, 1.0, jnp.where(m == 0, 0.0, jnp.sign(place) * value))
+  steps = jnp.repeat(arrays["steps"], SCALES)[: place.size].reshape(place.shape)
+  return value * steps + arrays["offset"]
