@@ -208,7 +208,8 @@ class Embed(nnx.Module):
   def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     table, ids = self.table.get_value(), constrain(ids, ("rows", "seq"))
     if isinstance(table, Quantized):
-      return constrain(quant.rows(table, ids, self.dtype), ("rows", "seq", None))
+      vectors = quant.rows(table, ids, self.dtype, axis=self.row_axis)
+      return constrain(vectors, ("rows", "seq", None))
     table = constrain(table.astype(self.dtype), (self.row_axis, None))
     if len(table) > _FEW_VECTORS:
       return constrain(table[ids], ("rows", "seq", None))

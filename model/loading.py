@@ -1,7 +1,9 @@
 """Models from any checkpoint PATH, and back to disk."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from model.errors import InputError
 from model.heads import abstract
 from model.hf.source import Source
 from model.layers import param_info
+from model.quant import Format
+from model.quant_load import abstract as abstract_quantized
+from model.quant_load import read_quantized
+from model.quant_tree import format_of, main_format, quantized_leaves
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import holds_tokenizer
 from model.trained import Model
@@ -28,7 +34,7 @@ TRAINED_BESIDE = ("generator",)  # Parameters that a checkpoint may hold and no 
 
 def load(
   path: str | Path, *, dtype: str | None = "float32", mesh: jax.sharding.Mesh | None = None,
-  ema: bool = False,
+  quantize: str | None = None, ema: bool = False,
 ) -> Model:  # fmt: skip
   """The model at a checkpoint PATH: a workdir (newest good step), a step in it, `WORKDIR@best`, or
   a Hugging Face folder, or a GGUF file.
@@ -36,18 +42,23 @@ def load(
   Args:
     dtype: of parameters and computation; None: what they are stored in.
     mesh: where the parameters go, straight from disk; None: JAX's default device.
+    quantize: the format of matrices in fewer bits, as `quant.Format` parses it: each is read and
+      quantized for itself, so that the others are never held in float. `dtype` is then that of the
+      other parameters and of computation. None: as they are stored, quantized or not.
     ema: the moving average of the parameters instead of the parameters.
 
   Raises:
-    InputError: if there is no such checkpoint, or it is damaged, holds no average, or is of a
-      family of Hugging Face's that is not known here.
+    InputError: if there is no such checkpoint, or it is damaged, holds no average, is quantized in
+      another format than `quantize`, or is of a family of Hugging Face's that is not known here;
+      for a format that is not known, or a group that does not divide.
   """
   _check_dtype(dtype)
+  format = None if quantize is None else Format.parse(quantize)
   if hf.is_folder(path):
     if ema:
       raise InputError(f"ema=True: {path} is no workdir and holds no average.")
-    return _from_folder(path, dtype, mesh)
-  return _from_workdir(str(path), dtype, mesh, "ema" if ema else "params")
+    return _from_folder(path, dtype, mesh, format)
+  return _from_workdir(str(path), dtype, mesh, "ema" if ema else "params", format)
 
 
 def source(path: str | Path, *, dtype: str | None = None) -> Source:
@@ -61,7 +72,13 @@ def source(path: str | Path, *, dtype: str | None = None) -> Source:
   """
   _check_dtype(dtype)
   if not hf.is_folder(path):
-    return _workdir(str(path), dtype)
+    found, formats = _workdir(str(path), dtype)
+    if formats:
+      raise InputError(
+        f"{path} is quantized ({_told(formats)}), and training, or a folder of Hugging Face's, needs "
+        "float matrices: use the checkpoint that it was made of."
+      )
+    return found
   found = hf.Folder(path)
   cfg = _here(found.config, dtype or found.config.param_dtype)
   shapes: Any = flatten_dict(_wanted(cfg, None))
@@ -86,10 +103,37 @@ def _check_dtype(dtype: str | None) -> None:
     raise InputError("dtype='float64' needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment.")
 
 
-def _from_folder(path: str | Path, dtype: str | None, mesh: jax.sharding.Mesh | None) -> Model:
+def _from_folder(
+  path: str | Path, dtype: str | None, mesh: jax.sharding.Mesh | None, format: Format | None
+) -> Model:
   source = hf.Folder(path)
   cfg = _here(source.config, dtype or source.config.param_dtype)
-  return _model(source, cfg, source.params(_wanted(cfg, mesh)))
+  if format is None:
+    return _model(source, cfg, source.params(_wanted(cfg, mesh)))
+  return _model(source, cfg, _quantized(source.leaf, cfg, mesh, format))
+
+
+def _quantized(
+  leaf: Callable[..., np.ndarray], cfg: ModelConfig, mesh: jax.sharding.Mesh | None, format: Format
+) -> dict:
+  """Parameters, each quantized when it has been read.
+
+  Args:
+    leaf: reads (path, dtype, a layer of a stacked one or None).
+  """
+  likes: Any = flatten_dict(_wanted(cfg, mesh))
+  infos: Any = flatten_dict(param_info(abstract(cfg)))
+  named = {path: ".".join(map(str, path)) for path in likes}
+  own = {path: format_of(infos[path], a.shape, format, named[path]) for path, a in likes.items()}
+  out = {}
+  for path, like in likes.items():
+    kept = own[path]
+    if kept is None:
+      out[path] = jax.device_put(leaf(path, like.dtype, None), like.sharding)
+    else:
+      read = functools.partial(leaf, path, np.float32)
+      out[path] = read_quantized(read, like, infos[path], kept, mesh)
+  return unflatten_dict(out)
 
 
 def _model(source: hf.Folder | Source, cfg: ModelConfig, params: dict) -> Model:
@@ -98,20 +142,64 @@ def _model(source: hf.Folder | Source, cfg: ModelConfig, params: dict) -> Model:
   )
 
 
-def _from_workdir(path: str, dtype: str | None, mesh: Any, part: str) -> Model:
-  source = _workdir(path, dtype)
-  wanted = {part: _wanted(source.config, mesh)}
+def _from_workdir(
+  path: str, dtype: str | None, mesh: Any, part: str, format: Format | None
+) -> Model:
+  source, formats = _workdir(path, dtype if format is None else None, part)
+  if formats and format is not None and format.name != (have := _told(formats)):
+    raise InputError(
+      f"quantize={format.name!r}, and {path} is quantized already, in {have}: leave quantize out, "
+      "or load the checkpoint that it was made of."
+    )
+  cfg = _here(source.config, dtype or source.config.param_dtype)
+  if format is not None and not formats:
+    return _model(source, cfg, _quantized(_by_layer(source.leaf), cfg, mesh, format))
+  wanted = {part: _as_stored(_wanted(cfg, mesh), cfg, formats, mesh)}
   state = checkpoint.restore_params(path, wanted, cast=True, leave_out=TRAINED_BESIDE).state
-  return _model(source, source.config, state[part])
+  return _model(source, cfg, state[part])
 
 
-def _workdir(path: str, dtype: str | None) -> Source:
-  """What a workdir holds; its parameters are read when they are asked for."""
+def _by_layer(leaf: Callable[[hf.LeafPath], np.ndarray]) -> Callable[..., np.ndarray]:
+  """Reads layers of a stacked parameter, which is held until another one is asked for."""
+  held: dict[Any, np.ndarray] = {}
+
+  def read(path: hf.LeafPath, dtype: Any, layer: int | None) -> np.ndarray:
+    if path not in held:
+      held.clear()
+      held[path] = leaf(path)
+    array = held[path] if layer is None else held[path][layer]
+    return array.astype(dtype)
+
+  return read
+
+
+def _as_stored(wanted: dict, cfg: ModelConfig, formats: dict[str, str], mesh: Any) -> dict:
+  """Shapes, dtypes and shardings with those of quantized matrices in their places."""
+  infos: Any = flatten_dict(param_info(abstract(cfg)))
+  likes: Any = flatten_dict(wanted)
+  for path, like in likes.items():
+    name = formats.get(".".join(map(str, path)))
+    if name is not None:
+      likes[path] = abstract_quantized(like, infos[path], Format.parse(name), mesh)
+  return unflatten_dict(likes)
+
+
+def _told(formats: dict[str, str]) -> str:
+  """The format of a checkpoint's matrices that stands for all."""
+  return main_format({Format.parse(name) for name in formats.values()})
+
+
+def _workdir(path: str, dtype: str | None, part: str = "params") -> tuple[Source, dict[str, str]]:
+  """(what a workdir holds, whose parameters are read when they are asked for; the formats of those
+  that are quantized).
+  """
   workdir, step = checkpoint.resolve(path)
   folder = workdir / "checkpoints" / str(step)
   found = checkpoint.describe(folder)
   config = found.meta["config"]
-  stored = found.state["params"]["embed"]["table"].dtype.name
+  formats = config.get("quantized", {})
+  table = found.state["params"]["embed"]["table"]
+  stored = config["model"]["param_dtype"] if formats else table.dtype.name
   cfg = _here(ModelConfig.from_dict(config["model"]), dtype or stored)
   labels = config.get("data", {}).get("labels")
   texts = tokenizer_path(str(folder))
@@ -119,14 +207,14 @@ def _workdir(path: str, dtype: str | None) -> Source:
   shapes: Any = flatten_dict(_wanted(cfg, None))
 
   def leaf(path: tuple[str | int, ...]) -> np.ndarray:
-    one = {"params": unflatten_dict({path: shapes[path]})}
+    one = {part: unflatten_dict({path: shapes[path]})}
     state = checkpoint.restore_params(folder, one, cast=True, leave_out=None).state
     return np.asarray(jax.tree.leaves(state)[0])
 
   labels = None if labels is None else tuple(labels)
   ends = tuple(config.get("end_ids", ()))
   limit = config.get("text_limit")
-  return Source(cfg, leaf, tokenizer, labels, config.get("family"), ends, limit)
+  return Source(cfg, leaf, tokenizer, labels, config.get("family"), ends, limit), formats
 
 
 def _here(cfg: ModelConfig, dtype: str) -> ModelConfig:
@@ -155,13 +243,20 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
   Args:
     folder: a new or empty folder.
     format: `orbax`, a workdir with config.json, tokenizer/ and checkpoints/0; `hf`, a folder that
-      Transformers reads.
+      Transformers reads, which has no quantized matrices: written in float again, it would pass for
+      the model that they were made of.
     family: `model_type` of such a folder; None: what it came from, or the first that fits.
 
   Raises:
-    InputError: for an unknown format, a folder that holds something, or a model of no family of
-      Hugging Face's.
+    InputError: for an unknown format, a folder that holds something, or a model that is quantized
+      or of no family of Hugging Face's, where it goes there.
   """
+  kept = {".".join(map(str, k)): w.format.name for k, w in quantized_leaves(m.params).items()}
+  if kept and format == "hf":
+    raise InputError(
+      f"format='hf': this model is quantized ({_told(kept)}), and a folder of Hugging Face's holds "
+      "float matrices: save the model that it was made of, or use format='orbax'."
+    )
   folder = _new(folder, format)
   if format == "hf":
     leaves: Any = flatten_dict(m.params)
@@ -174,6 +269,7 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
   labels = None if m.labels is None else list(m.labels)
   config = {"model": m.config.to_dict(), "data": {"labels": labels}, "family": m.family,
             "end_ids": list(m.end_ids), "text_limit": m.text_limit}  # fmt: skip
+  config |= {"quantized": kept} if kept else {}
   meta = {"config": config}
   (folder / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
   if m.tokenizer is not None:

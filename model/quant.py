@@ -20,17 +20,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from model import quant_formats as formats
 from model import quant_kernels as kernels
 from model.errors import InputError, nearest
-from model.sharding import platform
+from model.sharding import constrain, platform
 
 NAMES = ("int8", "int4", "nf4", "fp8", "int8_dynamic", "fp8_dynamic")
 # On a CPU, XLA reads small numbers and widens them in one loop if a single row is multiplied; more
 # rows than these are cheaper by a dequantized matrix.
-_SINGLE_ROWS = 8
+_SINGLE_ROWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Format:
   @property
   def name(self) -> str:
     """What `parse` takes."""
-    group = "" if self.group in (None, formats.INT4_GROUP, formats.NF4_BLOCK) else f":{self.group}"
-    return self.kind + group + ("_dynamic" if self.dynamic else "")
+    own = self.kind != "int4" or self.group == formats.INT4_GROUP
+    return self.kind + ("" if own else f":{self.group}") + ("_dynamic" if self.dynamic else "")
 
 
 @jax.tree_util.register_dataclass
@@ -73,13 +74,14 @@ class Format:
 class Quantized:
   """A matrix of `inputs` and `outputs` axes, kept as (outputs, inputs), both flat.
 
-  `values` are int8, float8_e4m3fn or, two to a byte, codes of four bits (`quant_formats.pack`).
+  `values` are int8, float8_e4m3fn or codes of four bits, of two outputs in a byte
+  (`quant_formats.pack`).
   `scales` multiply an output or a group of its inputs; of int4 and nf4 they are in eight bits
   themselves, `steps` multiply them and `offset` is added. A `table` (Embed) has its outputs, the
   rows, first in `shape`, other matrices their inputs.
   """
 
-  values: Array  # (…, O, I), or (…, O, I/2) uint8.
+  values: Array  # (…, O, I), or (…, O/2, I) uint8.
   scales: Array  # (…, O) float32, or (…, O, groups).
   steps: Array | None  # int4: (…, O) float32; nf4: (…, groups of a matrix / 256, rounded up).
   offset: Array | None  # nf4: (…) float32.
@@ -121,8 +123,7 @@ class Quantized:
 
   def flat(self, dtype: Any) -> Float[Array, "... O I"]:
     """The matrix that this stands for, outputs first, both flat."""
-    dense = _DENSE[self.format.kind]
-    one = lambda arrays: dense(arrays, self.format.group).astype(dtype)
+    one = lambda arrays: formats.interleaved(_PARTS[self.format.kind](arrays), 0).astype(dtype)
     for _ in self.lead:
       one = jax.vmap(one)
     return one(self.arrays())
@@ -135,15 +136,15 @@ class Quantized:
     return w.reshape(self.shape)
 
 
-def _scaled(arrays: formats.Arrays, _: int | None) -> Float[Array, "O I"]:
-  return arrays["values"].astype(jnp.float32) * arrays["scales"][:, None]
+def _scaled(arrays: formats.Arrays) -> tuple[Float[Array, "O I"]]:
+  return (arrays["values"].astype(jnp.float32) * arrays["scales"][:, None],)
 
 
-_DENSE = {
+_PARTS: dict[str, Any] = {
   "int8": _scaled,
   "fp8": _scaled,
-  "int4": formats.int4_dense,
-  "nf4": formats.nf4_dense,
+  "int4": formats.int4_parts,
+  "nf4": formats.nf4_parts,
 }
 
 
@@ -167,16 +168,20 @@ def quantize(
   split = len(own) - inputs if table else inputs
   first, second = own[:split], own[split:]
   ins, outs = (second, first) if table else (first, second)
-  check_group(format, math.prod(ins), f"a matrix of shape {w.shape}")
+  check_sizes(format, math.prod(ins), math.prod(outs), f"a matrix of shape {w.shape}")
   return _quantize(w, format, ins, outs, lead, table)
 
 
-def check_group(format: Format, inputs: int, what: str) -> None:
-  """Raises an InputError if the format's groups do not divide so many inputs."""
+def check_sizes(format: Format, inputs: int, outputs: int, what: str) -> None:
+  """Raises an InputError if the format's groups do not divide the inputs, or bytes the outputs."""
   if format.group is not None and inputs % format.group:
     raise InputError(
       f"quantize={format.name!r}: groups of {format.group} do not divide the {inputs} inputs of "
       f"{what}: use a group that does, or int8."
+    )
+  if format.group is not None and outputs % 2:
+    raise InputError(
+      f"quantize={format.name!r}: {what} has {outputs} outputs, and two go into a byte: use int8."
     )
 
 
@@ -211,12 +216,15 @@ def dense(w: Array | Quantized, dtype: Any) -> Float[Array, "..."]:
   return w.dequantize(dtype) if isinstance(w, Quantized) else w.astype(dtype)
 
 
-def rows(w: Quantized, ids: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
-  """Vectors of a table."""
+def rows(
+  w: Quantized, ids: Int[Array, "..."], dtype: Any, *, axis: str | None = None
+) -> Float[Array, "... D"]:
+  """Vectors of a table, whose rows are the logical axis `axis`."""
   if w.format.kind not in ("int8", "fp8"):
-    return w.dequantize(dtype)[ids]
-  scale = w.scales[ids][..., None]
-  return (w.values[ids].astype(jnp.float32) * scale).astype(dtype).reshape(*ids.shape, *w.inputs)
+    return constrain(w.dequantize(dtype), (axis, None))[ids]
+  scale = constrain(w.scales, (axis,))[ids][..., None]
+  values = constrain(w.values, (axis, None))[ids].astype(jnp.float32)
+  return (values * scale).astype(dtype)
 
 
 def product(x: Float[Array, "..."], w: Quantized, dtype: Any = None) -> Float[Array, "..."]:
@@ -237,8 +245,12 @@ def _product(x: Float[Array, "... I"], w: Quantized) -> Float[Array, "... O"]:
   kind, group = w.format.kind, w.format.group
   if kernels.fits(x, w.arrays(), kind, group):
     return kernels.product(x, w.arrays(), kind, group or 0)
+  # A loop of steps would otherwise widen its matrices once, before it, and hold them all.
+  x, w = jax.lax.optimization_barrier((x, w))
   if w.format.kind not in ("int8", "fp8"):
-    return _times(x, w.flat(x.dtype), wide)
+    parts = _PARTS[w.format.kind](w.arrays())
+    each = tuple(_times(x, part.astype(x.dtype), wide) for part in parts)
+    return _in_order(each)
   if w.format.dynamic:
     return _dynamic(x, w, wide)
   return _times(x, _widened(w.values, x.dtype), wide) * w.scales.astype(wide)
@@ -257,12 +269,28 @@ def _backward(kept, gradient):
 _product.defvjp(_forward, _backward)
 
 
+def _on_one_cpu() -> bool:
+  mesh = jax.sharding.get_abstract_mesh()
+  return platform() == "cpu" and (mesh.empty or mesh.size == 1)
+
+
+def _in_order(parts: tuple[Array, ...]) -> Float[Array, "... O"]:
+  """Outputs in order from those that `unpack` parts.
+
+  A CPU multiplies them in one loop with what puts them together, element by element, unless that is
+  a gather.
+  """
+  if not _on_one_cpu():
+    return formats.interleaved(parts, parts[0].ndim - 1)
+  half = parts[0].shape[-1]
+  order = np.arange(2 * half).reshape(2, half).T.reshape(-1)
+  return jnp.concatenate(parts, axis=-1)[..., order]
+
+
 def _times(x: Float[Array, "... I"], w: Float[Array, "O I"], wide: Any) -> Float[Array, "... O"]:
   """x · wᵀ, row by row where that is cheaper."""
   number = math.prod(x.shape[:-1])
-  mesh = jax.sharding.get_abstract_mesh()
-  alone = platform() == "cpu" and (mesh.empty or mesh.size == 1)
-  if not 1 < number <= _SINGLE_ROWS or not alone:
+  if not 1 < number <= _SINGLE_ROWS or not _on_one_cpu():
     return jnp.matmul(x, w.T, preferred_element_type=wide)
   each = x.reshape(number, 1, -1)
   one = lambda row: jnp.matmul(row, w.T, preferred_element_type=wide)

@@ -16,15 +16,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32, Int8, UInt8
+from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8
 
-from model.quant_formats import NF4, SCALES, Arrays
+from model.quant_formats import SCALES, Arrays, interleaved, quantile
 from model.sharding import platform
 
 _MOST_ROWS = 32  # Beyond them a product costs more than the reading of its matrix.
 _GROUPS = 8  # Of a chunk: as many as a register of a TPU has sublanes of float32.
 _LANES = 128  # What a TPU reads is whole rows of so many elements.
-_OUTPUTS = (256, 128)  # Of a block; the first that divides.
+_PAIRS = (256, 128)  # Of outputs, in a block; the first that divides.
 _ARRAYS = {"int4": {"values", "scales", "steps"}, "nf4": {"values", "scales", "steps", "offset"}}
 _BLOCK_BYTES = 4 * 2**20  # Of codes at most: two blocks are in fast memory at a time.
 
@@ -43,10 +43,10 @@ def fits(x: Float[Array, "... I"], arrays: Arrays, kind: str, group: int | None)
   )
 
 
-def tiles(outputs: int, packed: int, group: int) -> bool:
-  """Whether a matrix of so many outputs and bytes for each can be cut into the kernel's blocks."""
-  lanes = _GROUPS * group // 2
-  return lanes % _LANES == 0 and packed % lanes == 0 and _block(outputs, packed) is not None
+def tiles(pairs: int, inputs: int, group: int) -> bool:
+  """Whether codes of so many pairs of outputs and inputs can be cut into the kernel's blocks."""
+  chunk = _GROUPS * group
+  return chunk % _LANES == 0 and inputs % chunk == 0 and _block(pairs, inputs) is not None
 
 
 def product(
@@ -60,12 +60,10 @@ def product(
     interpret: run the kernel's program step by step on any device, for tests.
   """
   flat = x.reshape(-1, x.shape[-1])
-  if kind == "nf4":
-    y = _kernel(flat, arrays["values"], nf4_scales(arrays), _nf4, group, interpret)
-  else:
-    y = _kernel(flat, arrays["values"], arrays["scales"], _int4, group, interpret)
-    y *= arrays["steps"]
-  return y.reshape(*x.shape[:-1], -1)
+  scales, values = (nf4_scales(arrays), quantile) if kind == "nf4" else (arrays["scales"], _int4)
+  even, odd = _kernel(flat, arrays["values"], scales, values, group, interpret)
+  y = interleaved((even, odd), 1)
+  return (y if kind == "nf4" else y * arrays["steps"]).reshape(*x.shape[:-1], -1)
 
 
 def _alone(codes: Array) -> bool:
@@ -74,81 +72,77 @@ def _alone(codes: Array) -> bool:
   return all(mesh.empty or mesh.size == 1 for mesh in meshes)
 
 
-def _block(outputs: int, packed: int) -> int | None:
-  sizes = (size for size in _OUTPUTS if outputs % size == 0 and size * packed <= _BLOCK_BYTES)
+def _block(pairs: int, inputs: int) -> int | None:
+  sizes = (size for size in _PAIRS if pairs % size == 0 and size * inputs <= _BLOCK_BYTES)
   return next(sizes, None)
 
 
 def _kernel(
-  x: Float[Array, "R I"], codes: UInt8[Array, "O I/2"],
+  x: Float[Array, "R I"], codes: UInt8[Array, "O/2 I"],
   scales: Int8[Array, "O groups"] | Float32[Array, "O groups"],
   values: Callable[[Array], Array], group: int, interpret: bool,
-) -> Float32[Array, "R O"]:  # fmt: skip
+) -> tuple[Float32[Array, "R O/2"], Float32[Array, "R O/2"]]:  # fmt: skip
+  """The outputs whose codes lie in the low bits of bytes, and those in the high bits."""
   # Pallas is large to import and not needed elsewhere.
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import tpu as pltpu
 
-  R, (O, packed) = len(x), codes.shape  # noqa: E741
-  block = _block(O, packed) or O
-  halves = x.reshape(R, -1, 2, group // 2)
-  low, high = (halves[:, :, i].reshape(R, packed) for i in range(2))
-  whole = pl.BlockSpec((R, packed), lambda o: (0, 0))
+  R, (pairs, inputs) = len(x), codes.shape
+  block = _block(pairs, inputs) or pairs
+  scales = scales.reshape(pairs, -1)
+  out = pl.BlockSpec((R, block), lambda o: (0, o))
   return pl.pallas_call(
     functools.partial(_body, values=values, group=group),
-    grid=(O // block,),
-    in_specs=[whole, whole, pl.BlockSpec((block, packed), lambda o: (o, 0)),
+    grid=(pairs // block,),
+    in_specs=[pl.BlockSpec((R, inputs), lambda o: (0, 0)),
+              pl.BlockSpec((block, inputs), lambda o: (o, 0)),
               pl.BlockSpec((block, scales.shape[1]), lambda o: (o, 0))],
-    out_specs=pl.BlockSpec((R, block), lambda o: (0, o)),
-    out_shape=jax.ShapeDtypeStruct((R, O), jnp.float32),
+    out_specs=[out, out],
+    out_shape=[jax.ShapeDtypeStruct((R, pairs), jnp.float32)] * 2,
     cost_estimate=pl.CostEstimate(
-      flops=4 * R * O * packed, transcendentals=0,
-      bytes_accessed=sum(a.size * a.dtype.itemsize for a in (x, codes, scales)) + 4 * R * O,
+      flops=4 * R * pairs * inputs, transcendentals=0,
+      bytes_accessed=sum(a.size * a.dtype.itemsize for a in (x, codes, scales)) + 8 * R * pairs,
     ),
     scratch_shapes=[pltpu.VMEM((scales.shape[1], block), jnp.float32)],
     interpret=interpret,
-  )(low, high, codes, scales)  # fmt: skip
+  )(x, codes, scales)  # fmt: skip
 
 
-def _body(low, high, codes, scales, y, turned, *, values, group: int):
-  """One block of outputs; low and high are what the low and the high bits of bytes multiply."""
+def _body(x, codes, scales, even, odd, turned, *, values, group: int):
+  """One block of pairs of outputs."""
   from jax.experimental import pallas as pl
 
-  lanes, (R, outputs) = _GROUPS * group // 2, y.shape
+  lanes, (R, pairs) = _GROUPS * group, even.shape
   turned[...] = scales[...].astype(jnp.float32).T
+  groups = turned.shape[0] // 2
   shape = (R, _GROUPS, lanes)
   lane, row = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 1))
-  own = lane // (group // 2) == row
-  exact = jax.lax.Precision.HIGHEST if low.dtype == jnp.float32 else None
+  own = lane // group == row
+  exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
-  def sums(x, code):
-    apart = jnp.where(own, x.astype(jnp.float32)[:, None], 0).reshape(R * _GROUPS, lanes)
-    return jax.lax.dot_general(
-      apart.astype(x.dtype), values(code).astype(x.dtype), (((1,), (1,)), ((), ())),
+  def sums(apart, code, first):
+    one = jax.lax.dot_general(
+      apart, values(code).astype(x.dtype), (((1,), (1,)), ((), ())),
       precision=exact, preferred_element_type=jnp.float32,
     )  # fmt: skip
+    scale = turned[pl.ds(pl.multiple_of(first, _GROUPS), _GROUPS)]
+    return (one.reshape(R, _GROUPS, pairs) * scale).sum(axis=1)
 
-  def add(chunk, total):
+  def add(chunk, totals):
     at = pl.ds(pl.multiple_of(chunk * lanes, lanes), lanes)
     code = codes[:, at].astype(jnp.int32)
-    both = sums(low[:, at], code & 15) + sums(high[:, at], code >> 4)
-    scale = turned[pl.ds(pl.multiple_of(chunk * _GROUPS, _GROUPS), _GROUPS)]
-    return total + (both.reshape(R, _GROUPS, outputs) * scale).sum(axis=1)
+    apart = jnp.where(own, x[:, at].astype(jnp.float32)[:, None], 0)
+    apart = apart.reshape(R * _GROUPS, lanes).astype(x.dtype)
+    first = chunk * _GROUPS
+    low, high = sums(apart, code & 15, first), sums(apart, code >> 4, groups + first)
+    return totals[0] + low, totals[1] + high
 
-  zeros = jnp.zeros((R, outputs), jnp.float32)
-  y[...] = jax.lax.fori_loop(0, codes.shape[1] // lanes, add, zeros)
+  zeros = jnp.zeros((R, pairs), jnp.float32)
+  even[...], odd[...] = jax.lax.fori_loop(0, codes.shape[1] // lanes, add, (zeros, zeros))
 
 
-def _int4(code: Int32[Array, "O n"]) -> Float32[Array, "O n"]:
+def _int4(code: Int32[Array, "n I"]) -> Float32[Array, "n I"]:
   return (code - 8).astype(jnp.float32)
-
-
-def _nf4(code: Int32[Array, "O n"]) -> Float32[Array, "O n"]:
-  """Looked up bit by bit: a TPU chooses fast and gathers slowly."""
-  found = [jnp.float32(value) for value in NF4]
-  for bit in range(4):
-    high = (code >> bit) & 1 != 0
-    found = [jnp.where(high, b, a) for a, b in zip(found[::2], found[1::2], strict=True)]
-  return found[0]
 
 
 def nf4_scales(arrays: Arrays) -> Float32[Array, "O groups"]:

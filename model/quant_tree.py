@@ -4,7 +4,8 @@ Quantized are the matrices of layers, experts and heads that score words, and th
 which like these heads keep eight bits in every format: their vectors are read as they are. All the
 rest stays float: vectors, norms, biases, the router, tables of positions, of relative biases and of
 token types, and heads on labels, all of them small or exact by purpose. A matrix whose inputs the
-format's own groups (32 of int4, 64 of nf4) do not divide is kept in int8 instead.
+format's own groups (32 of int4, 64 of nf4) do not divide, or whose outputs are no pairs, is kept
+in int8 instead.
 """
 
 import math
@@ -16,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from model import quant_formats as formats
 from model.errors import InputError
 from model.layers import ParamInfo
-from model.quant import Format, Quantized, check_group, is_quantized, quantize
+from model.quant import Format, Quantized, check_sizes, is_quantized, quantize
 
 _EIGHT = {"int8": "int8", "int4": "int8", "nf4": "int8", "fp8": "fp8"}
 _OWN_GROUP = {"int4": formats.INT4_GROUP, "nf4": formats.NF4_BLOCK}
@@ -37,11 +38,12 @@ def format_of(
     return None
   if "vocab" in axes:
     return Format(_EIGHT[format.kind])
-  inputs = math.prod(shape[lead_axes(info) :][: info.inputs])
-  if format.group is None or inputs % format.group == 0:
+  own = shape[lead_axes(info) :]
+  inputs, outputs = math.prod(own[: info.inputs]), math.prod(own[info.inputs :])
+  if format.group is None or (inputs % format.group == 0 and outputs % 2 == 0):
     return format
   if format.group != _OWN_GROUP[format.kind]:
-    check_group(format, inputs, name)
+    check_sizes(format, inputs, outputs, name)
   return Format("int8")
 
 
@@ -84,6 +86,31 @@ def quantize_params(params: dict, info: dict, format: Format | str) -> dict:
     for path, a in leaves.items()
   }
   return unflatten_dict(made)
+
+
+def main_format(found: set[Format]) -> str:
+  """Which of a model's formats was asked for: words keep eight bits where others have fewer."""
+  return max(found, key=lambda f: (f.dynamic, f.group is not None, f.name)).name
+
+
+def quantized_leaves(params: dict) -> dict[tuple[str | int, ...], Quantized]:
+  """The quantized matrices among parameters, by path."""
+  leaves: Any = flatten_dict(params)
+  return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Quantized)}
+
+
+def report(params: dict) -> str:
+  """One line: how many bytes parameters take, how many as float32, and what is kept how."""
+  bytes_, leaves = resident_bytes(params), flatten_dict(params).values()
+  plain = 4 * sum(leaf.size for leaf in leaves)
+  kinds: dict[str, int] = {}
+  for leaf in leaves:
+    name = leaf.format.name if isinstance(leaf, Quantized) else str(leaf.dtype)
+    kinds[name] = kinds.get(name, 0) + leaf.size
+  parts = ", ".join(f"{count:,} in {name}" for name, count in sorted(kinds.items()))
+  return (
+    f"parameters: {bytes_ / 2**20:.1f} MiB, {plain / bytes_:.2f} times less than float32 ({parts})"
+  )
 
 
 def dequantize_params(params: dict, dtype: Any) -> dict:

@@ -113,10 +113,10 @@ class Folder:
     self.tokenizer = Tokenizer.load(folder) if has else None
     self.end_ids = generation.read_ends(folder, values, cfg)
 
-  def leaf(self, path: LeafPath, dtype: Any) -> np.ndarray:
-    """One parameter."""
-    out = self.layout.leaf(path, self._tensors, dtype)
-    for piece, _ in self.layout.of_leaf[path]:
+  def leaf(self, path: LeafPath, dtype: Any, layer: int | None = None) -> np.ndarray:
+    """One parameter, or one layer of a stacked one."""
+    out = self.layout.leaf(path, self._tensors, dtype, layer)
+    for piece, _ in self.layout.pieces_of(path, layer):
       forget(self._tensors[piece.theirs])
     return out
 

@@ -230,14 +230,24 @@ class Layout:
         f"the tensors are not those of {self.name} as its config has it: {'; '.join(said)}."
       )
 
-  def leaf(self, path: Path, tensors: Mapping[str, np.ndarray], dtype: Any) -> np.ndarray:
-    """A parameter of ours from theirs; the padding of the vocabulary is zeros."""
-    out = np.zeros(self.leaves[path].shape, dtype)
-    for piece, which in self.of_leaf[path]:
+  def leaf(
+    self, path: Path, tensors: Mapping[str, np.ndarray], dtype: Any, layer: int | None = None
+  ) -> np.ndarray:
+    """A parameter of ours from theirs, or one layer of a stacked one; the padding of the vocabulary
+    is zeros.
+    """
+    drop = 0 if layer is None else 1
+    out = np.zeros(self.leaves[path].shape[drop:], dtype)
+    for piece, which in self.pieces_of(path, layer):
       place = piece.places[which]
       part = piece.to_ours(np.asarray(tensors[piece.theirs]), which)
-      out[(*place.index, *(slice(0, n) for n in place.shape))] = part
+      out[(*place.index[drop:], *(slice(0, n) for n in place.shape))] = part
     return out
+
+  def pieces_of(self, path: Path, layer: int | None = None) -> list[tuple[Piece, int]]:
+    """(tensor of theirs, which of its places) of a parameter, or of one layer of it."""
+    pieces = self.of_leaf[path]
+    return [one for one in pieces if layer is None or one[0].places[one[1]].index[0] == layer]
 
   def tensors(self, leaf: Callable[[Path], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Theirs one after the other; `leaf` is asked for each parameter once, if it has one piece."""

@@ -21,9 +21,16 @@ from tests.train import tiny
 from tests.train.test_sharding import text  # noqa: F401  (a fixture)
 from tests.train.test_step import born, close, gradient, params_of, run
 from train.aware import Rounding
-from train.config import MeshConfig, OptimizerConfig, QuantizeConfig, checked
+from train.config import (
+  MeshConfig,
+  ObjectiveConfig,
+  OptimizerConfig,
+  QuantizeConfig,
+  checked,
+)
 from train.data.pipeline import load_data
-from train.program import build_program, put_batch
+from train.objectives.causal_lm import CausalLM
+from train.program import build_program, make_loss, put_batch
 from train.resolve import resolved
 from train.workdir import check_workdir, write_config
 
@@ -50,6 +57,15 @@ def rounding_of(cfg, format) -> Rounding:
 
 def quantized(cfg, params, format):
   return quantize_params(params, param_info(abstract(cfg)), format)
+
+
+def nats_of(cfg, params, batches):
+  """Nats a token of a model over `batches`, without the code under test."""
+  objective = CausalLM(ObjectiveConfig(), cfg, batches[0]["tokens"].shape[1])
+  loss = jax.jit(make_loss(nnx.split(abstract(cfg), nnx.Param)[0], objective))
+  sums = [loss(params, {}, batch, None).means["loss"] for batch in batches]
+  total, weight = np.sum(np.asarray(sums), axis=0)
+  return total / weight
 
 
 def marked(*quick: str):
@@ -85,49 +101,58 @@ def test_a_step_applies_the_gradient_at_the_quantized_parameters_to_the_float_on
   config, batch = aware("int4", optimizer=SGD), tiny.random_batch(0)
   params = params_of(WIDE)
   at = dequantize_params(quantized(WIDE, params, "int4"), jnp.float32)
-  _, weight, grads = gradient(WIDE, batch, at)
+  nats, weight, grads = gradient(WIDE, batch, at)
   state, losses = run(config, [batch])
   close(state.params, jax.tree.map(lambda p, g: p - g / weight, params, grads), 1e-5)
-  nats, weight, _ = gradient(WIDE, batch, at)
   assert losses == [pytest.approx(nats / weight, rel=1e-5)]
 
 
+def same_in_float64(format, batches, one, other, devices):
+  """Two runs are the same; in float32 what lies between two codes could fall either way."""
+  wide = dict(dtype="float64", param_dtype="float64")
+  config = lambda model, changes: aware(
+    format, dataclasses.replace(WIDE, **wide, **model), optimizer=SGD, **changes
+  )
+  with jax.enable_x64(True):
+    want, want_losses = run(config(*one), batches, 1)
+    state, losses = run(config(*other), batches, devices)
+  np.testing.assert_allclose(losses, want_losses, rtol=0, atol=1e-6)
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+  jax.tree.map(near, state.params, want.params)
+
+
 @slow
-def test_accumulation_loop_and_remat_change_nothing():
+@pytest.mark.parametrize("format", ["int4", "int8_dynamic"])
+def test_accumulation_loop_and_remat_change_nothing(format):
   batches = [tiny.random_batch(seed) for seed in range(2)]
-  for format in ("int4", "int8_dynamic"):
-    want, want_losses = run(aware(format, optimizer=SGD), batches)
-    model = dataclasses.replace(WIDE, scan_layers=False, remat="full")
-    state, losses = run(aware(format, model, optimizer=SGD, accumulation=4), batches)
-    np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
-    close(state.params, want.params)
+  other = (dict(scan_layers=False, remat="full"), dict(accumulation=4))
+  same_in_float64(format, batches, ({}, {}), other, 1)
 
 
+# No group of inputs that share a scale lies on several devices: sums of its errors, and so the
+# choice between two scales that are as good, hang on their order.
 MESHES = {
   "data fsdp tensor": MeshConfig(data=2, fsdp=2, tensor=2),
-  "fsdp": MeshConfig(data=1, fsdp=8),
+  "fsdp": MeshConfig(data=4, fsdp=2),
   "tensor": MeshConfig(data=2, tensor=4),
   "seq": MeshConfig(data=2, seq=4),
   "stage": MeshConfig(data=2, stage=2, tensor=2),
 }
 
 
-@pytest.mark.parametrize(
-  ("mesh", "format"),
-  [("data fsdp tensor", "int4"), *(pytest.param(mesh, format, marks=slow) for mesh in MESHES
-                                   for format in ("int4", "nf4", "int8_dynamic")
-                                   if (mesh, format) != ("data fsdp tensor", "int4"))],
-)  # fmt: skip
+CASES = [
+  ("data fsdp tensor", "int4"),
+  *(pytest.param("data fsdp tensor", format, marks=slow) for format in ("nf4", "int8_dynamic")),
+  *(pytest.param(mesh, "int4", marks=slow) for mesh in ("fsdp", "tensor", "seq", "stage")),
+  pytest.param("stage", "int8_dynamic", marks=slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mesh", "format"), CASES)
 def test_eight_devices_equal_one_in_float64(mesh, format):
-  kv = dict(num_kv_heads=4) if mesh == "tensor" else {}
-  model = dataclasses.replace(WIDE, dtype="float64", param_dtype="float64", **kv)
+  model = dict(num_kv_heads=4, head_dim=32) if mesh == "tensor" else {}
   batches = [tiny.random_batch(seed) for seed in range(2)]
-  with jax.enable_x64(True):
-    want, want_losses = run(aware(format, model, optimizer=SGD), batches, 1)
-    state, losses = run(aware(format, model, optimizer=SGD, mesh=MESHES[mesh]), batches, 8)
-  np.testing.assert_allclose(losses, want_losses, rtol=0, atol=1e-6)
-  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
-  jax.tree.map(near, state.params, want.params)
+  same_in_float64(format, batches, (model, {}), (model, dict(mesh=MESHES[mesh])), 8)
 
 
 @slow
@@ -136,8 +161,8 @@ def test_eight_devices_equal_one_in_float64(mesh, format):
 def test_every_kind_of_model_learns_at_its_quantized_parameters(name, format):
   model, batch = tiny.MODELS[name], tiny.random_batch(3)
   state, losses = run(aware(format, model, optimizer=SGD), [batch])
-  nats, weight, _ = gradient(model, batch, quantized(model, params_of(model), format))
-  assert losses == [pytest.approx(nats / weight, rel=1e-4)]
+  want = nats_of(model, quantized(model, params_of(model), format), [batch])
+  assert losses == [pytest.approx(want, rel=1e-4)]
   changed = jax.tree.map(lambda a, b: np.abs(a - b).max() > 0, state.params, params_of(model))
   assert np.mean(jax.tree.leaves(changed)) > 0.7, "gradients reach the float parameters"
 
@@ -150,9 +175,9 @@ def test_models_with_an_encoder_learn_and_equal_one_device(text, shape, format):
   one = tiny.shape_config(shape, str(text / "text.txt"), str(text / "cache"), **changes)
   data = load_data(one)
   one, batches = resolved(one, data), [data.batch(step) for step in range(2)]
-  want, want_losses = run(one, batches, 1)
+  _, want_losses = run(one, batches, 1)
   mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-  state, losses = run(dataclasses.replace(one, mesh=mesh), batches, 8)
+  _, losses = run(dataclasses.replace(one, mesh=mesh), batches, 8)
   np.testing.assert_allclose(losses, want_losses, rtol=1e-4)
   plain = dataclasses.replace(one, quantize=QuantizeConfig())
   assert abs(run(plain, batches, 1)[1][0] - want_losses[0]) > 1e-6
@@ -162,14 +187,13 @@ def test_models_with_an_encoder_learn_and_equal_one_device(text, shape, format):
 def test_steps_before_start_step_are_those_of_an_ordinary_run():
   batches = [tiny.random_batch(seed) for seed in range(4)]
   for format in ("int4", "int8_dynamic"):
-    late, losses = run(aware(format, start_step=2), batches)
+    _, losses = run(aware(format, start_step=2), batches)
     _, plain = run(tiny.config(WIDE), batches)
     np.testing.assert_allclose(losses[:2], plain[:2], rtol=1e-6)
     assert abs(losses[2] - plain[2]) > 1e-5
     before, _ = run(tiny.config(WIDE), batches[:2])
     at = quantized(WIDE, before.params, format)
-    nats, weight, _ = gradient(WIDE, batches[2], at)
-    assert losses[2] == pytest.approx(nats / weight, rel=1e-4)
+    assert losses[2] == pytest.approx(nats_of(WIDE, at, batches[2:3]), rel=1e-4)
 
 
 def validation(config, params, batches):
@@ -183,7 +207,7 @@ def validation(config, params, batches):
 
 
 @slow
-@pytest.mark.parametrize("format", ["int4:64", "int8_dynamic"])
+@pytest.mark.parametrize("format", ["int4", "int8_dynamic"])
 def test_training_for_it_loses_less_than_quantizing_afterwards(format):
   """On text with structure: each token is a function of the one before, with some noise."""
   rng = np.random.default_rng(0)
@@ -205,29 +229,29 @@ def test_training_for_it_loses_less_than_quantizing_afterwards(format):
   ordinary, trained_for = tiny.config(model, **settings), aware(format, model, **settings)
   plain, _ = run(ordinary, train)
   learned, _ = run(trained_for, train)
-  after = validation(ordinary, quantized(model, plain.params, format), held)
-  own = validation(ordinary, quantized(model, learned.params, format), held)
+  after = nats_of(model, quantized(model, plain.params, format), held)
+  own = nats_of(model, quantized(model, learned.params, format), held)
   assert validation(trained_for, learned.params, held) == pytest.approx(own, rel=1e-4)
   assert validation(trained_for, plain.params, held) == pytest.approx(after, rel=1e-4)
+  print(f"{format}: {nats_of(model, plain.params, held):.4f} as floats, {after:.4f} quantized, {own:.4f} trained for it")
   assert own < after
 
 
 def test_wrong_values_are_one_error_that_names_them():
-  said = "quantize.format='int5' is not known"
-  with pytest.raises(InputError, match=said):
+  with pytest.raises(InputError, match=r"quantize\.format='int5' is not known"):
     QuantizeConfig(format="int5")
-  with pytest.raises(InputError, match="quantize.start_step=-1 must be at least 0"):
+  with pytest.raises(InputError, match=r"quantize\.start_step=-1 must be at least 0"):
     QuantizeConfig(format="int4", start_step=-1)
-  with pytest.raises(InputError, match="start_step=3 has no effect without quantize.format"):
+  with pytest.raises(InputError, match=r"start_step=3 has no effect without quantize\.format"):
     QuantizeConfig(start_step=3)
-  with pytest.raises(InputError, match="quantize.start_step=50 is not below steps=50"):
+  with pytest.raises(InputError, match=r"quantize\.start_step=50 is not below steps=50"):
     aware("int4", start_step=50)
   mesh = make_mesh(data=1, devices=jax.devices()[:1])
   with jax.set_mesh(mesh), pytest.raises(InputError, match="groups of 48 do not divide"):
     build_program(aware("int4:48"), mesh)
   config = aware("int4")
   config.quantize.format = 3
-  with pytest.raises(InputError, match="quantize.format=3 is a int"):
+  with pytest.raises(InputError, match=r"quantize\.format=3 is a int"):
     checked(config)
 
 
@@ -237,7 +261,7 @@ def test_a_run_continues_with_the_same_format_only(tmp_path):
   (tmp_path / "checkpoints" / "5").mkdir(parents=True)
   assert json.loads((tmp_path / "config.json").read_text())["quantize"]["format"] == "int4"
   check_workdir(tmp_path, config)
-  with pytest.raises(InputError, match='quantize.format: checkpoint "int4", config "nf4"'):
+  with pytest.raises(InputError, match=r'quantize\.format: checkpoint "int4", config "nf4"'):
     check_workdir(tmp_path, aware("nf4"))
 
 
