@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8
 
-from model.quant_formats import SCALES, Arrays, interleaved, quantile
+from model.quant_formats import SCALES, Arrays, quantile
 from model.sharding import platform
 
 _MOST_ROWS = 32  # Beyond them a product costs more than the reading of its matrix.
@@ -61,8 +61,7 @@ def product(
   """
   flat = x.reshape(-1, x.shape[-1])
   scales, values = (nf4_scales(arrays), quantile) if kind == "nf4" else (arrays["scales"], _int4)
-  even, odd = _kernel(flat, arrays["values"], scales, values, group, interpret)
-  y = interleaved((even, odd), 1)
+  y = _kernel(flat, arrays["values"], scales, values, group, interpret)
   return (y if kind == "nf4" else y * arrays["steps"]).reshape(*x.shape[:-1], -1)
 
 
@@ -81,51 +80,51 @@ def _kernel(
   x: Float[Array, "R I"], codes: UInt8[Array, "O/2 I"],
   scales: Int8[Array, "O groups"] | Float32[Array, "O groups"],
   values: Callable[[Array], Array], group: int, interpret: bool,
-) -> tuple[Float32[Array, "R O/2"], Float32[Array, "R O/2"]]:  # fmt: skip
-  """The outputs whose codes lie in the low bits of bytes, and those in the high bits."""
+) -> Float32[Array, "R O"]:  # fmt: skip
   # Pallas is large to import and not needed elsewhere.
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import tpu as pltpu
 
   R, (pairs, inputs) = len(x), codes.shape
   block = _block(pairs, inputs) or pairs
-  scales = scales.reshape(pairs, -1)
-  out = pl.BlockSpec((R, block), lambda o: (0, o))
+  groups = scales.shape[1]
   return pl.pallas_call(
     functools.partial(_body, values=values, group=group),
     grid=(pairs // block,),
     in_specs=[pl.BlockSpec((R, inputs), lambda o: (0, 0)),
               pl.BlockSpec((block, inputs), lambda o: (o, 0)),
-              pl.BlockSpec((block, scales.shape[1]), lambda o: (o, 0))],
-    out_specs=[out, out],
-    out_shape=[jax.ShapeDtypeStruct((R, pairs), jnp.float32)] * 2,
+              pl.BlockSpec((2 * block, groups), lambda o: (o, 0))],
+    out_specs=pl.BlockSpec((R, 2 * block), lambda o: (0, o)),
+    out_shape=jax.ShapeDtypeStruct((R, 2 * pairs), jnp.float32),
     cost_estimate=pl.CostEstimate(
       flops=4 * R * pairs * inputs, transcendentals=0,
       bytes_accessed=sum(a.size * a.dtype.itemsize for a in (x, codes, scales)) + 8 * R * pairs,
     ),
-    scratch_shapes=[pltpu.VMEM((scales.shape[1], block), jnp.float32)],
+    scratch_shapes=[pltpu.VMEM((2 * block, groups), jnp.float32),
+                    pltpu.VMEM((2, groups, block), jnp.float32),
+                    pltpu.VMEM((2 * block, R), jnp.float32)],
     interpret=interpret,
   )(x, codes, scales)  # fmt: skip
 
 
-def _body(x, codes, scales, even, odd, turned, *, values, group: int):
-  """One block of pairs of outputs."""
+def _body(x, codes, scales, y, wide, turned, columns, *, values, group: int):
+  """One block of pairs of outputs; even ones lie in the low bits of bytes, odd ones in the high."""
   from jax.experimental import pallas as pl
 
-  lanes, (R, pairs) = _GROUPS * group, even.shape
-  turned[...] = scales[...].astype(jnp.float32).T
-  groups = turned.shape[0] // 2
+  lanes, R, pairs = _GROUPS * group, x.shape[0], codes.shape[0]
+  wide[...] = scales[...].astype(jnp.float32)
+  for odds in range(2):
+    turned[odds] = wide[pl.ds(odds, pairs, stride=2)].T
   shape = (R, _GROUPS, lanes)
   lane, row = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 1))
   own = lane // group == row
   exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
-  def sums(apart, code, first):
+  def sums(apart, code, scale):
     one = jax.lax.dot_general(
       apart, values(code).astype(x.dtype), (((1,), (1,)), ((), ())),
       precision=exact, preferred_element_type=jnp.float32,
     )  # fmt: skip
-    scale = turned[pl.ds(pl.multiple_of(first, _GROUPS), _GROUPS)]
     return (one.reshape(R, _GROUPS, pairs) * scale).sum(axis=1)
 
   def add(chunk, totals):
@@ -133,12 +132,15 @@ def _body(x, codes, scales, even, odd, turned, *, values, group: int):
     code = codes[:, at].astype(jnp.int32)
     apart = jnp.where(own, x[:, at].astype(jnp.float32)[:, None], 0)
     apart = apart.reshape(R * _GROUPS, lanes).astype(x.dtype)
-    first = chunk * _GROUPS
-    low, high = sums(apart, code & 15, first), sums(apart, code >> 4, groups + first)
+    scale = turned[:, pl.ds(pl.multiple_of(chunk * _GROUPS, _GROUPS), _GROUPS)]
+    low, high = sums(apart, code & 15, scale[0]), sums(apart, code >> 4, scale[1])
     return totals[0] + low, totals[1] + high
 
   zeros = jnp.zeros((R, pairs), jnp.float32)
-  even[...], odd[...] = jax.lax.fori_loop(0, codes.shape[1] // lanes, add, (zeros, zeros))
+  each = jax.lax.fori_loop(0, codes.shape[1] // lanes, add, (zeros, zeros))
+  for odds in range(2):  # A TPU takes every second row as it is, but not every second column.
+    columns[pl.ds(odds, pairs, stride=2)] = each[odds].T
+  y[...] = columns[...].T
 
 
 def _int4(code: Int32[Array, "n I"]) -> Float32[Array, "n I"]:

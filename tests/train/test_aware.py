@@ -233,7 +233,7 @@ def test_training_for_it_loses_less_than_quantizing_afterwards(format):
   own = nats_of(model, quantized(model, learned.params, format), held)
   assert validation(trained_for, learned.params, held) == pytest.approx(own, rel=1e-4)
   assert validation(trained_for, plain.params, held) == pytest.approx(after, rel=1e-4)
-  print(f"{format}: {nats_of(model, plain.params, held):.4f} as floats, {after:.4f} quantized, {own:.4f} trained for it")
+
   assert own < after
 
 
