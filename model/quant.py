@@ -163,7 +163,7 @@ def quantize(
   Raises:
     InputError: for a format that is not known, or a group that does not divide the inputs.
   """
-  format = Format.parse(format) if isinstance(format, str) else format
+  format = format if isinstance(format, Format) else Format.parse(format)
   own = w.shape[lead:]
   split = len(own) - inputs if table else inputs
   first, second = own[:split], own[split:]
@@ -216,6 +216,13 @@ def dense(w: Array | Quantized, dtype: Any) -> Float[Array, "..."]:
   return w.dequantize(dtype) if isinstance(w, Quantized) else w.astype(dtype)
 
 
+def beside(x: Array, w: Any) -> tuple[Array, Any]:
+  """x and weights that are dequantized for it, where it is: a loop of steps would otherwise widen
+  its matrices once, before it, and hold them all.
+  """
+  return jax.lax.optimization_barrier((x, w)) if is_quantized(w) else (x, w)
+
+
 def rows(
   w: Quantized, ids: Int[Array, "..."], dtype: Any, *, axis: str | None = None
 ) -> Float[Array, "... D"]:
@@ -245,8 +252,7 @@ def _product(x: Float[Array, "... I"], w: Quantized) -> Float[Array, "... O"]:
   kind, group = w.format.kind, w.format.group
   if kernels.fits(x, w.arrays(), kind, group):
     return kernels.product(x, w.arrays(), kind, group or 0)
-  # A loop of steps would otherwise widen its matrices once, before it, and hold them all.
-  x, w = jax.lax.optimization_barrier((x, w))
+  x, w = beside(x, w)
   if w.format.kind not in ("int8", "fp8"):
     parts = _PARTS[w.format.kind](w.arrays())
     each = tuple(_times(x, part.astype(x.dtype), wide) for part in parts)

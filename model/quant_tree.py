@@ -76,7 +76,7 @@ def quantize_params(params: dict, info: dict, format: Format | str) -> dict:
     InputError: for a format that is not known, a group that does not divide, or parameters that
       are quantized already.
   """
-  format = Format.parse(format) if isinstance(format, str) else format
+  format = format if isinstance(format, Format) else Format.parse(format)
   if is_quantized(params):
     raise InputError("this model is quantized already: quantize the one that it was made of.")
   leaves: Any = flatten_dict(params)
