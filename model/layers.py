@@ -86,7 +86,8 @@ class Linear(nnx.Module):
   """A weight matrix with any number of input and output axes, in the compute dtype.
 
   The first `inputs` axes of `shape` are contracted with the last ones of what it is called with.
-  While it is `turned` (see `turn`), its weights have these axes last.
+  While it is `turned` (see `turn`), its weights have these axes last. What it is called with is
+  rounded first as a dynamic format of the kind `rounds` does, while a model is trained for one.
   """
 
   def __init__(
@@ -101,6 +102,7 @@ class Linear(nnx.Module):
     init: Initializer | None = None,
   ):
     self.inputs, self.dtype, self.turned = inputs, cfg.compute_dtype, False
+    self.rounds: str | None = None
     self.w = param(cfg, rngs, shape, axes, inputs=inputs, init=init)
     if bias:
       zeros = jax.nn.initializers.zeros
@@ -108,6 +110,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     x, w = x.astype(self.dtype), self.w.get_value()
+    x = x if self.rounds is None else quant.rounded(x, self.inputs, self.rounds)
     if isinstance(w, Quantized):
       y = quant.product(x, w)
     elif self.turned:

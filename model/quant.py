@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from model import quant_formats as formats
+from model import quant_kernels as kernels
 from model.errors import InputError, nearest
 from model.sharding import constrain, platform
 
@@ -248,6 +249,9 @@ def product(x: Float[Array, "..."], w: Quantized, dtype: Any = None) -> Float[Ar
 @jax.custom_vjp
 def _product(x: Float[Array, "... I"], w: Quantized) -> Float[Array, "... O"]:
   wide = jnp.promote_types(x.dtype, jnp.float32)
+  kind, group = w.format.kind, w.format.group
+  if kernels.fits(x, w.arrays(), kind, group):
+    return kernels.product(x, w.arrays(), kind, group or 0)
   x, w = beside(x, w)
   if w.format.kind not in ("int8", "fp8"):
     parts = _PARTS[w.format.kind](w.arrays())
@@ -301,11 +305,7 @@ def _times(x: Float[Array, "... I"], w: Float[Array, "O I"], wide: Any) -> Float
 
 def _dynamic(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, "... O"]:
   """Both rounded to eight bits; each row of x has a scale of its own."""
-  most = 127 if w.format.kind == "int8" else 448
-  scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(wide) / most
-  scale = jnp.where(scale == 0, 1, scale)
-  small = x.astype(wide) / scale
-  small = jnp.round(small) if w.format.kind == "int8" else small.astype(jnp.float8_e4m3fn)
+  small, scale = _rounded(x, w.format.kind, wide)
   if platform() == "cpu":  # XLA has no fast product of small numbers there.
     y = _times(small.astype(wide), _widened(w.values, wide), wide)
   else:
@@ -313,6 +313,38 @@ def _dynamic(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, 
     exact = jnp.int32 if w.format.kind == "int8" else jnp.float32
     y = jnp.matmul(small, w.values.T, preferred_element_type=exact).astype(wide)
   return y * scale * w.scales.astype(wide)
+
+
+def _rounded(x: Float[Array, "... I"], kind: str, wide: Any) -> tuple[Array, Array]:
+  """Rows in eight bits (whole numbers in `wide`, or float8_e4m3fn), and what multiplies each."""
+  most = 127 if kind == "int8" else 448
+  scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(wide) / most
+  scale = jnp.where(scale == 0, 1, scale)
+  small = x.astype(wide) / scale
+  return jnp.round(small) if kind == "int8" else small.astype(jnp.float8_e4m3fn), scale
+
+
+def rounded(x: Float[Array, "..."], inputs: int, kind: str) -> Float[Array, "..."]:
+  """What a dynamic format of this kind makes of activations, with gradients that pass straight
+  through.
+
+  Args:
+    inputs: how many of the last axes are one row.
+  """
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
+  small, scale = _rounded(flat, kind, wide)
+  return straight_through(x, (small.astype(wide) * scale).astype(x.dtype).reshape(x.shape))
+
+
+@jax.custom_jvp
+def straight_through(x: Array, rounded: Array) -> Array:
+  """`rounded`, whose gradient reaches x as if it were x (Bengio et al., arXiv:1308.3432)."""
+  del x
+  return rounded
+
+
+straight_through.defjvps(lambda tangent, *_: tangent, None)
 
 
 def _widened(values: Array, dtype: Any) -> Float[Array, "O I"]:

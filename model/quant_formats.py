@@ -15,7 +15,7 @@ Arrays = dict[str, Array]
 
 INT4_GROUP = 32  # Inputs that share a scale, unless another number is asked for.
 NF4_BLOCK = 64  # Inputs that share a scale, as in QLoRA.
-_SCALES = 256  # Scales of nf4 that share a scale of their own.
+SCALES = 256  # Scales of nf4 that share a scale of their own.
 _E4M3_MOST = 448.0
 
 # The quantiles of a normal distribution that QLoRA keeps (Dettmers et al., arXiv:2305.14314,
@@ -141,7 +141,7 @@ def nf4_with_scales(w: Float[Array, "O I"], scales: Float32[Array, "O blocks"]) 
   codes = _nearest(_relative(grouped(w, block), scales[..., None]), NF4)
   offset = jnp.mean(scales)
   flat = (scales - offset).reshape(-1)
-  parts = jnp.pad(flat, (0, -len(flat) % _SCALES)).reshape(-1, _SCALES)
+  parts = jnp.pad(flat, (0, -len(flat) % SCALES)).reshape(-1, SCALES)
   steps = jnp.max(jnp.abs(parts), axis=1)
   kept = _nearest(_relative(parts, steps[:, None]), dynamic_values())
   kept = kept.reshape(-1)[: len(flat)].reshape(scales.shape)
@@ -152,7 +152,7 @@ def nf4_with_scales(w: Float[Array, "O I"], scales: Float32[Array, "O blocks"]) 
 def nf4_scales(arrays: Arrays) -> Float32[Array, "O blocks"]:
   """The largest elements of blocks, as they are kept."""
   kept = jnp.asarray(dynamic_values())[arrays["scales"]]
-  steps = jnp.repeat(arrays["steps"], _SCALES)[: kept.size].reshape(kept.shape)
+  steps = jnp.repeat(arrays["steps"], SCALES)[: kept.size].reshape(kept.shape)
   return kept * steps + arrays["offset"]
 
 
@@ -160,10 +160,10 @@ def nf4_parts(arrays: Arrays) -> tuple[Array, Array]:
   """What the codes stand for, parted as `unpack` does."""
   low, high = _each(nf4_scales(arrays), arrays["values"].shape[1])
   even, odd = unpack(arrays["values"])
-  return _quantile(even) * low, _quantile(odd) * high
+  return quantile(even) * low, quantile(odd) * high
 
 
-def _quantile(codes: Array) -> Float32[Array, "..."]:
+def quantile(codes: Array) -> Float32[Array, "..."]:
   """NF4[codes] by their bits, which is faster than a look-up."""
   left: list[Any] = [jnp.float32(value) for value in NF4]
   for bit in range(4):

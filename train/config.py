@@ -7,6 +7,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.errors import InputError, nearest
+from model.quant import Format
 from train.config_objective import ObjectiveConfig
 from train.config_optimizer import OptimizerConfig
 
@@ -77,6 +78,30 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class QuantizeConfig:
+  """Quantization-aware training: the run learns what `model.load(workdir, quantize=format)` gives.
+
+  Validation is always that of the quantized model, so that what is best stays comparable.
+  """
+
+  format: str | None = None  # As `model.load` takes it; None: an ordinary run.
+  start_step: int = 0  # Steps that are taken without, first.
+
+  def __post_init__(self):
+    if self.format is not None:
+      try:
+        Format.parse(self.format)
+      except InputError as error:
+        raise InputError(str(error).replace("quantize=", "quantize.format=", 1)) from error
+    if self.start_step < 0:
+      raise InputError(f"quantize.start_step={self.start_step} must be at least 0.")
+    if self.start_step and self.format is None:
+      raise InputError(
+        f"quantize.start_step={self.start_step} has no effect without quantize.format: name one."
+      )
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Config:
   """One run. Intervals and lengths count optimizer steps."""
 
@@ -105,6 +130,7 @@ class Config:
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  quantize: QuantizeConfig = dataclasses.field(default_factory=QuantizeConfig)
 
   def __post_init__(self):
     if self.target_len is not None and self.target_len < 1:
@@ -140,6 +166,11 @@ class Config:
       )
     if self.wandb_project == "":
       raise InputError("wandb_project is empty: name a project, or leave it out.")
+    if self.quantize.start_step >= self.steps:
+      raise InputError(
+        f"quantize.start_step={self.quantize.start_step} is not below steps={self.steps}: no step "
+        "would learn to be quantized."
+      )
     if not self.cache_gib > 0:
       raise InputError(f"cache_gib={self.cache_gib} must be positive.")
 

@@ -15,14 +15,24 @@ from model.context import check_lengths
 from model.errors import InputError
 from model.layers import param_info
 from model.pipeline import check_pipeline
+from model.quant import Format
 from model.sharding import batch_sharding, mesh_parts, replicated, shardings, shown_axes
+from train.aware import Rounding
 from train.config import Config
 from train.objectives import make_objective
 from train.objectives.loss import Loss
 from train.objectives.objective import Objective, batch_fields
 from train.optim import make_optimizer, state_axes
 from train.schedules import make_schedule
-from train.step import Batch, LossFn, TrainState, init_state, make_eval_step, make_train_step
+from train.step import (
+  Aware,
+  Batch,
+  LossFn,
+  TrainState,
+  init_state,
+  make_eval_step,
+  make_train_step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +89,18 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   state = jax.tree.map(_placed, shapes, where)
   batch = _abstract_batch(config, objective, mesh)
   loss_fn = make_loss(graphdef, objective)
+  aware = _aware(config, objective, info, where.params, shapes.params)
   model = config.model
   dropout = max(model.dropout, model.attention_dropout, model.mlp_dropout) > 0
   step = make_train_step(
     loss_fn, objective.weights, tx, make_schedule(config.optimizer, config.steps),
     seed=config.seed, accumulation=config.accumulation, ema_decay=config.ema_decay,
-    random=dropout or objective.samples,
+    random=dropout or objective.samples, aware=aware,
   )  # fmt: skip
   return Program(
     graphdef, info, state, batch, jax.jit(init, out_shardings=where),
     jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh))),
-    jax.jit(make_eval_step(loss_fn), out_shardings=replicated(mesh)),
+    jax.jit(make_eval_step(aware or loss_fn), out_shardings=replicated(mesh)),
   )  # fmt: skip
 
 
@@ -101,6 +112,23 @@ def make_loss(graphdef: nnx.GraphDef, objective: Objective) -> LossFn:
     return objective.loss(net, batch, key)
 
   return loss
+
+
+def _aware(
+  config: Config, objective: Objective, info: dict, where: dict, shapes: dict
+) -> Aware | None:
+  """What a run with `quantize.format` learns through; None without one."""
+  if config.quantize.format is None:
+    return None
+  rounding = Rounding(Format.parse(config.quantize.format), info)
+  net = nnx.eval_shape(lambda: objective.build(config.model, nnx.Rngs(0)))
+  rounding.mark(net, shapes)
+  graphdef, _ = nnx.split(net, nnx.Param)
+
+  def rounded(params: dict) -> dict:
+    return jax.lax.with_sharding_constraint(rounding(params), where)
+
+  return Aware(make_loss(graphdef, objective), rounded, config.quantize.start_step)
 
 
 @functools.cache

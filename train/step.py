@@ -20,6 +20,18 @@ LossFn = Callable[[dict, dict, Batch, Array | None], Loss]
 Weigh = Callable[[Batch], dict[str, Array]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Aware:
+  """What steps learn through from step `start` on: the loss at rounded parameters."""
+
+  loss_fn: LossFn
+  rounded: Callable[[dict], dict]  # params -> params of the same shapes and dtypes.
+  start: int
+
+  def __call__(self, params: dict, frozen: dict, batch: Batch, key: Array | None) -> Loss:
+    return self.loss_fn(self.rounded(params), frozen, batch, key)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -50,26 +62,43 @@ def make_train_step(
   accumulation: int,
   ema_decay: float | None,
   random: bool,
+  aware: Aware | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """Returns (state, batch) -> (state, metrics), to be jitted with the state donated.
 
   The gradient is that of the sum over terms of (sum of a term) / (its weight in the global batch),
   whatever the number of parts, devices or padded tokens. A step whose loss or gradient is not
-  finite changes nothing but the counters.
+  finite changes nothing but the counters. With `aware` it is the gradient at rounded parameters,
+  which are rounded once a step, and it is applied to those of the state.
   """
 
-  def total(params, frozen, batch, key, weights):
-    loss, parts = loss_fn(params, frozen, batch, key), weigh(batch)
-    first = next(iter(weights))
-    value = sum(loss.terms[name] / weights[name] for name in weights)
-    return value + loss.penalty * parts[first] / weights[first], loss
+  def learned(loss_fn: LossFn, state: TrainState, batch: Batch, key, weights):
+    def total(params, frozen, batch, key, weights):
+      loss, parts = loss_fn(params, frozen, batch, key), weigh(batch)
+      first = next(iter(weights))
+      value = sum(loss.terms[name] / weights[name] for name in weights)
+      return value + loss.penalty * parts[first] / weights[first], loss
 
-  gradient = jax.value_and_grad(total, has_aux=True)
+    gradient = jax.value_and_grad(total, has_aux=True)
+    return _accumulated(gradient, state, batch, key, weights, accumulation)
+
+  def gradients(state: TrainState, *inputs):
+    if aware is None:
+      return learned(loss_fn, state, *inputs)
+
+    def through(state, *inputs):
+      rounded = dataclasses.replace(state, params=aware.rounded(state.params))
+      return learned(aware.loss_fn, rounded, *inputs)
+
+    if aware.start == 0:
+      return through(state, *inputs)
+    plain = functools.partial(learned, loss_fn)
+    return jax.lax.cond(state.step >= aware.start, through, plain, state, *inputs)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step) if random else None
     weights = _positive(weigh(batch))
-    grads, loss, value = _accumulated(gradient, state, batch, key, weights, accumulation)
+    grads, loss, value = gradients(state, batch, key, weights)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     # Selecting between the old and the new state instead would read and write both once more.
