@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infer.constrain import language_of
+from infer.constrain import Walk, language_of
 from infer.constrain_ahead import speculate_within
 from infer.decode import Drawn, decode, prefill, reread
 from infer.found import nothing_left
@@ -70,10 +70,9 @@ class Batch:
     tokens, lengths = padded_prompts(m, read, size)
     source = source_of(m, prompts, size)
     self._request = request_of(m, settings, seeds, sequences, size, self._ends)
-    self._language, self._walks = language_of(m, settings), []
-    if self._language is not None and m.tokenizer is not None:
-      self._walks = [self._language.begin(m.tokenizer, row.prompt) for row in self.rows]
-      self._restrict()
+    self._language = language_of(m, settings)
+    self._walks = [] if self._language is None else [self._language.begin(p) for p in read]
+    self._restrict()
     self._ahead = settings.guesses
     self._cache, self._progress = prefill(
       self._net, self._params, tokens, lengths, self._request, source, cfg=m.config,
@@ -129,15 +128,20 @@ class Batch:
     end and have no token for it."""
     if self._language is None:
       return
-    open_rows = [None if row.ended else walk for row, walk in zip(self.rows, self._walks, strict=True)]
-    padding = [None] * (len(self._request.sampler.seed) - len(self.rows))
-    masks = self._language.masks([*open_rows, *padding])
+    walks = self._open_walks()
+    masks = self._language.masks(walks)
     self._request = dataclasses.replace(self._request, allowed=masks)
-    for row, walk, mask in zip(self.rows, open_rows, masks, strict=False):
+    for row, walk, mask in zip(self.rows, walks, masks, strict=False):  # No padding rows.
       if walk is not None and not mask.any():
         if (error := walk.stuck()) is not None:
           raise error
         self._end(row)
+
+  def _open_walks(self) -> list[Walk | None]:
+    """The way of each row through the language; None for those that have ended and for padding."""
+    rows = zip(self.rows, self._walks, strict=True)
+    padding = [None] * (len(self._request.sampler.seed) - len(self.rows))
+    return [*(None if row.ended else walk for row, walk in rows), *padding]
 
   def _end(self, row: Row) -> None:
     if len(row.tokens) < self.settings.min_new_tokens:
@@ -156,10 +160,9 @@ class Batch:
         self._net, self._params, self._cache, self._progress, stopped, until, self._request
       )
     elif self._language is not None:
-      walks = [None if row.ended else walk for row, walk in zip(self.rows, self._walks, strict=True)]
       self._cache, self._drafts, self._progress, self._tally = speculate_within(
         self._net, self._params, self._draft, self._cache, self._drafts, self._progress,
-        self._tally, stopped, until, self._request, walks, ahead=self._ahead,
+        self._tally, stopped, until, self._request, self._open_walks(), ahead=self._ahead,
       )  # fmt: skip
     else:
       self._cache, self._drafts, self._progress, self._tally = speculate(

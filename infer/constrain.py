@@ -10,7 +10,8 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class Vocabulary:
   """
 
   library: Any
+  decode: Callable[[list[int]], str]
   tokens: TokenBytes
   middle: Any
   start: Any
@@ -56,7 +58,9 @@ class Vocabulary:
   ending: Int32[np.ndarray, "words"]
   executor: Any
 
-  def masks(self, matchers: Sequence[tuple[Any, int]], rows: int) -> Int32[np.ndarray, "rows words"]:
+  def masks(
+    self, matchers: Sequence[tuple[Any, int]], rows: int
+  ) -> Int32[np.ndarray, "rows words"]:
     """A mask over the model's tokens for each (matcher, row)."""
     filled: Any = np.zeros((rows, -(-self.middle.vocab_size // _BITS)), np.int32)
     if matchers:
@@ -86,19 +90,21 @@ class Language:
   first: Int32[np.ndarray, "words"]
   blank: Int32[np.ndarray, "words"]
 
-  def begin(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> "Walk":
+  def begin(self, prompt: Sequence[int]) -> "Walk":
     """A text before its first token, behind a prompt."""
-    return Walk(self, anew=begins_anew(tokenizer.decode, prompt))
+    return Walk(self, anew=begins_anew(self.vocabulary.decode, prompt))
 
   def masks(self, walks: "Sequence[Walk | None]") -> Int32[np.ndarray, "rows words"]:
     """A bit for each token that may be next: all for None, none where a text cannot go on."""
-    rows = [(walk.matcher, i) for i, walk in enumerate(walks) if walk is not None and not walk.anew]
-    masks = self.vocabulary.masks(rows, len(walks))
+    once = {walk: i for i, walk in enumerate(walks) if walk is not None and not walk.anew}
+    masks = self.vocabulary.masks([(walk.matcher, i) for walk, i in once.items()], len(walks))
     for i, walk in enumerate(walks):
       if walk is None:
         masks[i] = -1
       elif walk.anew:
         masks[i] = self.first if walk.blank else self.first | self.blank
+      else:
+        masks[i] = masks[once[walk]]
     return masks
 
 
@@ -143,6 +149,26 @@ class Walk:
       f"after {self.count} new tokens no token of the vocabulary goes on with what "
       f"{self.language.name} asks for{f' ({said})' if said else ''}."
     )
+
+
+def text_or_file(name: str, value: str | None) -> str | None:
+  """What a flag says: a schema or a grammar itself, or the path of a file that holds it.
+
+  Raises:
+    InputError: for what is neither, or a file that is no text.
+  """
+  if value is None or value.lstrip()[:1] == "{" or "\n" in value:
+    return value
+  try:
+    if Path(value).is_file():
+      return Path(value).read_text(encoding="utf-8")
+  except (OSError, ValueError) as error:
+    raise InputError(f"--{name}={value} cannot be read: {error}.") from None
+  if name == "grammar" and ":" not in value:
+    raise InputError(f"--grammar={value} is no file, and no Lark grammar such as 'start: \"yes\"'.")
+  if name == "json_schema" and value not in ("true", "false"):
+    raise InputError(f"--json_schema={value} is no file, and no JSON object.")
+  return value
 
 
 def language_of(m: "Model", settings: Settings) -> Language | None:
@@ -192,6 +218,7 @@ def _vocabulary(tokenizer: Tokenizer, size: int, ends: frozenset[int]) -> Vocabu
   middle = known(tokens.tokens)
   return Vocabulary(
     library=llguidance,
+    decode=tokenizer.decode,
     tokens=tokens,
     middle=middle,
     start=middle if tokens.begins is tokens.tokens else known(tokens.begins),

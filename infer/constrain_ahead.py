@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int
@@ -26,7 +25,7 @@ from model.cache import Cache
 
 def speculate_within(
   graphdef: nnx.GraphDef, params: dict, draft: Draft, cache: Cache, drafts: Cache | None,
-  progress: Progress, tally: Tally, stopped: Bool[np.ndarray, "B"], until: Int[np.ndarray, ""],
+  progress: Progress, tally: Tally, stopped: Bool[np.ndarray, "B"], until: np.int32,
   request: Request, walks: Sequence[Walk | None], *, ahead: int,
 ) -> tuple[Cache, Cache | None, Progress, Tally]:  # fmt: skip
   """One block of `infer.speculative.speculate`.
@@ -101,9 +100,7 @@ def _lookup(said: History, *, ahead: int) -> Int[Array, "B ahead"]:
   return lookup(said, ahead)
 
 
-@functools.partial(
-  jax.jit, static_argnames=("graphdef", "first"), donate_argnames=("drafts",)
-)
+@functools.partial(jax.jit, static_argnames=("graphdef", "first"), donate_argnames=("drafts",))
 def _guess(
   graphdef: nnx.GraphDef, params: dict, drafts: Cache, progress: Progress, said: History,
   token: Int[Array, "B"], i: Int[Array, ""], until: Int[Array, ""], request: Request, *,

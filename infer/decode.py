@@ -24,7 +24,7 @@ class Request:
   sampler: Sampler
   stop_ids: Int[Array, "ends"]  # Tokens that end a row.
   min_new_tokens: Int[Array, ""]  # Before so many new tokens no stop id is chosen.
-  # A bit for each token that a constraint lets be the next, behind all shaping; None: no constraint.
+  # A bit for each token that a constraint lets be the next, after all shaping; None: no constraint.
   allowed: Int[Array, "B words"] | None = None
 
   def shaped(
