@@ -67,8 +67,10 @@ def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     if step["type"] == "Replace" and "String" not in step["pattern"]:
       raise _unknown("Replace with a pattern")
     fused = any(before["type"] == "Fuse" for before in steps[:i])
-    if step["type"] == "Strip" and (step["content"] != " " or step["stop"] or not fused):
-      raise _unknown("Strip of more than the spaces before a text")
+    if step["type"] == "Strip":
+      spaces = step["content"] == " " and (step["start"] in (0, 1) or step["start"] >= _ENDLESS)
+      if not spaces or step["stop"] or not fused:
+        raise _unknown("Strip of other than one or all spaces before a text")
   return steps
 
 
