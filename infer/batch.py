@@ -88,7 +88,7 @@ class Batch:
           self._draft.graphdef, self._draft.params, tokens, lengths, source,
           cfg=self._draft.config, length=self._length, ahead=self._ahead,
         )  # fmt: skip
-    self.count = 0  # New tokens of the rows that have not ended, at most.
+    self.count = 0  # New tokens of each row that has not ended, at least.
     self._collect()
 
   @property
@@ -175,7 +175,6 @@ class Batch:
   def _collect(self) -> None:
     """Takes the tokens that are new to the host."""
     counts, drawn = np.asarray(self._progress.count), np.asarray(self._progress.drawn.tokens)
-    self.count = int(counts.max())
     walks = self._walks or [None] * len(self.rows)
     for row, walk, count, tokens in zip(self.rows, walks, counts, drawn, strict=False):
       for token in tokens[len(row.tokens) : count].tolist():
@@ -192,6 +191,8 @@ class Batch:
           walk.take(token)
           if walk.ended:
             self._end(row)
+    going = [len(row.tokens) for row in self.rows if not row.ended]
+    self.count = min(going, default=int(counts.max()))
 
   def acceptance(self) -> list[float | None]:
     """The share of guesses that were right, of each row; None where nothing was guessed."""

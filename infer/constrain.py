@@ -92,7 +92,8 @@ class Language:
 
   def begin(self, prompt: Sequence[int]) -> "Walk":
     """A text before its first token, behind a prompt."""
-    return Walk(self, anew=begins_anew(self.vocabulary.decode, prompt))
+    known = self.vocabulary
+    return Walk(self, anew=known.start is not known.middle and begins_anew(known.decode, prompt))
 
   def masks(self, walks: "Sequence[Walk | None]") -> Int32[np.ndarray, "rows words"]:
     """A bit for each token that may be next: all for None, none where a text cannot go on."""
