@@ -23,6 +23,7 @@ from absl import flags
 
 from infer.batch import text_of
 from infer.chat import as_messages, turn_ends
+from infer.constrain import text_or_file
 from infer.generate import Completion, generate, stream
 from infer.heads import TASKS, check_head
 from infer.settings import Settings
@@ -103,6 +104,13 @@ _SCORER = flags.DEFINE_string(
   "scorer", "mean_logprob", "'mean_logprob', or the checkpoint of a reward model."
 )
 _PREFIX = flags.DEFINE_string("prefix", "", "What each completion begins with.")
+_JSON_SCHEMA = flags.DEFINE_string(
+  "json_schema", None, "Each completion is JSON of this schema: its text, or a file of it."
+)
+_REGEX = flags.DEFINE_string("regex", None, "All of each completion is what this matches.")
+_GRAMMAR = flags.DEFINE_string(
+  "grammar", None, "Each completion is what this Lark grammar makes: its text, or a file of it."
+)
 _PENALTY_ALPHA = flags.DEFINE_float(
   "penalty_alpha", 0.0, "Contrastive search among --top_k tokens: weight of their likeness."
 )
@@ -211,6 +219,8 @@ def _settings(prompts: list[str]) -> dict[str, Any]:
     early_stopping={"false": False, "true": True}.get(stopping, stopping),
     seed=seeds[0] if len(seeds) == 1 else seeds,
     logit_bias=None if bias is None else _biases(bias),
+    json_schema=text_or_file("json_schema", _JSON_SCHEMA.value),
+    grammar=text_or_file("grammar", _GRAMMAR.value),
   )
   known: dict[str, Any] = settings | ({"draft": "lookup"} if _drafts_from_a_checkpoint() else {})
   Settings(**known).seeds(len(prompts))

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from infer.constrain import Walk, language_of
+from infer.constrain_ahead import speculate_within
 from infer.decode import Drawn, decode, prefill, reread
 from infer.found import nothing_left
 from infer.prompts import prefix
-from infer.requests import bucket, request_of
+from infer.requests import bucket, end_ids, request_of
 from infer.settings import Settings
 from infer.speculative import Tally, draft_of, read_prompts, speculate
 from infer.text import Transcript, continuation
@@ -68,6 +70,9 @@ class Batch:
     tokens, lengths = padded_prompts(m, read, size)
     source = source_of(m, prompts, size)
     self._request = request_of(m, settings, seeds, sequences, size, self._ends)
+    self._language = language_of(m, settings)
+    self._walks = [] if self._language is None else [self._language.begin(p) for p in read]
+    self._restrict()
     self._ahead = settings.guesses
     self._cache, self._progress = prefill(
       self._net, self._params, tokens, lengths, self._request, source, cfg=m.config,
@@ -83,7 +88,7 @@ class Batch:
           self._draft.graphdef, self._draft.params, tokens, lengths, source,
           cfg=self._draft.config, length=self._length, ahead=self._ahead,
         )  # fmt: skip
-    self.count = 0  # New tokens of the rows that have not ended, at most.
+    self.count = 0  # New tokens of each row that has not ended, at least.
     self._collect()
 
   @property
@@ -118,7 +123,35 @@ class Batch:
       self._net, self._params, tokens, lengths, prompts, cfg=self._config, length=self._length
     )
 
+  def _restrict(self) -> None:
+    """Asks for the next tokens to keep texts within what they are to be; ends those that have to
+    end and have no token for it."""
+    if self._language is None:
+      return
+    walks = self._open_walks()
+    masks = self._language.masks(walks)
+    self._request = dataclasses.replace(self._request, allowed=masks)
+    for row, walk, mask in zip(self.rows, walks, masks, strict=False):  # No padding rows.
+      if walk is not None and not mask.any():
+        if (error := walk.stuck()) is not None:
+          raise error
+        self._end(row)
+
+  def _open_walks(self) -> list[Walk | None]:
+    """The way of each row through the language; None for those that have ended and for padding."""
+    rows = zip(self.rows, self._walks, strict=True)
+    padding = [None] * (len(self._request.sampler.seed) - len(self.rows))
+    return [*(None if row.ended else walk for row, walk in rows), *padding]
+
+  def _end(self, row: Row) -> None:
+    if len(row.tokens) < self.settings.min_new_tokens:
+      raise nothing_left(len(row.tokens))
+    row.ended = True
+
   def _decode(self, *goals: int) -> None:
+    self._restrict()
+    if self.finished:
+      return
     stopped = np.ones(len(self._request.sampler.seed), bool)
     stopped[: len(self.rows)] = [row.ended for row in self.rows]
     until = np.int32(min(goals))
@@ -126,6 +159,11 @@ class Batch:
       self._cache, self._progress = decode(
         self._net, self._params, self._cache, self._progress, stopped, until, self._request
       )
+    elif self._language is not None:
+      self._cache, self._drafts, self._progress, self._tally = speculate_within(
+        self._net, self._params, self._draft, self._cache, self._drafts, self._progress,
+        self._tally, stopped, until, self._request, self._open_walks(), ahead=self._ahead,
+      )  # fmt: skip
     else:
       self._cache, self._drafts, self._progress, self._tally = speculate(
         self._net, self._params, self._draft.graphdef, self._draft.params, self._cache,
@@ -137,8 +175,8 @@ class Batch:
   def _collect(self) -> None:
     """Takes the tokens that are new to the host."""
     counts, drawn = np.asarray(self._progress.count), np.asarray(self._progress.drawn.tokens)
-    self.count = int(counts.max())
-    for row, count, tokens in zip(self.rows, counts, drawn, strict=False):  # No padding rows.
+    walks = self._walks or [None] * len(self.rows)
+    for row, walk, count, tokens in zip(self.rows, walks, counts, drawn, strict=False):
       for token in tokens[len(row.tokens) : count].tolist():
         if row.ended:
           break
@@ -149,6 +187,12 @@ class Batch:
           row.ended = True
         elif self._follow:
           row.ended = row.transcript.push(token)
+        if walk is not None and not row.ended:
+          walk.take(token)
+          if walk.ended:
+            self._end(row)
+    going = [len(row.tokens) for row in self.rows if not row.ended]
+    self.count = min(going, default=int(counts.max()))
 
   def acceptance(self) -> list[float | None]:
     """The share of guesses that were right, of each row; None where nothing was guessed."""
@@ -186,19 +230,6 @@ def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[li
   rows = 1 << max(0, int(most).bit_length() - 1)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   return [order[i : i + rows] for i in range(0, len(order), rows)]
-
-
-def end_ids(m: "Model", settings: Settings) -> frozenset[int]:
-  """Tokens that end a sequence: the settings' stop ids, and the model's, or where it has none the
-  tokenizer's end token, or where that names none what its template closes a text with.
-  """
-  if m.end_ids:
-    return frozenset([*settings.stop_ids(), *m.end_ids])
-  if m.tokenizer is None:
-    return frozenset(settings.stop_ids())
-  eos = m.tokenizer.eos_id
-  closing = m.tokenizer.affixes[1][-1:] if eos is None else [eos]
-  return frozenset([*settings.stop_ids(), *closing])
 
 
 def text_of(m: "Model") -> Callable[[list[int]], str]:

@@ -14,11 +14,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from infer.batch import LEAST_ROOM, cache_length, end_ids, padded_prompts, source_of
+from infer.batch import LEAST_ROOM, cache_length, padded_prompts, source_of
+from infer.constrain import Language, Walk, language_of
 from infer.decode import Request, begin
 from infer.found import Found
 from infer.prompts import prefix
-from infer.requests import bucket, request_of
+from infer.requests import bucket, end_ids, request_of
 from infer.settings import Settings
 from infer.shaping import History
 from model.cache import Cache
@@ -98,12 +99,46 @@ def search(m: "Model", prompts: list[list[int]], settings: Settings) -> list[lis
   tokens, lengths = padded_prompts(m, reads, size)
   request = request_of(m, settings, [0] * size * beams, None, size * beams, ends)
   rules = np.array([settings.length_penalty, settings.diversity_penalty], np.float32)
-  state = _search(
-    net, params, tokens, lengths, request, source_of(m, prompts, size), np.int32(room), rules,
+  language = language_of(m, settings)
+  sizes: dict[str, Any] = dict(
     cfg=m.config, length=cache_length(m, reads, settings), room=bucket(room, LEAST_ROOM),
     shape=shape,
   )  # fmt: skip
-  return _results(jax.device_get(state), len(prompts), settings.num_return_sequences, ends)
+  read, most = (tokens, lengths, source_of(m, prompts, size)), np.int32(room)
+  if language is None:
+    found = _search(net, params, *read, request, most, rules, **sizes)
+  else:
+    begun = {(i, ()): language.begin(tokens) for i, tokens in enumerate(reads)}
+    state = _begin(net, params, *read, **sizes)
+    found = _within(net, params, state, language, begun, request, most, rules, shape)
+  return _results(jax.device_get(found), len(prompts), settings.num_return_sequences, ends)
+
+
+def _within(
+  graphdef: nnx.GraphDef, params: dict, state: "Search", language: Language,
+  walks: dict[tuple[int, tuple[int, ...]], Walk], request: Request, most: np.int32,
+  rules: Float[np.ndarray, "2"], shape: Shape,
+) -> Sequences:  # fmt: skip
+  """The search, a step at a time: each beam goes its own way through a language.
+
+  Args:
+    walks: the beginning of each prompt; then one for each prompt and tokens of a beam.
+  """
+  rows: list[Walk | None] = [walks.get((i // shape.beams, ())) for i in range(len(state.logits))]
+  while True:
+    asked = dataclasses.replace(request, allowed=language.masks(rows))
+    state = _advance(graphdef, params, state, asked, most, rules, shape=shape)
+    if not state.going:
+      return state.ended
+    tokens = np.asarray(state.running.tokens)[:, :, : int(state.count)]
+    alive = np.asarray(state.running.score) > NOTHING / 2
+    before, walks, rows = walks, {}, []
+    for (p, b), lives in np.ndenumerate(alive):
+      key = (p, tuple(tokens[p, b].tolist()))
+      if lives and key not in walks and (p, key[1][:-1]) in before:
+        walks[key] = before[p, key[1][:-1]].fork()
+        walks[key].take(key[1][-1])
+      rows.append(walks.get(key) if lives else None)
 
 
 def _results(
@@ -129,10 +164,38 @@ def _results(
 @functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "shape"))
 def _search(
   graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "P T"], lengths: Int[Array, "P"],
-  request: Request, source: Inputs | None, most: Int[Array, ""], rules: Float[Array, "2"], *,
+  source: Inputs | None, request: Request, most: Int[Array, ""], rules: Float[Array, "2"], *,
   cfg: ModelConfig, length: int, room: int, shape: Shape,
 ) -> Sequences:  # fmt: skip
-  net, P, B = nnx.merge(graphdef, params), len(tokens), shape.beams
+  net = nnx.merge(graphdef, params)
+  state = _start(net, tokens, lengths, source, cfg, length, room, shape)
+  step = functools.partial(_step, net, request, most, rules, shape)
+  return jax.lax.while_loop(lambda state: state.going, step, state).ended
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "shape"))
+def _begin(
+  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "P T"], lengths: Int[Array, "P"],
+  source: Inputs | None, *, cfg: ModelConfig, length: int, room: int, shape: Shape,
+) -> Search:  # fmt: skip
+  """A search before its first step."""
+  return _start(nnx.merge(graphdef, params), tokens, lengths, source, cfg, length, room, shape)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "shape"), donate_argnames=("state",))
+def _advance(
+  graphdef: nnx.GraphDef, params: dict, state: Search, request: Request, most: Int[Array, ""],
+  rules: Float[Array, "2"], *, shape: Shape,
+) -> Search:  # fmt: skip
+  """A search after one more step."""
+  return _step(nnx.merge(graphdef, params), request, most, rules, shape, state)
+
+
+def _start(
+  net: Any, tokens: Int[Array, "P T"], lengths: Int[Array, "P"], source: Inputs | None,
+  cfg: ModelConfig, length: int, room: int, shape: Shape,
+) -> Search:  # fmt: skip
+  P, B = len(tokens), shape.beams
   _, logits, said, cache = begin(net, tokens, lengths, source, cfg, length)
   each = lambda a: jnp.repeat(a, B, axis=0)
   none = Sequences(
@@ -141,7 +204,7 @@ def _search(
   )  # fmt: skip
   # All beams of a group begin alike: the first one speaks for them.
   first = jnp.where(jnp.arange(B) % (B // shape.groups) == 0, 0.0, NOTHING)
-  state = Search(
+  return Search(
     count=jnp.zeros((), jnp.int32),
     running=dataclasses.replace(none, score=jnp.broadcast_to(first, (P, B))),
     ended=none,
@@ -152,8 +215,6 @@ def _search(
     logits=each(logits.astype(jnp.float32)),
     cache=jax.tree.map(each, cache),
   )
-  step = functools.partial(_step, net, request, most, rules, shape)
-  return jax.lax.while_loop(lambda state: state.going, step, state).ended
 
 
 def _step(

@@ -14,11 +14,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from infer.batch import LEAST_ROOM, cache_length, end_ids, padded_prompts, source_of
+from infer.batch import LEAST_ROOM, cache_length, padded_prompts, source_of
+from infer.constrain import Language, Walk, language_of
 from infer.decode import Request, begin
 from infer.found import Found, nothing_left
 from infer.prompts import prefix
-from infer.requests import bucket, request_of
+from infer.requests import bucket, end_ids, request_of
 from infer.settings import Settings
 from infer.shaping import History
 from model.cache import Cache
@@ -56,12 +57,19 @@ def contrast(m: "Model", prompts: list[list[int]], settings: Settings) -> list[F
   net, params = m.unstacked()
   tokens, lengths = padded_prompts(m, reads, size)
   request = request_of(m, settings, [0] * size, None, size, ends)
-  told = _search(
-    net, params, tokens, lengths, request, source_of(m, prompts, size), np.int32(room),
-    np.float32(settings.penalty_alpha), cfg=m.config,
-    length=cache_length(m, reads, settings),
-    room=bucket(room, LEAST_ROOM), among=min(settings.top_k or 1, m.config.real_vocab),
-  )  # fmt: skip
+  language, source = language_of(m, settings), source_of(m, prompts, size)
+  alpha, among = np.float32(settings.penalty_alpha), min(settings.top_k or 1, m.config.real_vocab)
+  sizes: dict[str, Any] = dict(
+    cfg=m.config, length=cache_length(m, reads, settings), room=bucket(room, LEAST_ROOM)
+  )
+  if language is None:
+    told = _search(
+      net, params, tokens, lengths, source, request, np.int32(room), alpha, among=among, **sizes
+    )
+  else:
+    walks = [language.begin(prompt) for prompt in reads]
+    state = _begin(net, params, tokens, lengths, source, **sizes)
+    told = _within(net, params, state, language, walks, request, room, alpha, among)
   out = []
   for row, values, _ in zip(*jax.device_get(told), prompts, strict=False):
     n = int((row >= 0).sum())
@@ -72,15 +80,67 @@ def contrast(m: "Model", prompts: list[list[int]], settings: Settings) -> list[F
   return out
 
 
+def _within(
+  graphdef: nnx.GraphDef, params: dict, state: Search, language: Language, walks: list[Walk],
+  request: Request, most: int, alpha: np.float32, among: int,
+) -> tuple[Int[Array, "B M"], Float[Array, "B M"]]:  # fmt: skip
+  """The search, a step at a time: each row goes its own way through a language."""
+  for place in range(most):
+    ended = np.asarray(state.ended)
+    if ended.all():
+      break
+    rows = [None if over else walk for walk, over in zip(walks, ended, strict=False)]
+    masks = language.masks([*rows, *[None] * (len(ended) - len(rows))])
+    for walk, mask in zip(rows, masks, strict=False):
+      if walk is not None and not mask.any() and (error := walk.stuck()) is not None:
+        raise error
+    asked = dataclasses.replace(request, allowed=masks)
+    state = _advance(graphdef, params, state, asked, alpha, among=among)
+    for walk, token in zip(rows, np.asarray(state.tokens)[:, place].tolist(), strict=False):
+      if walk is not None and token >= 0:
+        walk.take(token)
+  return state.tokens, state.logprobs
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "among"))
 def _search(
   graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
-  request: Request, source: Inputs | None, most: Int[Array, ""], alpha: Float[Array, ""], *,
+  source: Inputs | None, request: Request, most: Int[Array, ""], alpha: Float[Array, ""], *,
   cfg: ModelConfig, length: int, room: int, among: int,
 ) -> tuple[Int[Array, "B M"], Float[Array, "B M"]]:  # fmt: skip
-  net, (B, T) = nnx.merge(graphdef, params), tokens.shape
+  net = nnx.merge(graphdef, params)
+  start = _start(net, tokens, lengths, source, cfg, length, room)
+  going = lambda state: (state.count < most) & ~jnp.all(state.ended)
+  step = functools.partial(_step, net, request, alpha, among)
+  end = jax.lax.while_loop(going, step, start)
+  return end.tokens, end.logprobs
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room"))
+def _begin(
+  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
+  source: Inputs | None, *, cfg: ModelConfig, length: int, room: int,
+) -> Search:  # fmt: skip
+  """A search before its first step."""
+  return _start(nnx.merge(graphdef, params), tokens, lengths, source, cfg, length, room)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "among"), donate_argnames=("state",))
+def _advance(
+  graphdef: nnx.GraphDef, params: dict, state: Search, request: Request, alpha: Float[Array, ""],
+  *, among: int,
+) -> Search:  # fmt: skip
+  """A search after one more step."""
+  return _step(nnx.merge(graphdef, params), request, alpha, among, state)
+
+
+def _start(
+  net: Any, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], source: Inputs | None,
+  cfg: ModelConfig, length: int, room: int,
+) -> Search:  # fmt: skip
+  B, T = tokens.shape
   x, logits, said, cache = begin(net, tokens, lengths, source, cfg, length)
-  start = Search(
+  return Search(
     count=jnp.zeros((), jnp.int32),
     ended=lengths == 0,
     said=said,
@@ -90,10 +150,6 @@ def _search(
     tokens=jnp.full((B, room), -1),
     logprobs=jnp.zeros((B, room)),
   )
-  going = lambda state: (state.count < most) & ~jnp.all(state.ended)
-  step = functools.partial(_step, net, request, alpha, among)
-  end = jax.lax.while_loop(going, step, start)
-  return end.tokens, end.logprobs
 
 
 def _step(net: Any, request: Request, alpha: Float[Array, ""], among: int, state: Search) -> Search:

@@ -24,15 +24,25 @@ class Request:
   sampler: Sampler
   stop_ids: Int[Array, "ends"]  # Tokens that end a row.
   min_new_tokens: Int[Array, ""]  # Before so many new tokens no stop id is chosen.
+  # A bit for each token that a constraint lets be the next, after all shaping; None: no constraint.
+  allowed: Int[Array, "B words"] | None = None
 
   def shaped(
     self, logits: Float[Array, "B V"], said: History, count: Int[Array, "..."]
   ) -> Float[Array, "B V"]:
     """The scores that a token is chosen from, behind `count` new tokens."""
     logits = logits if self.shaping is None else self.shaping(logits, said)
+    if self.allowed is not None:
+      logits = jnp.where(_unpacked(self.allowed, logits.shape[-1]), logits, -jnp.inf)
     ends = jnp.zeros(logits.shape[-1], bool).at[self.stop_ids].set(True, mode="drop")
     early = jnp.reshape(count < self.min_new_tokens, (-1, 1))
     return jnp.where(ends & early, -jnp.inf, logits)
+
+
+def _unpacked(words: Int[Array, "B words"], count: int) -> Bool[Array, "B count"]:
+  """The first bits of words of 32, the lowest of each first."""
+  bits = (words[:, :, None] >> jnp.arange(32)) & 1
+  return bits.reshape(len(words), -1)[:, :count] > 0
 
 
 @jax.tree_util.register_dataclass
@@ -157,7 +167,8 @@ def decode(
   graphdef: nnx.GraphDef, params: dict, cache: Cache, progress: Progress,
   stopped: Bool[Array, "B"], until: Int[Array, ""], request: Request,
 ) -> tuple[Cache, Progress]:  # fmt: skip
-  """Steps until each row has `until` new tokens or has ended.
+  """Steps until each row has `until` new tokens or has ended; one step if a constraint restricts
+  them, which is to be told anew behind each token.
 
   Args:
     cache: donated.
@@ -178,7 +189,10 @@ def decode(
 
   progress = dataclasses.replace(progress, ended=progress.ended | stopped)
   more = lambda carry: jnp.any(active(carry[1], until))
-  cache, progress = jax.lax.while_loop(more, step, (squeeze(cache), progress))
+  if request.allowed is not None:
+    cache, progress = step((squeeze(cache), progress))
+  else:
+    cache, progress = jax.lax.while_loop(more, step, (squeeze(cache), progress))
   return expand(cache), progress
 
 

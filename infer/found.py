@@ -26,5 +26,6 @@ def nothing_left(count: int) -> InputError:
   """The error of a text of `count` new tokens that no token may follow."""
   return InputError(
     f"after {count} new tokens no token is left that logit_bias, bad_words, allowed_tokens, "
-    "no_repeat_ngram_size and min_new_tokens allow: loosen one of them."
+    "no_repeat_ngram_size, prefix, min_new_tokens and json_schema, regex or grammar allow: loosen "
+    "one of them."
   )

@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from infer.batch import Batch, batches, end_ids, text_of
+from infer.batch import Batch, batches, text_of
 from infer.beam import search
 from infer.contrastive import contrast
 from infer.prompts import by_room, checked, listed, prefix
 from infer.ranking import scores
+from infer.requests import end_ids
 from infer.scores import Pairs, prompt_logprobs
 from infer.settings import Settings, settings_of
 from infer.text import continuation

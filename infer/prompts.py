@@ -3,6 +3,7 @@
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from infer.constrain import language_of
 from infer.heads import check_head
 from infer.ranking import check_scorer
 from infer.requests import prefix_tokens, spellings
@@ -27,6 +28,7 @@ def checked(m: "Model", prompts: Any, settings: Settings) -> list[list[int]]:
   for token in settings.stop_ids():
     _in_vocabulary("stop", token, vocab)
   _check_words(m, settings, vocab)
+  language_of(m, settings)
   check_scorer(settings.scorer)
   if settings.echo and (m.config.shape != "decoder" or m.config.prefix_attention):
     raise InputError(

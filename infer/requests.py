@@ -58,6 +58,19 @@ def request_of(
   return Request(_shaping(m, settings, size), sampler, _ids(ends, vocab), least)
 
 
+def end_ids(m: "Model", settings: Settings) -> frozenset[int]:
+  """Tokens that end a sequence: the settings' stop ids, and the model's, or where it has none the
+  tokenizer's end token, or where that names none what its template closes a text with.
+  """
+  if m.end_ids:
+    return frozenset([*settings.stop_ids(), *m.end_ids])
+  if m.tokenizer is None:
+    return frozenset(settings.stop_ids())
+  eos = m.tokenizer.eos_id
+  closing = m.tokenizer.affixes[1][-1:] if eos is None else [eos]
+  return frozenset([*settings.stop_ids(), *closing])
+
+
 def _sampler(settings: Settings, size: int, seed: Any, sequence: Any) -> Sampler:
   tiny, huge = np.finfo(np.float32).tiny, np.finfo(np.float32).max
   rows = lambda value: _rows(size, value, np.float32)

@@ -1,6 +1,7 @@
 """The settings of generation: declared once, checked once, each impossible value named."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -11,6 +12,8 @@ from model.errors import InputError, nearest
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_GUESSES = 4
 MOST_NGRAM = 1024  # The longest run of tokens that may be kept from coming again.
+
+CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 Word = str | int | Sequence[int]  # A text, a token or several.
 Biases = Mapping[Word, float]  # Several tokens are a tuple.
@@ -41,6 +44,9 @@ class Settings:
   best_of: int | None = None  # Draw so many of each prompt and keep the best.
   scorer: Any = "mean_logprob"  # What is best: see `infer.generate`.
   prefix: str | Sequence[int] = ()  # What each completion begins with: a text or token ids.
+  json_schema: str | Mapping[str, Any] | None = None  # What each text is to be: JSON of a schema,
+  regex: str | None = None  # or all that a regular expression matches,
+  grammar: str | None = None  # or what a Lark grammar makes.
   penalty_alpha: float = 0.0  # Contrastive search among top_k tokens: against likeness.
   num_beams: int = 1  # Sequences that a search goes on with; 1: no search.
   num_beam_groups: int = 1  # Groups of beams that are to differ from each other.
@@ -75,6 +81,7 @@ class Settings:
       _number("epsilon_cutoff", self.epsilon_cutoff, "at least 0 and below 1",
               lambda p: 0 <= p < 1)  # fmt: skip
     self._check_shaping()
+    self.constraint()
     self._check_sequences()
     if self.logprobs is not None:
       _whole("logprobs", self.logprobs, least=1)
@@ -208,6 +215,24 @@ class Settings:
         "give these."
       )
 
+  def constraint(self) -> tuple[str, str] | None:
+    """(the setting that says what texts are to be, its text), if one does.
+
+    Raises:
+      InputError: for more than one, an empty text, or a schema that is no JSON.
+    """
+    asked = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+    if not asked:
+      return None
+    if len(asked) > 1:
+      raise InputError(f"{' and '.join(asked)} exclude each other: say one thing of a text.")
+    name, value = asked[0], getattr(self, asked[0])
+    if name == "json_schema":
+      return name, _schema(value)
+    if not isinstance(value, str) or not value:
+      raise InputError(f"{name}={value!r} must be a text, and not an empty one.")
+    return name, value
+
   def most_new_tokens(self) -> int:
     """`max_new_tokens`, the default resolved; a model may have room for fewer."""
     return DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
@@ -275,6 +300,17 @@ def _number(name: str, value: Any, wanted: str, allowed) -> None:
   number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
   if not number or not allowed(value):
     raise InputError(f"{name}={value!r} must be a number {wanted}.")
+
+
+def _schema(value: Any) -> str:
+  """A JSON schema as text."""
+  if not isinstance(value, str | Mapping):
+    raise InputError(f"json_schema={value!r} must be a dict, or JSON as a text.")
+  try:
+    parsed = json.loads(value) if isinstance(value, str) else value
+    return json.dumps(parsed, allow_nan=False)
+  except (TypeError, ValueError, RecursionError) as error:
+    raise InputError(f"json_schema={value!r} is not JSON ({error}).") from None
 
 
 def _word(name: str, word: Any) -> None:

@@ -117,35 +117,53 @@ def speculate(
 
   def step(carry):
     cache, drafts, progress, tally = carry
-    going = active(progress, until)
-    # No token is read whose successor would be one too many.
-    places = jnp.arange(ahead + 1)
-    of_use = going[:, None] & (progress.count[:, None] + places < until)
-    pos = jnp.where(of_use, progress.pos[:, None] + places, -1)
     if guesser is None:
       guesses = lookup(progress.said, ahead)
     else:
-      guesses, drafts = _guesses(guesser, drafts, progress, pos, request, ahead)
-    guesses = jnp.where(of_use[:, 1:], guesses, -1)
-    tokens = jnp.concatenate((progress.token[:, None], jnp.maximum(guesses, 0)), axis=1)
-    x, cache, _ = net.hidden(Inputs(tokens, pos), cache=cache)
-    progress, tally = _verified(progress, tally, net.logits(x), guesses, going, until, request)
+      guesses, drafts = _guesses(guesser, drafts, progress, until, request, ahead)
+    cache, progress, tally = compared(net, cache, progress, tally, guesses, until, request, None)
     return cache, drafts, progress, tally
 
   more = lambda carry: jnp.any(active(carry[2], until))
   return jax.lax.while_loop(more, step, (cache, drafts, progress, tally))
 
 
+def compared(
+  net: Any, cache: Cache, progress: Progress, tally: Tally, guesses: Int[Array, "B G"],
+  until: Int[Array, ""], request: Request, masks: Int[Array, "B A words"] | None,
+) -> tuple[Cache, Progress, Tally]:  # fmt: skip
+  """One pass over the newest tokens and the guesses behind them, -1 where there is none.
+
+  Args:
+    masks: the tokens that a constraint allows in each place, if the guesses before it are right.
+  """
+  going, pos = active(progress, until), _places(progress, until, guesses.shape[1])
+  guesses = jnp.where(pos[:, 1:] >= 0, guesses, -1)
+  tokens = jnp.concatenate((progress.token[:, None], jnp.maximum(guesses, 0)), axis=1)
+  x, cache, _ = net.hidden(Inputs(tokens, pos), cache=cache)
+  logits = net.logits(x)
+  return cache, *_verified(progress, tally, logits, guesses, going, until, request, masks)
+
+
+def _places(progress: Progress, until: Int[Array, ""], ahead: int) -> Int[Array, "B A"]:
+  """Positions of the newest token and of the guesses; -1 where the successor is one too many."""
+  places = jnp.arange(ahead + 1)
+  of_use = active(progress, until)[:, None] & (progress.count[:, None] + places < until)
+  return jnp.where(of_use, progress.pos[:, None] + places, -1)
+
+
 def _verified(
   progress: Progress, tally: Tally, logits: Float[Array, "B A V"], guesses: Int[Array, "B G"],
   going: Bool[Array, "B"], until: Int[Array, ""], request: Request,
+  masks: Int[Array, "B A words"] | None,
 ) -> tuple[Progress, Tally]:  # fmt: skip
   """The model's own choices, one behind the other, while the guesses before them are right."""
   guesses = jnp.concatenate((guesses, jnp.full_like(guesses[:, :1], -1)), axis=1)
 
   def place(i, carry):
     progress, tally, going = carry
-    progress = choose(progress, logits[:, i], request, going)
+    asked = request if masks is None else dataclasses.replace(request, allowed=masks[:, i])
+    progress = choose(progress, logits[:, i], asked, going)
     looked_at = going & (guesses[:, i] >= 0)
     right = looked_at & (progress.token == guesses[:, i])
     tally = Tally(tally.guessed + looked_at, tally.right + right)
@@ -155,29 +173,37 @@ def _verified(
 
 
 def _guesses(
-  net: Any, cache: Cache, progress: Progress, pos: Int[Array, "B A"], request: Request, ahead: int
+  net: Any, cache: Cache, progress: Progress, until: Int[Array, ""], request: Request, ahead: int
 ) -> tuple[Int[Array, "B G"], Cache]:
-  """What a draft model says next, by the same rules and keys.
-
-  It begins with the two newest tokens: of the one before the newest it may not have read what was
-  chosen in the place of its own guess.
-  """
-  said, count, token = progress.said, progress.count, progress.token
-  before = jnp.maximum(said.count - 2, 0)
-  last = jnp.take_along_axis(said.tokens, before[:, None], axis=1)
-  tokens = jnp.concatenate((last, token[:, None]), axis=1)
-  first = jnp.where(pos[:, :1] > 0, pos[:, :1] - 1, -1)
-  x, cache, _ = net.hidden(
-    Inputs(tokens, jnp.concatenate((first, pos[:, :1]), axis=1)), cache=cache
-  )
-  out = []
+  """What a draft model says next, by the same rules and keys."""
+  said, token, out = progress.said, progress.token, []
   for i in range(ahead):
-    if i:
-      x, cache, _ = net.hidden(Inputs(token[:, None], pos[:, [i]]), cache=cache)
-    token = pick(request, net.logits(x[:, -1]), said, progress.pos + 1 + i, count + i)[0]
-    said = said.push(token, pos[:, i] >= 0)
+    told = guess(net, cache, progress, said, token, i, until, request, first=i == 0)
+    token, said, cache = told
     out.append(token)
   return jnp.stack(out, axis=1), cache
+
+
+def guess(
+  net: Any, cache: Cache, progress: Progress, said: History, token: Int[Array, "B"],
+  i: int | Int[Array, ""], until: Int[Array, ""], request: Request, *, first: bool,
+) -> tuple[Int[Array, "B"], History, Cache]:  # fmt: skip
+  """(guess number i, the history with it, the draft's cache) behind the guess before, `token`.
+
+  The first one begins with the two newest tokens: of the one before the newest the draft may not
+  have read what was chosen in the place of its own guess.
+  """
+  count = progress.count + i
+  of_use = active(progress, until) & (count < until)
+  tokens, pos = token[:, None], jnp.where(of_use, progress.pos + i, -1)[:, None]
+  if first:
+    before = jnp.maximum(said.count - 2, 0)
+    last = jnp.take_along_axis(said.tokens, before[:, None], axis=1)
+    tokens = jnp.concatenate((last, tokens), axis=1)
+    pos = jnp.concatenate((jnp.where(pos > 0, pos - 1, -1), pos), axis=1)
+  x, cache, _ = net.hidden(Inputs(tokens, pos), cache=cache)
+  token = pick(request, net.logits(x[:, -1]), said, progress.pos + 1 + i, count)[0]
+  return token, said.push(token, of_use), cache
 
 
 def lookup(said: History, ahead: int) -> Int[Array, "B ahead"]:

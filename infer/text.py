@@ -78,6 +78,12 @@ def continuation(
   return decode([*context, *tokens])[len(decode(context)) :]
 
 
+def begins_anew(decode: Callable[[list[int]], str], prompt: Sequence[int]) -> bool:
+  """Whether nothing is written before the text of new tokens, from which decoders may then drop a
+  space."""
+  return not decode(_context(decode, prompt))
+
+
 def _context(decode: Callable[[list[int]], str], prompt: Sequence[int]) -> list[int]:
   """The end of the prompt that new tokens are decoded with; none if it breaks a character."""
   context = list(prompt[-CONTEXT:])

@@ -102,7 +102,7 @@ def _with_special(
 def _bytes() -> Tokenizer:
   # The byte-level alphabet shows bytes as printable characters; any of them encodes to itself.
   byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(_byte_characters())}, []))
+  backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(byte_characters())}, []))
   backend.pre_tokenizer = byte_level
   backend.decoder = decoders.ByteLevel()
   backend.add_special_tokens(["<pad>", "<bos>", "<eos>", "<mask>"])
@@ -111,7 +111,7 @@ def _bytes() -> Tokenizer:
   return Tokenizer(backend, {f"{r}_token": name for r, name in names.items()})
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
   """The character that stands for each byte, by byte (GPT-2's table)."""
   shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
   hidden = itertools.count(256)

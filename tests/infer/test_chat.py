@@ -7,8 +7,8 @@ import pytest
 
 import infer
 import model
-from infer.batch import end_ids
 from infer.chat import as_messages, turn_ends
+from infer.requests import end_ids
 from infer.settings import Settings
 from model.errors import InputError
 from tests import commands
