@@ -1,6 +1,7 @@
 """What a trained model does."""
 
 from infer.generate import Completion, generate, stream
+from infer.prefix_cache import PrefixCache
 from infer.ranking import vote
 from infer.tasks.answer import Answer, answer
 from infer.tasks.classify import Label, classify
@@ -13,6 +14,7 @@ __all__ = [
   "Completion",
   "Guess",
   "Label",
+  "PrefixCache",
   "Span",
   "answer",
   "classify",

@@ -14,15 +14,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from infer.batch import LEAST_ROOM, cache_length, end_ids, padded_prompts, source_of
-from infer.decode import Request, begin
+from infer.batch import LEAST_ROOM, cache_length, distinct, end_ids, read_prompts, said
+from infer.decode import Request
 from infer.found import Found
 from infer.prompts import prefix
+from infer.reading import Behind, reader
 from infer.requests import bucket, request_of
 from infer.settings import Settings
 from infer.shaping import History
 from model.cache import Cache
-from model.config import ModelConfig
 from model.errors import InputError
 from model.transformer import Inputs
 
@@ -95,13 +95,13 @@ def search(m: "Model", prompts: list[list[int]], settings: Settings) -> list[lis
   reads, room = [prefix(m, prompt) for prompt in prompts], settings.most_new_tokens()
   size = bucket(len(prompts), 1)
   net, params = m.unstacked()
-  tokens, lengths = padded_prompts(m, reads, size)
+  length = cache_length(m, reads, settings)
+  behind, _ = read_prompts(reader(m, settings, length), distinct(m, prompts, size), settings)
   request = request_of(m, settings, [0] * size * beams, None, size * beams, ends)
   rules = np.array([settings.length_penalty, settings.diversity_penalty], np.float32)
   state = _search(
-    net, params, tokens, lengths, request, source_of(m, prompts, size), np.int32(room), rules,
-    cfg=m.config, length=cache_length(m, reads, settings), room=bucket(room, LEAST_ROOM),
-    shape=shape,
+    net, params, behind, said(reads, size, length), request, np.int32(room), rules,
+    room=bucket(room, LEAST_ROOM), shape=shape,
   )  # fmt: skip
   return _results(jax.device_get(state), len(prompts), settings.num_return_sequences, ends)
 
@@ -126,14 +126,13 @@ def _results(
   return out
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "shape"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "room", "shape"))
 def _search(
-  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "P T"], lengths: Int[Array, "P"],
-  request: Request, source: Inputs | None, most: Int[Array, ""], rules: Float[Array, "2"], *,
-  cfg: ModelConfig, length: int, room: int, shape: Shape,
+  graphdef: nnx.GraphDef, params: dict, behind: Behind, said: History, request: Request,
+  most: Int[Array, ""], rules: Float[Array, "2"], *, room: int, shape: Shape,
 ) -> Sequences:  # fmt: skip
-  net, P, B = nnx.merge(graphdef, params), len(tokens), shape.beams
-  _, logits, said, cache = begin(net, tokens, lengths, source, cfg, length)
+  net, P, B = nnx.merge(graphdef, params), len(said.tokens), shape.beams
+  logits = net.logits(behind.last)
   each = lambda a: jnp.repeat(a, B, axis=0)
   none = Sequences(
     jnp.full((P, B, room), -1), jnp.zeros((P, B, room)), jnp.zeros((P, B), jnp.int32),
@@ -146,11 +145,11 @@ def _search(
     running=dataclasses.replace(none, score=jnp.broadcast_to(first, (P, B))),
     ended=none,
     full=jnp.zeros((P, B), bool),
-    open=jnp.broadcast_to((lengths > 0)[:, None], (P, shape.groups)),
+    open=jnp.broadcast_to((said.prompt > 0)[:, None], (P, shape.groups)),
     going=jnp.ones((), bool),
     said=jax.tree.map(each, said),
     logits=each(logits.astype(jnp.float32)),
-    cache=jax.tree.map(each, cache),
+    cache=jax.tree.map(each, behind.cache),
   )
   step = functools.partial(_step, net, request, most, rules, shape)
   return jax.lax.while_loop(lambda state: state.going, step, state).ended

@@ -14,15 +14,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from infer.batch import LEAST_ROOM, cache_length, end_ids, padded_prompts, source_of
-from infer.decode import Request, begin
+from infer.batch import LEAST_ROOM, cache_length, distinct, end_ids, read_prompts, said
+from infer.decode import Request
 from infer.found import Found, nothing_left
 from infer.prompts import prefix
+from infer.reading import Behind, reader
 from infer.requests import bucket, request_of
 from infer.settings import Settings
 from infer.shaping import History
 from model.cache import Cache
-from model.config import ModelConfig
 from model.transformer import Inputs
 
 if TYPE_CHECKING:
@@ -54,13 +54,13 @@ def contrast(m: "Model", prompts: list[list[int]], settings: Settings) -> list[F
   ends, reads = end_ids(m, settings), [prefix(m, prompt) for prompt in prompts]
   room, size = settings.most_new_tokens(), bucket(len(prompts), 1)
   net, params = m.unstacked()
-  tokens, lengths = padded_prompts(m, reads, size)
+  length, ways = cache_length(m, reads, settings), distinct(m, prompts, size)
+  behind, _ = read_prompts(reader(m, settings, length), ways, settings, states=True)
   request = request_of(m, settings, [0] * size, None, size, ends)
   told = _search(
-    net, params, tokens, lengths, request, source_of(m, prompts, size), np.int32(room),
-    np.float32(settings.penalty_alpha), cfg=m.config,
-    length=cache_length(m, reads, settings),
-    room=bucket(room, LEAST_ROOM), among=min(settings.top_k or 1, m.config.real_vocab),
+    net, params, behind, said(reads, size, length), request, np.int32(room),
+    np.float32(settings.penalty_alpha), room=bucket(room, LEAST_ROOM),
+    among=min(settings.top_k or 1, m.config.real_vocab),
   )  # fmt: skip
   out = []
   for row, values, _ in zip(*jax.device_get(told), prompts, strict=False):
@@ -72,21 +72,19 @@ def contrast(m: "Model", prompts: list[list[int]], settings: Settings) -> list[F
   return out
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "among"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "room", "among"))
 def _search(
-  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
-  request: Request, source: Inputs | None, most: Int[Array, ""], alpha: Float[Array, ""], *,
-  cfg: ModelConfig, length: int, room: int, among: int,
+  graphdef: nnx.GraphDef, params: dict, behind: Behind, said: History, request: Request,
+  most: Int[Array, ""], alpha: Float[Array, ""], *, room: int, among: int,
 ) -> tuple[Int[Array, "B M"], Float[Array, "B M"]]:  # fmt: skip
-  net, (B, T) = nnx.merge(graphdef, params), tokens.shape
-  x, logits, said, cache = begin(net, tokens, lengths, source, cfg, length)
+  net, B = nnx.merge(graphdef, params), len(said.tokens)
   start = Search(
     count=jnp.zeros((), jnp.int32),
-    ended=lengths == 0,
+    ended=said.prompt == 0,
     said=said,
-    states=jnp.zeros((B, length, x.shape[-1])).at[:, :T].set(_directions(x)),
-    logits=logits.astype(jnp.float32),
-    cache=cache,
+    states=_directions(behind.states),  # pyright: ignore[reportArgumentType]
+    logits=net.logits(behind.last).astype(jnp.float32),
+    cache=behind.cache,
     tokens=jnp.full((B, room), -1),
     logprobs=jnp.zeros((B, room)),
   )
