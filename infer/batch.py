@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 LEAST_LENGTH, LEAST_ROOM = 64, 64  # The smallest sizes.
 PASS_TOKENS = 16_384  # The most tokens of a batch that are read in one pass.
-SCORE_BYTES = 2**30  # The most bytes of one layer's scores in a pass, if a row alone has no more.
-CACHE_BYTES = 2**31  # The most bytes of a batch's cache, where a device does not tell its memory.
+# The most bytes of a batch's cache, and twice those of one layer's scores while prompts are read:
+CACHE_BYTES = 2**31  # Where a device does not tell its memory.
 CACHE_SHARE = 0.5  # Of the memory that is free on a device.
 
 
@@ -87,6 +87,7 @@ class Batch:
         guesser = dataclasses.replace(
           self._reader, graphdef=self._draft.graphdef, params=self._draft.params,
           config=self._draft.config,
+          chunk=chunk_of(self._draft.config, settings, self._reader.length),
         )  # fmt: skip
         plain = dataclasses.replace(settings, prefix_cache=None)
         self._drafts = read_prompts(guesser, ways, plain)[0].cache
@@ -198,7 +199,7 @@ def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[li
   whole = cfg.shape == "encoder_decoder"  # An encoder reads its texts whole.
   width = source if whole else min(chunk, bucket(longest, LEAST_PROMPT, cfg.max_positions))
   scores = 4 * cfg.num_heads * width * (source if whole else length)
-  most = min(budget // row_bytes // copies, PASS_TOKENS // width, SCORE_BYTES // scores)
+  most = min(budget // row_bytes // copies, budget // 2 // scores, PASS_TOKENS // width)
   rows = 1 << max(0, int(most).bit_length() - 1)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   return [order[i : i + rows] for i in range(0, len(order), rows)]

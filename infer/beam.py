@@ -96,14 +96,16 @@ def search(m: "Model", prompts: list[list[int]], settings: Settings) -> list[lis
   size = bucket(len(prompts), 1)
   net, params = m.unstacked()
   length = cache_length(m, reads, settings)
-  behind, _ = read_prompts(reader(m, settings, length), distinct(m, prompts, size), settings)
+  behind, reused = read_prompts(reader(m, settings, length), distinct(m, prompts, size), settings)
   request = request_of(m, settings, [0] * size * beams, None, size * beams, ends)
   rules = np.array([settings.length_penalty, settings.diversity_penalty], np.float32)
   state = _search(
     net, params, behind, said(reads, size, length), request, np.int32(room), rules,
     room=bucket(room, LEAST_ROOM), shape=shape,
   )  # fmt: skip
-  return _results(jax.device_get(state), len(prompts), settings.num_return_sequences, ends)
+  found = _results(jax.device_get(state), len(prompts), settings.num_return_sequences, ends)
+  cached = lambda group, n: [dataclasses.replace(one, cached=n) for one in group]
+  return [cached(*pair) for pair in zip(found, reused, strict=True)]
 
 
 def _results(

@@ -16,6 +16,9 @@ from infer.batch import batches
 from infer.reading import Reader, read_chunk
 from infer.settings import Settings
 from model.cache import new_cache, quantized
+from model.heads import abstract
+from model.layers import param_info
+from model.sharding import make_mesh, shardings
 from model.transformer import Inputs
 from tests.infer import tiny
 from tests.infer.test_beam import on_request
@@ -227,10 +230,13 @@ def test_more_prompts_go_together_where_caches_are_smaller(monkeypatch):
   prompts = [LONG[:40]] * 64
   cache = new_cache(m.config, 1, 96, stacked=False)
   monkeypatch.setattr(batch, "CACHE_BYTES", 4.4 * sum(a.nbytes for a in jax.tree.leaves(cache)))
-  rows = lambda **settings: len(batches(m, prompts, Settings(**settings))[0])
-  assert [rows(cache_dtype=d) for d in ("float32", "bfloat16", "int8")] == [4, 8, 16]
-  monkeypatch.setattr(batch, "SCORE_BYTES", 16 * 4 * 4 * 96)
-  assert rows(cache_dtype="int8", prefill_chunk=16) == 1
+  rows = lambda dtype, chunk: len(
+    batches(m, prompts, Settings(cache_dtype=dtype, prefill_chunk=chunk))[0]
+  )
+  assert [rows(dtype, 16) for dtype in ("float32", "bfloat16", "int8")] == [4, 8, 16]
+  scores = 4 * m.config.num_heads * 64 * 96
+  monkeypatch.setattr(batch, "CACHE_BYTES", 2 * scores)
+  assert [rows("int8", chunk) for chunk in (16, 64)] == [4, 1]
 
 
 def logprobs(m, text: list[int], dtype: str | None, chunk: int) -> np.ndarray:
@@ -264,3 +270,65 @@ def test_a_real_model_reads_as_well_from_a_cache_in_int8():
   ratio = np.exp(exact.mean() - small.mean())
   print(f"perplexity {np.exp(-exact.mean()):.3f}, int8 cache {(ratio - 1):+.4%}")
   assert np.abs(small - exact).max() > 1e-5 and abs(ratio - 1) < 0.005
+
+
+BEHIND = dict(shape="encoder_decoder", decoder_start_id=256, layer_pattern=("global",), window=None)
+SHAPES = {
+  "ring": dict(),
+  "wide": dict(window=40, layer_pattern=("local", "local", "global"), num_layers=3),
+  "latent": LATENT,
+  "prefix": dict(prefix_attention=True),
+  "behind": BEHIND,
+  "t5": BEHIND | dict(positions="t5_bias", max_positions=None),
+  "experts": dict(num_experts=4, experts_per_token=2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_tokens_depend_on_the_prompt_alone(kind, dtype):
+  """Not on the batch, its order or padding, on room, chunks, rings or what is kept of others."""
+  m = tiny.model(**SHAPES[kind])
+  ways = [dict(), dict(draft=m, speculate=3)]
+  if kind not in ("prefix", "behind", "t5"):
+    kept = infer.PrefixCache(m, block=4)
+    ways += [dict(prefill_chunk=8), dict(prefill_chunk=8, draft="layers:1")]
+    ways += [*([dict(prefix_cache=kept)] * 2), dict(prefill_chunk=4, prefix_cache=kept)]
+  for settings in (SAMPLED, dict(num_beams=2)) if kind == "ring" else (SAMPLED,):
+    ask = lambda prompts, room=10, **way: tokens(
+      infer.generate(m, prompts, max_new_tokens=room, min_new_tokens=room, cache_dtype=dtype,
+                     **settings | way)  # noqa: B023
+    )  # fmt: skip
+    alone = [ask(prompt)[0] for prompt in RAGGED]
+    if settings is SAMPLED:
+      assert [t[:10] for t in ask(RAGGED, room=33)] == alone
+    for way in ways:
+      if settings is SAMPLED or "draft" not in way:
+        assert ask(RAGGED[::-1], **way)[::-1] == alone, way
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHAPES)
+def test_log_probabilities_of_an_int8_cache_are_near_those_of_a_float_one(kind):
+  m = tiny.model(**SHAPES[kind], init_std=0.1)
+  first = infer.generate(m, RAGGED, max_new_tokens=10, min_new_tokens=10)
+  for one, prompt in zip(first, RAGGED, strict=True):
+    said = dict(max_new_tokens=10, min_new_tokens=10, prefix=one.tokens)
+    near = infer.generate(m, prompt, cache_dtype="int8", **said)[0]
+    assert near.tokens == one.tokens
+    assert 0 < np.abs(np.subtract(near.logprobs, one.logprobs)).max() < 0.05
+
+
+@pytest.mark.slow
+def test_a_model_spread_over_devices_reads_and_keeps_alike(m):
+  mesh = make_mesh(data=2, fsdp=2, tensor=2, devices=None)
+  axes = jax.tree.map(lambda i: i.axes, param_info(abstract(m.config)))
+  spread = dataclasses.replace(m, params=jax.device_put(m.params, shardings(m.params, axes, mesh)))
+  for dtype in ("auto", "int8"):
+    settings = dict(max_new_tokens=10, cache_dtype=dtype, prefill_chunk=16, **SAMPLED)
+    want = tokens(infer.generate(m, RAGGED, **settings))
+    kept = infer.PrefixCache(spread, block=8)
+    for way in (dict(), dict(prefix_cache=kept), dict(prefix_cache=kept), dict(draft="layers:1")):
+      assert tokens(infer.generate(spread, RAGGED, **settings, **way)) == want
+    assert kept.hits == 4
