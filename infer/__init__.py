@@ -2,6 +2,7 @@
 
 from infer.calibrate import calibrate
 from infer.generate import Completion, generate, stream
+from infer.prefix_cache import PrefixCache
 from infer.ranking import vote
 from infer.tasks.answer import Answer, answer
 from infer.tasks.classify import Label, classify
@@ -14,6 +15,7 @@ __all__ = [
   "Completion",
   "Guess",
   "Label",
+  "PrefixCache",
   "Span",
   "answer",
   "calibrate",

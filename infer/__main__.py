@@ -26,7 +26,8 @@ from infer.chat import as_messages, turn_ends
 from infer.constrain import text_or_file
 from infer.generate import Completion, generate, stream
 from infer.heads import TASKS, check_head
-from infer.settings import Settings
+from infer.prefix_cache import PrefixCache
+from infer.settings import CACHE_DTYPES, Settings
 from infer.tasks.command import Asked, tell
 from model import Model, load
 from model.compilation import use_compilation_cache
@@ -132,6 +133,15 @@ _DRAFT = flags.DEFINE_string(
   "draft", None, "What guesses tokens ahead: a checkpoint, 'lookup', or 'layers:N' (early layers)."
 )
 _SPECULATE = flags.DEFINE_integer("speculate", None, "Tokens that --draft guesses (default: 4).")
+_PREFILL_CHUNK = flags.DEFINE_integer(
+  "prefill_chunk", None, "Tokens of a prompt that are read at a time (default: 512)."
+)
+_CACHE_DTYPE = flags.DEFINE_enum(
+  "cache_dtype", "auto", list(CACHE_DTYPES), "Of the keys and values of tokens that were read."
+)
+_PREFIX_CACHE = flags.DEFINE_bool(
+  "prefix_cache", False, "Read once what prompts of several batches have as their beginning."
+)
 _LOGPROBS = flags.DEFINE_integer("logprobs", None, "Report the N most probable tokens (--json).")
 _ECHO = flags.DEFINE_bool("echo", False, "Report the prompt's log-probabilities (--json).")
 
@@ -181,6 +191,8 @@ def main(argv: list[str]) -> int:
     answer.keywords["settings"]["draft"] = load(str(_DRAFT.value))
   if _TASK.value == "generate" and _SCORER.value != "mean_logprob":
     answer.keywords["settings"]["scorer"] = load(_SCORER.value)
+  if _TASK.value == "generate" and _PREFIX_CACHE.value:
+    answer.keywords["settings"]["prefix_cache"] = PrefixCache(m)
   if _TASK.value != "embed":
     check_head(m.config, _TASK.value)
   try:
@@ -218,6 +230,7 @@ def _settings(prompts: list[str]) -> dict[str, Any]:
   settings |= dict(
     early_stopping={"false": False, "true": True}.get(stopping, stopping),
     seed=seeds[0] if len(seeds) == 1 else seeds,
+    prefix_cache=None,
     logit_bias=None if bias is None else _biases(bias),
     json_schema=text_or_file("json_schema", _JSON_SCHEMA.value),
     grammar=text_or_file("grammar", _GRAMMAR.value),

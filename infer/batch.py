@@ -15,12 +15,14 @@ import numpy as np
 
 from infer.constrain import Walk, language_of
 from infer.constrain_ahead import speculate_within
-from infer.decode import Drawn, decode, prefill, reread
+from infer.decode import Drawn, decode, start
 from infer.found import nothing_left
 from infer.prompts import prefix
+from infer.reading import LEAST_PROMPT, Behind, Reader, chunk_of, kept_dtype, reader, spread
 from infer.requests import bucket, end_ids, request_of
 from infer.settings import Settings
-from infer.speculative import Tally, draft_of, read_prompts, speculate
+from infer.shaping import History
+from infer.speculative import Tally, draft_of, speculate
 from infer.text import Transcript, continuation
 from model.cache import new_cache
 from model.transformer import Inputs
@@ -28,9 +30,10 @@ from model.transformer import Inputs
 if TYPE_CHECKING:
   from model import Model
 
-LEAST_PROMPT, LEAST_LENGTH, LEAST_ROOM = 16, 64, 64  # The smallest sizes.
-PROMPT_TOKENS = 16_384  # The most tokens of a batch's padded prompts, which are read in one pass.
-CACHE_BYTES = 2**31  # The most bytes of a batch's cache, where a device does not tell its memory.
+LEAST_LENGTH, LEAST_ROOM = 64, 64  # The smallest sizes.
+PASS_TOKENS = 16_384  # The most tokens of a batch that are read in one pass.
+# The most bytes of a batch's cache, and twice those of one layer's scores while prompts are read:
+CACHE_BYTES = 2**31  # Where a device does not tell its memory.
 CACHE_SHARE = 0.5  # Of the memory that is free on a device.
 
 
@@ -49,13 +52,14 @@ class Batch:
 
   def __init__(
     self, m: "Model", prompts: list[list[int]], seeds: list[int], settings: Settings, *,
-    follow: bool, sequences: list[int] | None = None,
+    follow: bool, sequences: list[int] | None = None, groups: list[int] | None = None,
   ):  # fmt: skip
     """Reads the prompts and chooses a first token for each.
 
     Args:
       prompts: of an encoder–decoder, what its encoder reads.
       sequences: the number of each among the sequences of its prompt; None: each is the first.
+      groups: rows of one number lie together and have one prompt, which is read once.
       follow: keep the text of each row after every token, which stop strings and streams need.
     """
     self.settings, self.decode_text = settings, text_of(m)
@@ -65,29 +69,33 @@ class Batch:
     read = [prefix(m, prompt) for prompt in prompts]
     self.rows = [Row(prompt, begin(prompt)) for prompt in read]
     self._net, self._params = m.unstacked()
-    self._config, self._length = m.config, cache_length(m, read, settings)
-    size = bucket(len(prompts), 1)
-    tokens, lengths = padded_prompts(m, read, size)
-    source = source_of(m, prompts, size)
+    self._config, size = m.config, bucket(len(prompts), 1)
+    self._reader = reader(m, settings, cache_length(m, read, settings))
     self._request = request_of(m, settings, seeds, sequences, size, self._ends)
     self._language = language_of(m, settings)
     self._walks = [] if self._language is None else [self._language.begin(p) for p in read]
     self._restrict()
     self._ahead = settings.guesses
-    self._cache, self._progress = prefill(
-      self._net, self._params, tokens, lengths, self._request, source, cfg=m.config,
-      length=self._length, ahead=self._ahead,
+    ways = distinct(m, prompts, size, groups)
+    behind, self._reused = read_prompts(self._reader, ways, settings)
+    self._cache = behind.cache
+    self._progress = start(
+      self._net, self._params, behind.last, said(read, size, self._reader.length), self._request,
       room=bucket(settings.most_new_tokens(), LEAST_ROOM),
       top=bucket(settings.logprobs, 1, m.config.vocab_size) if settings.logprobs else 0,
     )  # fmt: skip
     if settings.draft is not None:
-      self._draft, zeros = draft_of(m, settings.draft), jnp.zeros(size, jnp.int32)
+      self._draft = draft_of(m, settings.draft)
+      zeros: Any = np.zeros(size, np.int32)
       self._drafts, self._tally = None, Tally(zeros, zeros)
       if self._draft.config is not None:
-        self._drafts = read_prompts(
-          self._draft.graphdef, self._draft.params, tokens, lengths, source,
-          cfg=self._draft.config, length=self._length, ahead=self._ahead,
+        guesser = dataclasses.replace(
+          self._reader, graphdef=self._draft.graphdef, params=self._draft.params,
+          config=self._draft.config,
+          chunk=chunk_of(self._draft.config, settings, self._reader.length),
         )  # fmt: skip
+        plain = dataclasses.replace(settings, prefix_cache=None)
+        self._drafts = read_prompts(guesser, ways, plain)[0].cache
     self.count = 0  # New tokens of each row that has not ended, at least.
     self._collect()
 
@@ -114,14 +122,10 @@ class Batch:
     return {original + 1 - len(row.prompt) for row in self.rows if not row.ended}
 
   def _reread(self) -> None:
-    size, limit = len(self._request.sampler.seed), self._config.max_positions
     texts = [[] if row.ended else row.prompt + row.tokens for row in self.rows]
-    tokens, lengths = _table(texts, size, LEAST_PROMPT, limit)
-    prompts: Any = np.zeros(size, np.int32)
-    prompts[: len(self.rows)] = [len(row.prompt) for row in self.rows]
-    self._cache = reread(
-      self._net, self._params, tokens, lengths, prompts, cfg=self._config, length=self._length
-    )
+    size, prompts = len(self._request.sampler.seed), [len(row.prompt) for row in self.rows]
+    # The newest tokens are among them: a step writes them once more.
+    self._cache = self._reader.read(texts, size, prompts=prompts).cache
 
   def _restrict(self) -> None:
     """Asks for the next tokens to keep texts within what they are to be; ends those that have to
@@ -203,6 +207,10 @@ class Batch:
     )
     return [float(r / g) if g else None for g, r in zip(guessed, right, strict=True)]
 
+  def reused(self) -> list[int | None]:
+    """Tokens of each row's prompt that a cache of prefixes had; None without one."""
+    return self._reused
+
   def results(self) -> tuple[list[tuple[str, int]], Drawn]:
     """(text, number of tokens that count) of each row, and all that was drawn, as NumPy arrays."""
     return [self._result(row) for row in self.rows], jax.device_get(self._progress.drawn)
@@ -217,16 +225,25 @@ class Batch:
 def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[list[int]]:
   """Indices of the prompts of each batch: similar lengths, and as many as memory has room for with
   all of their beams or candidates."""
-  longest = max(map(len, prompts))
+  cfg, longest = m.config, max(map(len, prompts))
   length = cache_length(m, [prefix(m, prompt) for prompt in prompts], settings)
-  source = bucket(longest, LEAST_PROMPT, m.config.max_positions)  # Kept behind an encoder only.
-  row = jax.eval_shape(lambda: new_cache(m.config, 1, length, stacked=False, source=source))
+  source = bucket(longest, LEAST_PROMPT, cfg.max_positions)  # Kept behind an encoder only.
+  chunk, dtype = chunk_of(cfg, settings, length), kept_dtype(settings)
+  row = jax.eval_shape(
+    lambda: new_cache(
+      cfg, 1, length, stacked=False, chunk=chunk, source=source,
+      dtype=None if dtype is None else jnp.dtype(dtype),
+    )
+  )  # fmt: skip
   row_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(row))
   stats = jax.local_devices()[0].memory_stats() or {}
   free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
   budget = CACHE_SHARE * free if stats else CACHE_BYTES
   copies = settings.num_beams if not settings.penalty_alpha else settings.top_k or 1
-  most = min(budget // row_bytes, PROMPT_TOKENS // longest) // copies
+  whole = cfg.shape == "encoder_decoder"  # An encoder reads its texts whole.
+  width = source if whole else min(chunk, bucket(longest, LEAST_PROMPT, cfg.max_positions))
+  scores = 4 * cfg.num_heads * width * (source if whole else length)
+  most = min(budget // row_bytes // copies, budget // 2 // scores, PASS_TOKENS // width)
   rows = 1 << max(0, int(most).bit_length() - 1)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
   return [order[i : i + rows] for i in range(0, len(order), rows)]
@@ -253,12 +270,48 @@ def _table(
   return tokens, lengths
 
 
-def padded_prompts(
-  m: "Model", prompts: list[list[int]], size: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """What `size` decoders read first, as `_table` has it."""
-  least = 1 if m.config.shape == "encoder_decoder" else LEAST_PROMPT
-  return _table(prompts, size, least, m.config.max_positions)
+@dataclasses.dataclass(frozen=True)
+class Ways:
+  """The prompts of a batch without copies, and the row of each place of the batch among them."""
+
+  reads: list[list[int]]  # What the decoder reads.
+  source: Inputs | None  # What the encoder reads.
+  size: int  # Rows of a pass.
+  rows: np.ndarray | None  # None: as they are.
+
+
+def distinct(
+  m: "Model", prompts: list[list[int]], size: int, groups: list[int] | None = None
+) -> Ways:
+  """The prompts of a batch of `size` rows, of which those of one group are one."""
+  if groups is None or len(set(groups)) == len(groups):
+    return Ways([prefix(m, prompt) for prompt in prompts], source_of(m, prompts, size), size, None)
+  own = list(dict.fromkeys(groups))
+  once = [prompts[groups.index(group)] for group in own]
+  rows: Any = np.zeros(size, np.int32)
+  rows[: len(groups)] = [own.index(group) for group in groups]
+  size = bucket(len(own), 1)
+  return Ways([prefix(m, prompt) for prompt in once], source_of(m, once, size), size, rows)
+
+
+def read_prompts(
+  reader: Reader, ways: Ways, settings: Settings, *, states: bool = False
+) -> tuple[Behind, list[int | None]]:
+  """(what is known behind the prompts, how many of their tokens a cache of prefixes had)."""
+  prefixes = settings.prefix_cache
+  trails = [] if prefixes is None else [prefixes.trail(t, reader.dtype) for t in ways.reads]
+  behind = reader.read(ways.reads, ways.size, source=ways.source, trails=trails, states=states)
+  reused: list[int | None] = [trail.tokens for trail in trails] or [None] * len(ways.reads)
+  if ways.rows is None:
+    return behind, reused
+  padded = reused + [None] * ways.size
+  return spread(behind, ways.rows), [padded[row] for row in ways.rows]
+
+
+def said(reads: list[list[int]], size: int, length: int) -> History:
+  """What has been said before the first new token, with room for `length` tokens."""
+  tokens, lengths = _table(reads, size, length, length)
+  return History(tokens, lengths, lengths)  # pyright: ignore[reportArgumentType]
 
 
 def source_of(m: "Model", prompts: list[list[int]], size: int) -> Inputs | None:

@@ -14,16 +14,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from infer.batch import LEAST_ROOM, cache_length, padded_prompts, source_of
+from infer.batch import LEAST_ROOM, cache_length, distinct, read_prompts, said
 from infer.constrain import Language, Walk, language_of
-from infer.decode import Request, begin
+from infer.decode import Request
 from infer.found import Found
 from infer.prompts import prefix
+from infer.reading import Behind, reader
 from infer.requests import bucket, end_ids, request_of
 from infer.settings import Settings
 from infer.shaping import History
 from model.cache import Cache
-from model.config import ModelConfig
 from model.errors import InputError
 from model.transformer import Inputs
 
@@ -96,22 +96,22 @@ def search(m: "Model", prompts: list[list[int]], settings: Settings) -> list[lis
   reads, room = [prefix(m, prompt) for prompt in prompts], settings.most_new_tokens()
   size = bucket(len(prompts), 1)
   net, params = m.unstacked()
-  tokens, lengths = padded_prompts(m, reads, size)
+  length = cache_length(m, reads, settings)
+  behind, reused = read_prompts(reader(m, settings, length), distinct(m, prompts, size), settings)
   request = request_of(m, settings, [0] * size * beams, None, size * beams, ends)
   rules = np.array([settings.length_penalty, settings.diversity_penalty], np.float32)
+  read, most = (behind, said(reads, size, length)), np.int32(room)
+  sizes: dict[str, Any] = dict(room=bucket(room, LEAST_ROOM), shape=shape)
   language = language_of(m, settings)
-  sizes: dict[str, Any] = dict(
-    cfg=m.config, length=cache_length(m, reads, settings), room=bucket(room, LEAST_ROOM),
-    shape=shape,
-  )  # fmt: skip
-  read, most = (tokens, lengths, source_of(m, prompts, size)), np.int32(room)
   if language is None:
-    found = _search(net, params, *read, request, most, rules, **sizes)
+    ended = _search(net, params, *read, request, most, rules, **sizes)
   else:
     begun = {(i, ()): language.begin(tokens) for i, tokens in enumerate(reads)}
     state = _begin(net, params, *read, **sizes)
-    found = _within(net, params, state, language, begun, request, most, rules, shape)
-  return _results(jax.device_get(found), len(prompts), settings.num_return_sequences, ends)
+    ended = _within(net, params, state, language, begun, request, most, rules, shape)
+  found = _results(jax.device_get(ended), len(prompts), settings.num_return_sequences, ends)
+  cached = lambda group, n: [dataclasses.replace(one, cached=n) for one in group]
+  return [cached(*pair) for pair in zip(found, reused, strict=True)]
 
 
 def _within(
@@ -161,25 +161,23 @@ def _results(
   return out
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "shape"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "room", "shape"))
 def _search(
-  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "P T"], lengths: Int[Array, "P"],
-  source: Inputs | None, request: Request, most: Int[Array, ""], rules: Float[Array, "2"], *,
-  cfg: ModelConfig, length: int, room: int, shape: Shape,
+  graphdef: nnx.GraphDef, params: dict, behind: Behind, said: History, request: Request,
+  most: Int[Array, ""], rules: Float[Array, "2"], *, room: int, shape: Shape,
 ) -> Sequences:  # fmt: skip
   net = nnx.merge(graphdef, params)
-  state = _start(net, tokens, lengths, source, cfg, length, room, shape)
   step = functools.partial(_step, net, request, most, rules, shape)
-  return jax.lax.while_loop(lambda state: state.going, step, state).ended
+  start = _start(net, behind, said, room, shape)
+  return jax.lax.while_loop(lambda state: state.going, step, start).ended
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "shape"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "room", "shape"))
 def _begin(
-  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "P T"], lengths: Int[Array, "P"],
-  source: Inputs | None, *, cfg: ModelConfig, length: int, room: int, shape: Shape,
-) -> Search:  # fmt: skip
+  graphdef: nnx.GraphDef, params: dict, behind: Behind, said: History, *, room: int, shape: Shape
+) -> Search:
   """A search before its first step."""
-  return _start(nnx.merge(graphdef, params), tokens, lengths, source, cfg, length, room, shape)
+  return _start(nnx.merge(graphdef, params), behind, said, room, shape)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "shape"), donate_argnames=("state",))
@@ -191,12 +189,9 @@ def _advance(
   return _step(nnx.merge(graphdef, params), request, most, rules, shape, state)
 
 
-def _start(
-  net: Any, tokens: Int[Array, "P T"], lengths: Int[Array, "P"], source: Inputs | None,
-  cfg: ModelConfig, length: int, room: int, shape: Shape,
-) -> Search:  # fmt: skip
-  P, B = len(tokens), shape.beams
-  _, logits, said, cache = begin(net, tokens, lengths, source, cfg, length)
+def _start(net: Any, behind: Behind, said: History, room: int, shape: Shape) -> Search:
+  P, B = len(said.tokens), shape.beams
+  logits = net.logits(behind.last)
   each = lambda a: jnp.repeat(a, B, axis=0)
   none = Sequences(
     jnp.full((P, B, room), -1), jnp.zeros((P, B, room)), jnp.zeros((P, B), jnp.int32),
@@ -209,11 +204,11 @@ def _start(
     running=dataclasses.replace(none, score=jnp.broadcast_to(first, (P, B))),
     ended=none,
     full=jnp.zeros((P, B), bool),
-    open=jnp.broadcast_to((lengths > 0)[:, None], (P, shape.groups)),
+    open=jnp.broadcast_to((said.prompt > 0)[:, None], (P, shape.groups)),
     going=jnp.ones((), bool),
     said=jax.tree.map(each, said),
     logits=each(logits.astype(jnp.float32)),
-    cache=jax.tree.map(each, cache),
+    cache=jax.tree.map(each, behind.cache),
   )
 
 

@@ -14,16 +14,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from infer.batch import LEAST_ROOM, cache_length, padded_prompts, source_of
+from infer.batch import LEAST_ROOM, cache_length, distinct, read_prompts, said
 from infer.constrain import Language, Walk, language_of
-from infer.decode import Request, begin
+from infer.decode import Request
 from infer.found import Found, nothing_left
 from infer.prompts import prefix
+from infer.reading import Behind, reader
 from infer.requests import bucket, end_ids, request_of
 from infer.settings import Settings
 from infer.shaping import History
 from model.cache import Cache
-from model.config import ModelConfig
 from model.transformer import Inputs
 
 if TYPE_CHECKING:
@@ -55,20 +55,19 @@ def contrast(m: "Model", prompts: list[list[int]], settings: Settings) -> list[F
   ends, reads = end_ids(m, settings), [prefix(m, prompt) for prompt in prompts]
   room, size = settings.most_new_tokens(), bucket(len(prompts), 1)
   net, params = m.unstacked()
-  tokens, lengths = padded_prompts(m, reads, size)
+  length, ways = cache_length(m, reads, settings), distinct(m, prompts, size)
+  behind, _ = read_prompts(reader(m, settings, length), ways, settings, states=True)
   request = request_of(m, settings, [0] * size, None, size, ends)
-  language, source = language_of(m, settings), source_of(m, prompts, size)
   alpha, among = np.float32(settings.penalty_alpha), min(settings.top_k or 1, m.config.real_vocab)
-  sizes: dict[str, Any] = dict(
-    cfg=m.config, length=cache_length(m, reads, settings), room=bucket(room, LEAST_ROOM)
-  )
+  read, language = (behind, said(reads, size, length)), language_of(m, settings)
+  most = bucket(room, LEAST_ROOM)
   if language is None:
     told = _search(
-      net, params, tokens, lengths, source, request, np.int32(room), alpha, among=among, **sizes
-    )
+      net, params, *read, request, np.int32(room), alpha, room=most, among=among
+    )  # fmt: skip
   else:
     walks = [language.begin(prompt) for prompt in reads]
-    state = _begin(net, params, tokens, lengths, source, **sizes)
+    state = _begin(net, params, *read, room=most)
     told = _within(net, params, state, language, walks, request, room, alpha, among)
   out = []
   for row, values, _ in zip(*jax.device_get(told), prompts, strict=False):
@@ -102,27 +101,24 @@ def _within(
   return state.tokens, state.logprobs
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "among"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "room", "among"))
 def _search(
-  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
-  source: Inputs | None, request: Request, most: Int[Array, ""], alpha: Float[Array, ""], *,
-  cfg: ModelConfig, length: int, room: int, among: int,
+  graphdef: nnx.GraphDef, params: dict, behind: Behind, said: History, request: Request,
+  most: Int[Array, ""], alpha: Float[Array, ""], *, room: int, among: int,
 ) -> tuple[Int[Array, "B M"], Float[Array, "B M"]]:  # fmt: skip
   net = nnx.merge(graphdef, params)
-  start = _start(net, tokens, lengths, source, cfg, length, room)
   going = lambda state: (state.count < most) & ~jnp.all(state.ended)
   step = functools.partial(_step, net, request, alpha, among)
-  end = jax.lax.while_loop(going, step, start)
+  end = jax.lax.while_loop(going, step, _start(net, behind, said, room))
   return end.tokens, end.logprobs
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "room"))
 def _begin(
-  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
-  source: Inputs | None, *, cfg: ModelConfig, length: int, room: int,
-) -> Search:  # fmt: skip
+  graphdef: nnx.GraphDef, params: dict, behind: Behind, said: History, *, room: int
+) -> Search:
   """A search before its first step."""
-  return _start(nnx.merge(graphdef, params), tokens, lengths, source, cfg, length, room)
+  return _start(nnx.merge(graphdef, params), behind, said, room)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "among"), donate_argnames=("state",))
@@ -134,19 +130,15 @@ def _advance(
   return _step(nnx.merge(graphdef, params), request, alpha, among, state)
 
 
-def _start(
-  net: Any, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], source: Inputs | None,
-  cfg: ModelConfig, length: int, room: int,
-) -> Search:  # fmt: skip
-  B, T = tokens.shape
-  x, logits, said, cache = begin(net, tokens, lengths, source, cfg, length)
+def _start(net: Any, behind: Behind, said: History, room: int) -> Search:
+  B = len(said.tokens)
   return Search(
     count=jnp.zeros((), jnp.int32),
-    ended=lengths == 0,
+    ended=said.prompt == 0,
     said=said,
-    states=jnp.zeros((B, length, x.shape[-1])).at[:, :T].set(_directions(x)),
-    logits=logits.astype(jnp.float32),
-    cache=cache,
+    states=_directions(behind.states),  # pyright: ignore[reportArgumentType]
+    logits=net.logits(behind.last).astype(jnp.float32),
+    cache=behind.cache,
     tokens=jnp.full((B, room), -1),
     logprobs=jnp.zeros((B, room)),
   )

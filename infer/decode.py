@@ -1,4 +1,4 @@
-"""The two compiled programs of generation: a pass over prompts, and a loop of decoding steps."""
+"""The compiled loop of decoding steps, and the choice of the first token before it."""
 
 import dataclasses
 import functools
@@ -10,8 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from infer.sampling import Sampler
 from infer.shaping import History, Shaping
-from model.cache import Cache, new_cache
-from model.config import ModelConfig
+from model.cache import Cache
 from model.transformer import Inputs
 
 
@@ -72,26 +71,21 @@ class Progress:
   drawn: Drawn
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "room", "top", "ahead"))
-def prefill(
-  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
-  request: Request, source: Inputs | None, *, cfg: ModelConfig, length: int, room: int, top: int,
-  ahead: int = 0,
-) -> tuple[Cache, Progress]:  # fmt: skip
-  """Reads the prompts and chooses the first token of each.
+@functools.partial(jax.jit, static_argnames=("graphdef", "room", "top"))
+def start(
+  graphdef: nnx.GraphDef, params: dict, last: Float[Array, "B D"], said: History, request: Request,
+  *, room: int, top: int,
+) -> Progress:  # fmt: skip
+  """Chooses the first token of each row.
 
   Args:
-    tokens: each prompt from the left, anything behind it.
-    lengths: tokens of each prompt; 0 for a row that only fills the batch.
-    source: what the encoder of an encoder–decoder reads, once; `tokens` then begin its decoder.
-    length: tokens that the cache has room for.
+    last: hidden states of the prompts' last tokens.
+    said: the prompts; one of no tokens is a row that only fills the batch.
     room: new tokens that the result has room for.
     top: how many of the most probable tokens to report at each step.
-    ahead: tokens that will be guessed ahead.
   """
-  net, B = nnx.merge(graphdef, params), len(tokens)
-  _, logits, said, cache = begin(net, tokens, lengths, source, cfg, length, ahead)
-  start = Progress(
+  B, lengths = len(last), said.prompt
+  progress = Progress(
     count=jnp.zeros(B, jnp.int32),
     token=jnp.zeros(B, jnp.int32),
     pos=lengths - 1,
@@ -104,57 +98,7 @@ def prefill(
       top_logprobs=jnp.zeros((B, room, top), jnp.float32),
     ),
   )
-  return cache, choose(start, logits, request, ~start.ended)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length"))
-def reread(
-  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
-  prompts: Int[Array, "B"], *, cfg: ModelConfig, length: int,
-) -> Cache:  # fmt: skip
-  """The cache of a decoder that reads texts anew, what has been generated included.
-
-  Args:
-    lengths: tokens of each text; the newest may be among them, a step writes it once more.
-    prompts: tokens of each prompt.
-    length: tokens that the cache has room for.
-  """
-  return read(nnx.merge(graphdef, params), tokens, lengths, prompts, None, cfg, length)[1]
-
-
-def read(
-  net,
-  tokens,
-  lengths,
-  prompts,
-  source: Inputs | None,
-  cfg: ModelConfig,
-  length: int,
-  ahead: int = 0,
-):
-  """(hidden states of texts that lie from the left, the cache behind them)."""
-  B, T = tokens.shape
-  index = jnp.arange(T)
-  pos = jnp.where(index < lengths[:, None], index, -1)
-  S = 0 if source is None else source.tokens.shape[1]
-  # A wrong guess may not have taken the slot of a token that is still to be seen.
-  cache = new_cache(cfg, B, length, stacked=False, chunk=max(T, ahead + 2), source=S)
-  if source is not None:
-    cache = net.read(cache, source)
-  both_ways = (pos >= 0) & (index < prompts[:, None]) if cfg.prefix_attention else None
-  x, cache, _ = net.hidden(Inputs(tokens, pos, bidirectional=both_ways), cache=cache)
-  return x, cache
-
-
-def begin(
-  net, tokens, lengths, source: Inputs | None, cfg: ModelConfig, length: int, ahead: int = 0
-):
-  """(hidden states of prompts that lie from the left, scores behind their last tokens, what has
-  been said, the cache)."""
-  x, cache = read(net, tokens, lengths, lengths, source, cfg, length, ahead)
-  last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-  known = jnp.zeros((len(tokens), length), jnp.int32).at[:, : tokens.shape[1]].set(tokens)
-  return x, net.logits(last), History(known, lengths, lengths), cache
+  return choose(progress, nnx.merge(graphdef, params).logits(last), request, ~progress.ended)
 
 
 def active(progress: Progress, until: Int[Array, ""]) -> Bool[Array, "B"]:

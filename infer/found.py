@@ -14,12 +14,14 @@ class Found:
     score: of beam search: the summed log-probability after shaping, over the length to the power of
       the length penalty.
     ended: whether its last token ends it.
+    cached: tokens of its prompt that a cache of prefixes had; None without one.
   """
 
   tokens: list[int]
   logprobs: list[float]
   score: float | None
   ended: bool
+  cached: int | None = None
 
 
 def nothing_left(count: int) -> InputError:

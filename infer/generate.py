@@ -44,6 +44,7 @@ class Completion:
   prompt_top_logprobs: list[Pairs] | None = None
   acceptance: float | None = None  # Of the tokens that a `draft` guessed, the share that was right.
   score: float | None = None  # Of a search: see `infer.beam.Found`.
+  cached_tokens: int | None = None  # Of the prompt, those that a `prefix_cache` had.
 
 
 def generate(m: "Model", prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Completion]:
@@ -94,7 +95,7 @@ def _all(m: "Model", prompts: list[list[int]], each: int, settings: Settings) ->
       rows = [members[place] for place in places]
       batch = Batch(
         m, [prompts[i] for i in rows], [seeds[i] for i in rows], limited, follow=follow,
-        sequences=[i % each for i in rows],
+        sequences=[i % each for i in rows], groups=[i // each for i in rows],
       )  # fmt: skip
       while not batch.finished:
         batch.advance(STOP_STEPS if follow else room)
@@ -119,7 +120,8 @@ def _searched(m: "Model", prompts: list[list[int]], settings: Settings) -> list[
           shown = [t for t in found.tokens if t not in ends]
           text = continuation(decode, prefix(m, prompts[i]), shown)
           reason = "stop" if found.ended else "length"
-          done[i].append(Completion(text, found.tokens, found.logprobs, reason, score=found.score))
+          told = dict(score=found.score, cached_tokens=found.cached)
+          done[i].append(Completion(text, found.tokens, found.logprobs, reason, **told))
   return [completion for i in range(len(prompts)) for completion in done[i]]
 
 
@@ -179,8 +181,8 @@ def _completions(batch: Batch) -> list[Completion]:
   results, drawn = batch.results()
   top = batch.settings.logprobs
   out = []
-  told = zip(batch.rows, results, batch.acceptance(), strict=True)
-  for i, (row, (text, n), share) in enumerate(told):
+  told = zip(batch.rows, results, batch.acceptance(), batch.reused(), strict=False)
+  for i, (row, (text, n), share, reused) in enumerate(told):
     pairs = None
     if top is not None:
       ids, values = drawn.top_tokens[i, :n, :top].tolist(), drawn.top_logprobs[i, :n, :top].tolist()
@@ -188,7 +190,13 @@ def _completions(batch: Batch) -> list[Completion]:
     reason = "stop" if row.ended else "length"
     out.append(
       Completion(
-        text, row.tokens[:n], drawn.logprobs[i, :n].tolist(), reason, pairs, acceptance=share
+        text,
+        row.tokens[:n],
+        drawn.logprobs[i, :n].tolist(),
+        reason,
+        pairs,
+        acceptance=share,
+        cached_tokens=reused,
       )
     )
   return out

@@ -30,6 +30,15 @@ def checked(m: "Model", prompts: Any, settings: Settings) -> list[list[int]]:
   _check_words(m, settings, vocab)
   language_of(m, settings)
   check_scorer(settings.scorer)
+  if settings.prefix_cache is not None:
+    settings.prefix_cache.check(m)
+  if settings.prefill_chunk is not None and (
+    m.config.shape != "decoder" or m.config.prefix_attention
+  ):
+    raise InputError(
+      f"prefill_chunk={settings.prefill_chunk} has no effect: this model reads prompts in both "
+      "directions, which takes them whole. Leave it out."
+    )
   if settings.echo and (m.config.shape != "decoder" or m.config.prefix_attention):
     raise InputError(
       "echo tells what a decoder gives a prompt token by token, and this model reads prompts in "

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from infer.prefix_cache import PrefixCache
 from model.errors import InputError, nearest
 
 DEFAULT_NEW_TOKENS = 64
 DEFAULT_GUESSES = 4
+CACHE_DTYPES = ("auto", "bfloat16", "float32", "int8")
 MOST_NGRAM = 1024  # The longest run of tokens that may be kept from coming again.
 
 CONSTRAINTS = ("json_schema", "regex", "grammar")
@@ -55,6 +57,9 @@ class Settings:
   early_stopping: bool | str = False  # True: when num_beams have ended; "never": proven best.
   draft: Any = None  # What guesses tokens ahead: a model, "lookup" or "layers:N" (early layers).
   speculate: int | None = None  # Tokens that it guesses at a time; None: 4.
+  prefill_chunk: int | None = None  # Tokens of a prompt that are read at a time; None: 512.
+  cache_dtype: str = "auto"  # Of keys and values that are kept; "auto": what is computed in.
+  prefix_cache: Any = None  # A PrefixCache of the model: beginnings of prompts are read once.
   logprobs: int | None = None  # Also report this many of the most probable tokens.
   echo: bool = False  # Also report the log-probabilities of the prompt's tokens.
 
@@ -83,6 +88,7 @@ class Settings:
     self._check_shaping()
     self.constraint()
     self._check_sequences()
+    self._check_reading()
     if self.logprobs is not None:
       _whole("logprobs", self.logprobs, least=1)
     for seed in self._seeds():
@@ -143,6 +149,32 @@ class Settings:
       _whole("prefix", token, least=0)
     if not isinstance(self.echo, bool):
       raise InputError(f"echo={self.echo!r} must be True or False.")
+
+  def _check_reading(self) -> None:
+    """How prompts are read and kept."""
+    chunk, prefixes = self.prefill_chunk, self.prefix_cache
+    if chunk is not None:
+      _whole("prefill_chunk", chunk, least=1)
+      if chunk & (chunk - 1):
+        raise InputError(f"prefill_chunk={chunk} must be a power of two.")
+    if self.cache_dtype not in CACHE_DTYPES:
+      raise InputError(
+        f"cache_dtype={self.cache_dtype!r} must be one of {', '.join(CACHE_DTYPES)}."
+      )
+    if prefixes is None:
+      return
+    if not isinstance(prefixes, PrefixCache):
+      raise InputError(f"prefix_cache={prefixes!r} must be an infer.PrefixCache of the model.")
+    if chunk is not None and chunk < prefixes.block:
+      raise InputError(
+        f"prefill_chunk={chunk} is less than the prefix_cache's block={prefixes.block}, which is "
+        "kept from one pass: set one of them to the other."
+      )
+    if self.penalty_alpha:
+      raise InputError(
+        f"prefix_cache does not go with penalty_alpha={self.penalty_alpha}: contrastive search "
+        "compares with the hidden states of the whole prompt, which are not kept. Leave it out."
+      )
 
   def _check_search(self, sequences: int) -> None:
     _whole("num_beams", self.num_beams, least=1)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from infer.decode import Progress, Request, active, choose, pick, read
+from infer.decode import Progress, Request, active, choose, pick
 from infer.shaping import History
 from model.cache import Cache
 from model.config import ModelConfig
@@ -76,16 +76,6 @@ def _early_layers(m: "Model", given: str) -> Draft:
   decoder.layers = nnx.List(list(decoder.layers)[: int(count)])
   graphdef, state = nnx.split(net, nnx.Param)
   return Draft(cfg, graphdef, nnx.to_pure_dict(state))
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "cfg", "length", "ahead"))
-def read_prompts(
-  graphdef: nnx.GraphDef, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
-  source: Inputs | None, *, cfg: ModelConfig, length: int, ahead: int,
-) -> Cache:  # fmt: skip
-  """The cache of a draft model behind the prompts."""
-  net = nnx.merge(graphdef, params)
-  return read(net, tokens, lengths, lengths, source, cfg, length, ahead)[1]
 
 
 @jax.tree_util.register_dataclass

@@ -30,6 +30,7 @@ def attend(
   softcap: float | None = None,
   sinks: Float[Array, "N"] | None = None,
   bias: Float[Array, "#B N T S"] | None = None,
+  scales: tuple[Float[Array, "B K S"], Float[Array, "B K S"]] | None = None,
   ordered: bool,
   balanced: int = 1,
   kernel: str,
@@ -50,6 +51,7 @@ def attend(
     softcap: bounds the scaled scores, as softcap · tanh(score / softcap), before bias and mask.
     sinks: a learned score per head that joins the denominator of the softmax (GPT-OSS).
     bias: added to the scores (T5, ALiBi).
+    scales: what each key and each value is to be multiplied by, of a cache in int8.
     ordered: a static promise that key time is query time and that in each segment tokens lie in
       row order with positions rising by one, so that kernels may mask by index.
     balanced: tokens lie in the balanced order of so many devices (see `balanced_parts`), and
@@ -79,8 +81,8 @@ def attend(
   name, reason = choose_kernel(
     kernel, platform=platform, dtype=q.dtype, q_shape=q.shape, k_shape=k.shape, ordered=ordered,
     softcap=softcap is not None, sinks=sinks is not None, bias=bias is not None, dropout=dropping,
-    prefix=bidirectional is not None, widths=v.shape != k.shape, head_limit=head_limit,
-    parts=parts,
+    prefix=bidirectional is not None, widths=v.shape != k.shape, scales=scales is not None,
+    head_limit=head_limit, parts=parts,
   )  # fmt: skip
   _announce(name, reason)
   if name == "splash":
@@ -97,12 +99,15 @@ def attend(
   if name == "cudnn":
     return cudnn_attention(q, k, v, mask, scale=scale, causal=causal and ordered)
   dropped = (dropout, key) if dropping else None
-  return _xla(q, k, v, mask, scale, softcap=softcap, sinks=sinks, bias=bias, dropped=dropped)
+  return _xla(
+    q, k, v, mask, scale, softcap=softcap, sinks=sinks, bias=bias, scales=scales, dropped=dropped
+  )
 
 
-def _xla(q, k, v, mask, scale: float, *, softcap, sinks, bias, dropped) -> Array:
+def _xla(q, k, v, mask, scale: float, *, softcap, sinks, bias, scales, dropped) -> Array:
   """The reference: every kernel must equal it. Keys and values are not repeated for their groups.
 
+  Scales multiply scores and probabilities, which are fewer than elements of keys and values.
   Sinks need no column of their own: the probabilities that a softmax without them gives shrink by
   sigmoid(log-sum-exp − sink).
   """
@@ -114,6 +119,9 @@ def _xla(q, k, v, mask, scale: float, *, softcap, sinks, bias, dropped) -> Array
     "BTKGH,BSKH->BKGTS", q.reshape(B, T, K, N // K, H), k, preferred_element_type=exact
   )
   scores *= jnp.asarray(scale, exact)
+  each = lambda a: a[:, :, None, None].astype(exact)
+  if scales is not None:
+    scores *= each(scales[0])
   if softcap is not None:
     scores = jnp.asarray(softcap, exact) * jnp.tanh(scores / softcap)
   if bias is not None:
@@ -123,6 +131,8 @@ def _xla(q, k, v, mask, scale: float, *, softcap, sinks, bias, dropped) -> Array
     rate, key = dropped
     kept = jax.random.bernoulli(key, 1 - rate, weights.shape)
     weights = jnp.where(kept, weights / (1 - rate), 0)
+  if scales is not None:
+    weights *= each(scales[1])
   # In this order XLA need not turn the values around before each step of decoding.
   y = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v)
   y = jnp.moveaxis(y, 3, 1).reshape(B, T, N, v.shape[-1])
@@ -169,6 +179,7 @@ def choose_kernel(
   dropout: bool = False,
   prefix: bool = False,
   widths: bool = False,
+  scales: bool = False,
   head_limit: int = 128,
   parts: int = 1,
 ) -> tuple[str, str]:
@@ -181,7 +192,7 @@ def choose_kernel(
     dtype: of queries, keys and values.
     q_shape, k_shape: (B, T, N, H) and (B, S, K, H).
     ordered: see `attend`.
-    softcap, sinks, bias, dropout, prefix, widths: what the call asks for.
+    softcap, sinks, bias, dropout, prefix, widths, scales: what the call asks for.
     head_limit: widest head of this GPU's cuDNN attention.
     parts: how many devices a text is split over.
 
@@ -189,7 +200,8 @@ def choose_kernel(
     InputError: if `kernel` names one that cannot serve the call.
   """
   asked = dict(
-    softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, prefix=prefix, widths=widths
+    softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, prefix=prefix, widths=widths,
+    scales=scales,
   )  # fmt: skip
   facts = (platform, jnp.dtype(dtype), q_shape, k_shape)
   refusals = {
@@ -226,7 +238,7 @@ def _splash_refusal(platform, dtype, q_shape, k_shape, ordered, parts, asked) ->
   if T != S or T % (128 * parts):
     split = f" on each of mesh.seq={parts} devices" if parts > 1 else ""
     return f"takes sequences of a multiple of 128 tokens{split}, not {T} queries and {S} keys"
-  return _feature(asked, ("bias", "dropout", "prefix", "widths"))
+  return _feature(asked, ("bias", "dropout", "prefix", "widths", "scales"))
 
 
 def _cudnn_refusal(platform, dtype, q_shape, k_shape, head_limit, parts, asked) -> str | None:
@@ -241,7 +253,7 @@ def _cudnn_refusal(platform, dtype, q_shape, k_shape, head_limit, parts, asked) 
     return f"takes whole texts, and mesh.seq={parts} splits them"
   if T % 2 or S % 2:
     return f"takes even lengths, not {T} queries and {S} keys"
-  return _feature(asked, ("softcap", "sinks", "bias", "dropout", "widths"))
+  return _feature(asked, ("softcap", "sinks", "bias", "dropout", "widths", "scales"))
 
 
 _FEATURES = {
@@ -250,6 +262,7 @@ _FEATURES = {
   "bias": "biases on scores (T5, ALiBi)",
   "dropout": "dropout of probabilities (model.attention_dropout)",
   "prefix": "bidirectional prefixes",
+  "scales": "caches in int8",
   "widths": "values of another width than keys (model.v_head_dim)",
 }
 

@@ -38,9 +38,10 @@ class Where:
 
   `angles` and `local_angles` are rotary; `bias` is the relative bias of a pass without a cache;
   `table` holds what computes it against a cache's positions; `relative` is what disentangled
-  attention knows of positions. `bidirectional` marks the tokens of prefixes. `ordered` promises,
-  statically, that tokens lie in row order with positions rising by one in each segment: those of
-  `balanced` > 1 devices did before they were dealt out (`model.context.balanced_parts`).
+  attention knows of positions. `bidirectional` marks the tokens of prefixes. `length` is that of
+  each row's text, where a pass reads a part of it. `ordered` promises, statically, that tokens lie
+  in row order with positions rising by one in each segment: those of `balanced` > 1 devices did
+  before they were dealt out (`model.context.balanced_parts`).
   """
 
   pos: Int[Array, "B T"]
@@ -50,6 +51,7 @@ class Where:
   bias: Float[Array, "B N T T"] | None = None
   table: Float[Array, "buckets N"] | None = None
   bidirectional: Bool[Array, "B T"] | None = None
+  length: Int[Array, "B"] | None = None
   context: Context | None = None
   relative: Relative | None = None
   ordered: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -98,6 +100,7 @@ class Attention(nnx.Module):
     # A cache's keys turn when they are read: their angles hang on how long the text is by then.
     self.late = kind.rotary and cfg.rope_scaling == "longrope" and not cross
     self.latent = cfg.kv_latent_dim is not None
+    self.floats = self.late or self.latent  # Work on kept keys before queries meet them.
     bias = cfg.attention_bias and not self.latent
     into = functools.partial(Linear, cfg, rngs=rngs, bias=bias)
     kv_axes = ("embed", "kv_heads", "head_dim")
@@ -143,6 +146,9 @@ class Attention(nnx.Module):
     k, v, kv_pos, kv_seg, cache = self._seen(x, where, cache)
     if cache is None:  # Made where their tokens are, before they are gathered.
       k, v = (constrain(heads, ("batch", "seq", "kv_heads", None)) for heads in (k, v))
+    scales = None
+    if cache is not None and cache.k_scale is not None and not self.floats:
+      scales = cache.k_scale, cache.v_scale
     absorbed = self.latent and cache is not None and self.kv_proj.absorbs(x.shape[1])
     if absorbed:
       q, v = self.kv_proj.absorbed(q), k
@@ -175,7 +181,7 @@ class Attention(nnx.Module):
     y = run(
       constrain(q, ("batch", "seq", "heads", None)), k.astype(q.dtype), v.astype(q.dtype),
       q_pos=where.pos, kv_pos=kv_pos, q_seg=where.seg, kv_seg=kv_seg, bias=bias, key=key,
-      bidirectional=prefix,
+      bidirectional=prefix, scales=scales,
       sinks=self.sinks[...] if cfg.attention_sinks else None,
     )  # fmt: skip
     y = self.kv_proj.values(y) if absorbed else y
@@ -203,12 +209,13 @@ class Attention(nnx.Module):
       unturned = dataclasses.replace(where, angles=None, local_angles=None)
       written = self.keys_values(x, unturned if self.late else where, kept=True)
       cache = cache.update(*written, where.pos)
-    keys = cache.k.swapaxes(1, 2)
+    keys, values = cache.keys_values(x.dtype) if self.floats else (cache.k, cache.v)
+    keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
     if self.late:
       local = self.kind.window is not None
-      angles = positions.rotary_angles(cache.pos, self.cfg, local=local)
+      angles = positions.rotary_angles(cache.pos, self.cfg, local=local, length=where.length)
       keys = positions.apply_rotary(keys, angles, interleaved=self.cfg.rope_interleaved)
-    return keys, cache.v.swapaxes(1, 2), cache.pos, None, cache
+    return keys, values, cache.pos, None, cache
 
   def _turned(self, heads: Array, where: Where | Context, norm: str) -> Float[Array, "B T N H"]:
     """Queries or keys after their norm and, in self-attention, rotation."""

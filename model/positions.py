@@ -12,8 +12,9 @@ from model.errors import InputError
 
 
 def rotary_angles(
-  pos: Int[Array, "B T"], cfg: ModelConfig, *, local: bool, seg: Int[Array, "B T"] | None = None
-) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
+  pos: Int[Array, "B T"], cfg: ModelConfig, *, local: bool, seg: Int[Array, "B T"] | None = None,
+  length: Int[Array, "B"] | None = None,
+) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:  # fmt: skip
   """Cosine and sine of each token's rotation; R is half of the rotated elements of a head.
 
   At least float32, float64 where the model computes in float64. Equal to Transformers'
@@ -30,9 +31,11 @@ def rotary_angles(
     cfg: its `rope_*` fields.
     local: a windowed layer: uses `rope_local_theta`, unscaled, where the config has one.
     seg: segments, for scalings by length: a token's is that of its own document in this call.
+    length: for scalings by length, that of each row's text where this call has a part of it.
   """
   dtype = jnp.promote_types(jax.dtypes.canonicalize_dtype(cfg.compute_dtype), jnp.float32)
   scaled = cfg.rope_scaling != "none" and not (local and cfg.rope_local_theta is not None)
+  read = _length(pos, seg) if length is None else length[:, None]
   theta = cfg.rope_local_theta if local and cfg.rope_local_theta is not None else cfg.rope_theta
   width = cfg.rotated_width
   frequency = theta ** (-np.arange(0, width, 2) / width)
@@ -47,10 +50,10 @@ def rotary_angles(
     if amplitude is None:
       amplitude = 0.1 * math.log(cfg.rope_factor) + 1.0
   elif scaled and cfg.rope_scaling == "longrope":
-    frequency, amplitude = _longrope(frequency, _length(pos, seg), cfg), _longrope_amplitude(cfg)
+    frequency, amplitude = _longrope(frequency, read, cfg), _longrope_amplitude(cfg)
   angle = pos[..., None].astype(dtype) * jnp.asarray(frequency, dtype)
   if scaled and cfg.rope_scaling == "dynamic":
-    angle = angle * _dynamic(pos, seg, width, cfg, dtype)
+    angle = angle * _dynamic(read, width, cfg, dtype)
   return jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
 
 
@@ -133,9 +136,11 @@ def _length(pos, seg) -> Int[Array, "B T"]:
   return jnp.max(jnp.where(own, pos[:, None, :], -1), axis=-1) + 1
 
 
-def _dynamic(pos, seg, width: int, cfg: ModelConfig, dtype) -> Float[Array, "B T R"]:
+def _dynamic(
+  length: Int[Array, "B T"], width: int, cfg: ModelConfig, dtype
+) -> Float[Array, "B T R"]:
   """What dynamic NTK multiplies each frequency by, from the length of each token's document."""
-  longer = jnp.maximum(_length(pos, seg).astype(dtype), _original(cfg)) / _original(cfg)
+  longer = jnp.maximum(length.astype(dtype), _original(cfg)) / _original(cfg)
   stretch = cfg.rope_factor * longer - (cfg.rope_factor - 1)
   # The base grows by stretch^(width / (width - 2)); a base to the power −2i / width remains.
   power = -np.arange(0, width, 2) / max(width - 2, 1)

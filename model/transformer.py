@@ -30,9 +30,10 @@ class Inputs:
   """The tokens that a stack reads, and where they are.
 
   `seg` counts segments from 1, 0 is nothing. `types` are token types. `bidirectional` marks the
-  tokens of prefixes, which a decoder reads in both directions. `ordered` promises, statically, that
-  tokens lie in row order with positions rising by one in each segment. `noise`, static too, is what
-  embeddings get in training (`model.layers.noisy`).
+  tokens of prefixes, which a decoder reads in both directions. `length` is that of each row's text,
+  of which these tokens may be a part. `ordered` promises, statically, that tokens lie in row order
+  with positions rising by one in each segment. `noise`, static too, is what embeddings get in
+  training (`model.layers.noisy`).
   """
 
   tokens: Int[Array, "B T"]
@@ -40,6 +41,7 @@ class Inputs:
   seg: Int[Array, "B T"] | None = None
   types: Int[Array, "B T"] | None = None
   bidirectional: Bool[Array, "B T"] | None = None
+  length: Int[Array, "B"] | None = None
   ordered: bool = dataclasses.field(default=False, metadata={"static": True})
   noise: float = dataclasses.field(default=0.0, metadata={"static": True})
 
@@ -179,8 +181,8 @@ class Stack(nnx.Module):
       parts = balanced_parts(inputs.pos.shape[1])
     inputs, x = jax.tree.map(functools.partial(balanced, parts=parts), (inputs, x))
     where = Where(
-      inputs.pos, inputs.seg, bidirectional=inputs.bidirectional, context=context,
-      ordered=inputs.ordered, balanced=parts,
+      inputs.pos, inputs.seg, bidirectional=inputs.bidirectional, length=inputs.length,
+      context=context, ordered=inputs.ordered, balanced=parts,
     )  # fmt: skip
     where = self._derived(where, cached=cache is not None)
     h = self.embedded(embed, inputs) if x is None else x
@@ -252,9 +254,12 @@ class Stack(nnx.Module):
     """With what every layer needs of these positions."""
     cfg, angles, local, pos = self.cfg, None, None, where.pos
     if cfg.positions == "rotary":
-      angles = positions.rotary_angles(pos, cfg, local=False, seg=where.seg)
+      turn = functools.partial(
+        positions.rotary_angles, pos, cfg, seg=where.seg, length=where.length
+      )
+      angles = turn(local=False)
       if cfg.rope_local_theta is not None:
-        local = positions.rotary_angles(pos, cfg, local=True, seg=where.seg)
+        local = turn(local=True)
     table = self.relative_bias[...] if hasattr(self, "relative_bias") else None
     causal = self.name == "decoder"
     bias = None if cached else relative_bias(cfg, table, pos, pos, causal=causal)
