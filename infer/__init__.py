@@ -1,12 +1,13 @@
 """What a trained model does."""
 
-from infer.generate import Completion, generate, stream
+from infer.generate import Completion, generate, results, stream
 from infer.ranking import vote
 from infer.tasks.answer import Answer, answer
 from infer.tasks.classify import Label, classify
 from infer.tasks.fill_mask import Guess, fill_mask
 from infer.tasks.similarity import similarity
 from infer.tasks.tag import Span, tag
+from infer.timing import Timing
 
 __all__ = [
   "Answer",
@@ -14,10 +15,12 @@ __all__ = [
   "Guess",
   "Label",
   "Span",
+  "Timing",
   "answer",
   "classify",
   "fill_mask",
   "generate",
+  "results",
   "similarity",
   "stream",
   "tag",

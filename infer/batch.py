@@ -20,6 +20,7 @@ from infer.requests import bucket, request_of
 from infer.settings import Settings
 from infer.speculative import Tally, draft_of, read_prompts, speculate
 from infer.text import Transcript, continuation
+from infer.timing import Stopwatch, Timing, peak_bandwidth, step_bytes
 from model.cache import new_cache
 from model.transformer import Inputs
 
@@ -56,11 +57,13 @@ class Batch:
       sequences: the number of each among the sequences of its prompt; None: each is the first.
       follow: keep the text of each row after every token, which stop strings and streams need.
     """
+    self._watch, self._model = Stopwatch(), m
     self.settings, self.decode_text = settings, text_of(m)
     self._follow, self._ends = follow, end_ids(m, settings)
     stop, least = settings.stop_strings(), settings.min_new_tokens
     begin = lambda p: Transcript(self.decode_text, p, stop=stop, min_tokens=least)
     read = [prefix(m, prompt) for prompt in prompts]
+    self._sources = None if read == prompts else [len(prompt) for prompt in prompts]
     self.rows = [Row(prompt, begin(prompt)) for prompt in read]
     self._net, self._params = m.unstacked()
     self._config, self._length = m.config, cache_length(m, read, settings)
@@ -93,6 +96,7 @@ class Batch:
 
   def advance(self, steps: int) -> None:
     """Takes up to so many steps, in one compiled call where no text has to be read anew."""
+    self._watch.lap()
     goal = min(self.count + steps, self.settings.most_new_tokens())
     while self.count < goal and not self.finished:
       turns = self._turns()
@@ -137,7 +141,8 @@ class Batch:
   def _collect(self) -> None:
     """Takes the tokens that are new to the host."""
     counts, drawn = np.asarray(self._progress.count), np.asarray(self._progress.drawn.tokens)
-    self.count = int(counts.max())
+    steps, self.count = int(counts.max()) - self.count, int(counts.max())
+    before = [len(row.tokens) for row in self.rows]
     for row, count, tokens in zip(self.rows, counts, drawn, strict=False):  # No padding rows.
       for token in tokens[len(row.tokens) : count].tolist():
         if row.ended:
@@ -149,6 +154,15 @@ class Batch:
           row.ended = True
         elif self._follow:
           row.ended = row.transcript.push(token)
+    self._watch.note(steps, [len(r.tokens) - n for r, n in zip(self.rows, before, strict=True)])
+
+  def timings(self) -> list[Timing]:
+    """How long each row took."""
+    peak = peak_bandwidth() if self.settings.draft is None else None
+    if peak is None:
+      return self._watch.told()
+    prompts, new = ([len(getattr(r, name)) for r in self.rows] for name in ("prompt", "tokens"))
+    return self._watch.told(step_bytes(self._model, self._cache, prompts, new, self._sources), peak)
 
   def acceptance(self) -> list[float | None]:
     """The share of guesses that were right, of each row; None where nothing was guessed."""
@@ -173,6 +187,13 @@ class Batch:
 def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[list[int]]:
   """Indices of the prompts of each batch: similar lengths, and as many as memory has room for with
   all of their beams or candidates."""
+  rows = rows_at_once(m, prompts, settings)
+  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+  return [order[i : i + rows] for i in range(0, len(order), rows)]
+
+
+def rows_at_once(m: "Model", prompts: list[list[int]], settings: Settings) -> int:
+  """How many sequences like the longest of these prompts a batch has room for."""
   longest = max(map(len, prompts))
   length = cache_length(m, [prefix(m, prompt) for prompt in prompts], settings)
   source = bucket(longest, LEAST_PROMPT, m.config.max_positions)  # Kept behind an encoder only.
@@ -183,9 +204,7 @@ def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[li
   budget = CACHE_SHARE * free if stats else CACHE_BYTES
   copies = settings.num_beams if not settings.penalty_alpha else settings.top_k or 1
   most = min(budget // row_bytes, PROMPT_TOKENS // longest) // copies
-  rows = 1 << max(0, int(most).bit_length() - 1)
-  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-  return [order[i : i + rows] for i in range(0, len(order), rows)]
+  return 1 << max(0, int(most).bit_length() - 1)
 
 
 def end_ids(m: "Model", settings: Settings) -> frozenset[int]:
