@@ -1,5 +1,6 @@
 """What a trained model does."""
 
+from infer.attention import attention_maps
 from infer.generate import Completion, generate, results, stream
 from infer.ranking import vote
 from infer.tasks.answer import Answer, answer
@@ -17,6 +18,7 @@ __all__ = [
   "Span",
   "Timing",
   "answer",
+  "attention_maps",
   "classify",
   "fill_mask",
   "generate",

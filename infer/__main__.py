@@ -22,12 +22,12 @@ from pathlib import Path
 
 from absl import flags
 
+from infer import setting_flags
 from infer.heads import TASKS, check_head
 from infer.printing import COLOURS, How, print_completions
-from infer.setting_flags import checked_settings, given_settings, models_of
 from infer.settings import Settings
+from infer.tasks import flags as task_flags
 from infer.tasks.command import Asked, tell
-from infer.tasks.flags import READ, asked
 from model import Model, load
 from model.compilation import use_compilation_cache
 from model.errors import InputError, run
@@ -61,7 +61,7 @@ class _Shown(flags.ArgumentParser):
     values = {"true": COLOURS[0], "false": None} | {name: name for name in COLOURS}
     if argument not in values:
       raise ValueError(f"it is given alone, or is one of {', '.join(COLOURS)}")
-    return values[argument]
+    return values[str(argument)]
 
 
 _SHOW_PROBS = flags.DEFINE_flag(
@@ -71,6 +71,8 @@ _SHOW_PROBS = flags.DEFINE_flag(
     "too. With NO_COLOR set they are numbers.",
   )
 )  # fmt: skip
+for _module in (setting_flags, task_flags):
+  flags.adopt_module_key_flags(_module)  # So that --help tells of them.
 _GENERATE = ("chat", "stream", "show_probs", *(f.name for f in dataclasses.fields(Settings)))
 
 
@@ -88,7 +90,7 @@ def main(argv: list[str]) -> int:
   if _TASK.value == "generate":
     answer = _generation(prompts)
   else:
-    answer = functools.partial(_tell, asked(_TASK.value, prompts, as_json=_JSON.value))
+    answer = functools.partial(_tell, task_flags.asked(_TASK.value, prompts, as_json=_JSON.value))
   use_compilation_cache(_CACHE_DIR.value)  # What is impossible was said before the load.
   m = load(_CHECKPOINT.value)
   if _TASK.value != "embed":
@@ -106,7 +108,7 @@ def main(argv: list[str]) -> int:
 
 def _check_task_flags() -> None:
   """Refuses flags that the task does not read."""
-  read = {"generate": _GENERATE, **READ}
+  read = {"generate": _GENERATE, **task_flags.READ}
   for name in dict.fromkeys(name for names in read.values() for name in names):
     readers = [task for task, names in read.items() if name in names]
     if flags.FLAGS[name].present and _TASK.value not in readers:
@@ -118,14 +120,14 @@ def _check_task_flags() -> None:
 
 def _generation(prompts: list[str]) -> Callable[[Model], None]:
   """What generates and prints, after all checks that need no model."""
-  settings = given_settings()
+  settings = setting_flags.given_settings()
   how = How(
     _JSON.value, _CHAT.value, _STREAM.value, _SHOW_PROBS.value, _PROMPTS_FILE.value is not None
   )
-  how.check(checked_settings(settings, len(prompts)))
+  how.check(setting_flags.checked_settings(settings, len(prompts)))
 
   def answer(m: Model) -> None:
-    models = {name: load(path) for name, path in models_of(settings).items()}
+    models = {name: load(path) for name, path in setting_flags.models_of(settings).items()}
     print_completions(m, prompts, settings | models, how)
 
   return answer
