@@ -29,9 +29,9 @@ class Timing:
     batch_tokens_per_second: as `tokens_per_second`, of all sequences of the batch together, over
       the seconds of all calls behind the first tokens.
     bandwidth_share: the bytes that a device has to read for a step of decoding (the parameters that
-      it uses, and keys and values of the tokens that each sequence has by then, on average), times
-      steps per second, over the device's peak memory bandwidth. None: the device is not in the
-      table of `model.hardware` (a CPU), or tokens were guessed ahead or searched for.
+      it uses, and what the cache keeps of the tokens that each sequence has by then, on average),
+      times steps per second, over the device's peak memory bandwidth. None: the device is not in
+      the table of `model.hardware` (a CPU), or tokens were guessed ahead or searched for.
 
   A search is one compiled call: its first token is known when all are, `tokens_per_second` counts
   all of its tokens, and both count from the beginning.
