@@ -158,12 +158,8 @@ def _searched(
           shown = [t for t in found.tokens if t not in ends]
           text = continuation(decode, prefix(m, prompts[i]), shown)
           reason = "stop" if found.ended else "length"
-          yield (
-            i * each + j,
-            Completion(
-              text, found.tokens, found.logprobs, reason, score=found.score, timing=next(timings)
-            ),
-          )
+          told: dict[str, Any] = dict(score=found.score, timing=next(timings))
+          yield i * each + j, Completion(text, found.tokens, found.logprobs, reason, **told)
 
 
 def _best(

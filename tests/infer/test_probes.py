@@ -68,7 +68,7 @@ PROBES = {
   "bad_words": Probe(lambda tokens: [often(tokens)]),
   "allowed_tokens": Probe([5, 6, 7]),
   "num_return_sequences": Probe(2, HOT),
-  "best_of": Probe(4, HOT),
+  "best_of": Probe(4, HOT | dict(seed=1)),
   "scorer": Probe(lambda _: lambda prompt, c: -sum(c.logprobs), HOT | dict(best_of=4)),
   "prefix": Probe([3, 5]),
   "penalty_alpha": Probe(0.6, dict(top_k=4), slow=True),

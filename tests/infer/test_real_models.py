@@ -20,15 +20,12 @@ PROMPTS = (
   "The capital of France is",
   "def fibonacci(n):\n",
   "Once upon a time there was a small dragon who",
-  "1, 2, 3, 4,",
-  "Die Katze sitzt auf der",
 )
-MOST = 24
+MOST = 16
 PLAIN = {
   "greedy": {},
   "a repetition penalty": dict(repetition_penalty=1.3),
   "a repetition reward": dict(repetition_penalty=0.9),
-  "no pair twice": dict(no_repeat_ngram_size=2),
   "no triple twice": dict(no_repeat_ngram_size=3),
   "both": dict(repetition_penalty=1.1, no_repeat_ngram_size=2),
   "at least so many": dict(min_new_tokens=MOST),

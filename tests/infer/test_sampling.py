@@ -148,7 +148,7 @@ def fits(counts: np.ndarray, exact: np.ndarray) -> None:
 @pytest.mark.parametrize(
   ("settings", "kept"),
   [
-    (dict(temperature=0.8, top_k=30, top_p=0.97), 20),
+    (dict(temperature=0.8, top_k=30, top_p=0.97), 10),
     (dict(temperature=1.4, top_k=33, top_p=0.98, min_p=0.02, typical_p=0.93), 12),
   ],
 )
