@@ -1,7 +1,8 @@
 """What a trained model does."""
 
+from infer.attention import attention_maps
 from infer.calibrate import calibrate
-from infer.generate import Completion, generate, stream
+from infer.generate import Completion, generate, results, stream
 from infer.prefix_cache import PrefixCache
 from infer.ranking import vote
 from infer.tasks.answer import Answer, answer
@@ -9,6 +10,7 @@ from infer.tasks.classify import Label, classify
 from infer.tasks.fill_mask import Guess, fill_mask
 from infer.tasks.similarity import similarity
 from infer.tasks.tag import Span, tag
+from infer.timing import Timing
 
 __all__ = [
   "Answer",
@@ -17,11 +19,14 @@ __all__ = [
   "Label",
   "PrefixCache",
   "Span",
+  "Timing",
   "answer",
+  "attention_maps",
   "calibrate",
   "classify",
   "fill_mask",
   "generate",
+  "results",
   "similarity",
   "stream",
   "tag",

@@ -24,6 +24,7 @@ from infer.settings import Settings
 from infer.shaping import History
 from infer.speculative import Tally, draft_of, speculate
 from infer.text import Transcript, continuation
+from infer.timing import Stopwatch, Timing, peak_bandwidth, step_bytes
 from model.cache import new_cache
 from model.transformer import Inputs
 
@@ -62,11 +63,13 @@ class Batch:
       groups: rows of one number lie together and have one prompt, which is read once.
       follow: keep the text of each row after every token, which stop strings and streams need.
     """
+    self._watch, self._model = Stopwatch(), m
     self.settings, self.decode_text = settings, text_of(m)
     self._follow, self._ends = follow, end_ids(m, settings)
     stop, least = settings.stop_strings(), settings.min_new_tokens
     begin = lambda p: Transcript(self.decode_text, p, stop=stop, min_tokens=least)
     read = [prefix(m, prompt) for prompt in prompts]
+    self._sources = None if read == prompts else [len(prompt) for prompt in prompts]
     self.rows = [Row(prompt, begin(prompt)) for prompt in read]
     self._net, self._params = m.unstacked()
     self._config, size = m.config, bucket(len(prompts), 1)
@@ -96,6 +99,7 @@ class Batch:
         )  # fmt: skip
         plain = dataclasses.replace(settings, prefix_cache=None)
         self._drafts = read_prompts(guesser, ways, plain)[0].cache
+    self._stepped = 0  # Tokens of the row that has the most.
     self.count = 0  # New tokens of each row that has not ended, at least.
     self._collect()
 
@@ -106,6 +110,7 @@ class Batch:
 
   def advance(self, steps: int) -> None:
     """Takes up to so many steps, in one compiled call where no text has to be read anew."""
+    self._watch.lap()
     goal = min(self.count + steps, self.settings.most_new_tokens())
     while self.count < goal and not self.finished:
       turns = self._turns()
@@ -179,6 +184,8 @@ class Batch:
   def _collect(self) -> None:
     """Takes the tokens that are new to the host."""
     counts, drawn = np.asarray(self._progress.count), np.asarray(self._progress.drawn.tokens)
+    steps, self._stepped = int(counts.max()) - self._stepped, int(counts.max())
+    before = [len(row.tokens) for row in self.rows]
     walks = self._walks or [None] * len(self.rows)
     for row, walk, count, tokens in zip(self.rows, walks, counts, drawn, strict=False):
       for token in tokens[len(row.tokens) : count].tolist():
@@ -197,6 +204,15 @@ class Batch:
             self._end(row)
     going = [len(row.tokens) for row in self.rows if not row.ended]
     self.count = min(going, default=int(counts.max()))
+    self._watch.note(steps, [len(r.tokens) - n for r, n in zip(self.rows, before, strict=True)])
+
+  def timings(self) -> list[Timing]:
+    """How long each row took."""
+    peak = peak_bandwidth() if self.settings.draft is None else None
+    if peak is None:
+      return self._watch.told()
+    prompts, new = ([len(getattr(r, name)) for r in self.rows] for name in ("prompt", "tokens"))
+    return self._watch.told(step_bytes(self._model, self._cache, prompts, new, self._sources), peak)
 
   def acceptance(self) -> list[float | None]:
     """The share of guesses that were right, of each row; None where nothing was guessed."""
@@ -225,6 +241,13 @@ class Batch:
 def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[list[int]]:
   """Indices of the prompts of each batch: similar lengths, and as many as memory has room for with
   all of their beams or candidates."""
+  rows = rows_at_once(m, prompts, settings)
+  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+  return [order[i : i + rows] for i in range(0, len(order), rows)]
+
+
+def rows_at_once(m: "Model", prompts: list[list[int]], settings: Settings) -> int:
+  """How many sequences like the longest of these prompts a batch has room for."""
   cfg, longest = m.config, max(map(len, prompts))
   length = cache_length(m, [prefix(m, prompt) for prompt in prompts], settings)
   source = bucket(longest, LEAST_PROMPT, cfg.max_positions)  # Kept behind an encoder only.
@@ -244,9 +267,7 @@ def batches(m: "Model", prompts: list[list[int]], settings: Settings) -> list[li
   width = source if whole else min(chunk, bucket(longest, LEAST_PROMPT, cfg.max_positions))
   scores = 4 * cfg.num_heads * width * (source if whole else length)
   most = min(budget // row_bytes // copies, budget // 2 // scores, PASS_TOKENS // width)
-  rows = 1 << max(0, int(most).bit_length() - 1)
-  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-  return [order[i : i + rows] for i in range(0, len(order), rows)]
+  return 1 << max(0, int(most).bit_length() - 1)
 
 
 def text_of(m: "Model") -> Callable[[list[int]], str]:

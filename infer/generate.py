@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from infer.batch import Batch, batches, text_of
+from infer.batch import Batch, batches, rows_at_once, text_of
 from infer.beam import search
 from infer.contrastive import contrast
 from infer.prompts import by_room, checked, listed, prefix
@@ -14,6 +14,7 @@ from infer.requests import end_ids
 from infer.scores import Pairs, prompt_logprobs
 from infer.settings import Settings, settings_of
 from infer.text import continuation
+from infer.timing import Stopwatch, Timing
 from model.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 STOP_STEPS = 16  # Steps between two looks for stop strings.
+WINDOW_BATCHES, WINDOW_SEQUENCES = 4, 512  # Among which batches of similar lengths are made.
 GLANCE_SECONDS = 0.05  # A stream looks for text as often as this, where steps are fast.
 
 
@@ -45,6 +47,7 @@ class Completion:
   acceptance: float | None = None  # Of the tokens that a `draft` guessed, the share that was right.
   score: float | None = None  # Of a search: see `infer.beam.Found`.
   cached_tokens: int | None = None  # Of the prompt, those that a `prefix_cache` had.
+  timing: Timing | None = dataclasses.field(default=None, compare=False)
 
 
 def generate(m: "Model", prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Completion]:
@@ -67,62 +70,100 @@ def generate(m: "Model", prompts: Prompt | Sequence[Prompt], **settings: Any) ->
       vocabulary, a prompt that leaves too little room in the model's positions, or a model whose
       head does not score the next token.
   """
+  return [completion for group in results(m, prompts, **settings) for completion in group]
+
+
+def results(
+  m: "Model", prompts: Prompt | Sequence[Prompt], **settings: Any
+) -> Iterator[list[Completion]]:
+  """Yields what `generate` returns for each prompt, in order, when it and all before it are done.
+
+  All prompts are checked first; some batches of them are in hand at a time.
+
+  Raises:
+    InputError: as `generate` does, before the first result.
+  """
   chosen, prompts = settings_of(settings), listed(prompts)
   encoded = checked(m, prompts, chosen)
-  each = chosen.best_of or chosen.num_return_sequences
-  done = (
-    _searched(m, encoded, chosen)
-    if chosen.num_beams > 1 or chosen.penalty_alpha
-    else _all(m, [p for p in encoded for _ in range(each)], each, chosen)
-  )
-  groups = [done[i : i + each] for i in range(0, len(done), each)]
-  if chosen.best_of is not None:
-    groups = [_best(m, p, group, chosen) for p, group in zip(prompts, groups, strict=True)]
-  if chosen.echo:
-    told = _echo(m, encoded, chosen.logprobs or 0)
-    groups = [[dataclasses.replace(c, **t) for c in g] for t, g in zip(told, groups, strict=True)]
-  return [completion for group in groups for completion in group]
+  return _in_order(m, prompts, encoded, chosen.seeds(len(prompts)), chosen)
 
 
-def _all(m: "Model", prompts: list[list[int]], each: int, settings: Settings) -> list[Completion]:
-  """Completions of prompts that stand `each` times behind each other, one for each place."""
-  seeds = [seed for seed in settings.seeds(len(prompts) // each) for _ in range(each)]
+def _in_order(
+  m: "Model", prompts: list[Prompt], encoded: list[list[int]], seeds: list[int], settings: Settings
+) -> Iterator[list[Completion]]:
+  each = settings.best_of or settings.num_return_sequences
+  run = _searched if settings.num_beams > 1 or settings.penalty_alpha else _drawn
+  rows = rows_at_once(m, encoded, settings)
+  size = max(1, min(WINDOW_BATCHES * rows, max(rows, WINDOW_SEQUENCES)) // each)
+  for start in range(0, len(encoded), size):
+    window = slice(start, start + size)
+    done: dict[int, Completion] = {}
+    first = 0  # Place of the next prompt's first sequence.
+    for place, completion in run(m, encoded[window], seeds[window], each, settings):
+      done[place] = completion
+      while all(first + j in done for j in range(each)):
+        group, prompt = [done.pop(first + j) for j in range(each)], start + first // each
+        yield _finished(m, prompts[prompt], encoded[prompt], group, settings)
+        first += each
+
+
+def _finished(
+  m: "Model", prompt: Prompt, tokens: list[int], group: list[Completion], settings: Settings
+) -> list[Completion]:
+  """The sequences of a prompt that are returned, with what is told about the prompt."""
+  if settings.best_of is not None:
+    group = _best(m, prompt, group, settings)
+  if not settings.echo:
+    return group
+  told = _echo(m, tokens, settings.logprobs or 0)
+  return [dataclasses.replace(completion, **told) for completion in group]
+
+
+# Places of sequences, `each` of a prompt behind each other, with what came of them.
+_Found = Iterator[tuple[int, Completion]]
+
+
+def _drawn(
+  m: "Model", prompts: list[list[int]], seeds: list[int], each: int, settings: Settings
+) -> _Found:
+  """Sequences of each prompt, as their batches are done."""
+  texts = [prompt for prompt in prompts for _ in range(each)]
   follow = bool(settings.stop_strings())
-  done: dict[int, Completion] = {}
-  for room, members in by_room(m, prompts, settings).items():
+  for room, members in by_room(m, texts, settings).items():
     limited = dataclasses.replace(settings, max_new_tokens=room)
-    for places in batches(m, [prompts[i] for i in members], limited):
+    for places in batches(m, [texts[i] for i in members], limited):
       rows = [members[place] for place in places]
       batch = Batch(
-        m, [prompts[i] for i in rows], [seeds[i] for i in rows], limited, follow=follow,
+        m, [texts[i] for i in rows], [seeds[i // each] for i in rows], limited, follow=follow,
         sequences=[i % each for i in rows], groups=[i // each for i in rows],
       )  # fmt: skip
       while not batch.finished:
         batch.advance(STOP_STEPS if follow else room)
-      done.update(zip(rows, _completions(batch), strict=True))
-  return [done[i] for i in range(len(prompts))]
+      yield from zip(rows, _completions(batch), strict=True)
 
 
-def _searched(m: "Model", prompts: list[list[int]], settings: Settings) -> list[Completion]:
-  """What beam search or contrastive search makes of each prompt, behind each other."""
+def _searched(
+  m: "Model", prompts: list[list[int]], seeds: list[int], each: int, settings: Settings
+) -> _Found:
+  """What beam search or contrastive search, which draw nothing, make of each prompt."""
   decode, ends = text_of(m), end_ids(m, settings)
-  done: dict[int, list[Completion]] = {}
   for room, members in by_room(m, prompts, settings).items():
     limited = dataclasses.replace(settings, max_new_tokens=room)
     for places in batches(m, [prompts[i] for i in members], limited):
       rows = [members[place] for place in places]
-      texts = [prompts[i] for i in rows]
+      texts, watch = [prompts[i] for i in rows], Stopwatch()
       groups = search(m, texts, limited) if limited.num_beams > 1 else None
       groups = groups or [[found] for found in contrast(m, texts, limited)]
+      timings = iter(watch.searched([len(found.tokens) for group in groups for found in group]))
       for i, group in zip(rows, groups, strict=True):
-        done[i] = []
-        for found in group:
+        for j, found in enumerate(group):
           shown = [t for t in found.tokens if t not in ends]
           text = continuation(decode, prefix(m, prompts[i]), shown)
           reason = "stop" if found.ended else "length"
-          told = dict(score=found.score, cached_tokens=found.cached)
-          done[i].append(Completion(text, found.tokens, found.logprobs, reason, **told))
-  return [completion for i in range(len(prompts)) for completion in done[i]]
+          told: dict[str, Any] = dict(
+            score=found.score, cached_tokens=found.cached, timing=next(timings)
+          )
+          yield i * each + j, Completion(text, found.tokens, found.logprobs, reason, **told)
 
 
 def _best(
@@ -134,14 +175,11 @@ def _best(
   return [completions[i] for i in order[: settings.num_return_sequences]]
 
 
-def _echo(m: "Model", prompts: list[list[int]], top: int) -> list[dict[str, Any]]:
+def _echo(m: "Model", prompt: list[int], top: int) -> dict[str, Any]:
   """The fields of a completion that tell about its prompt."""
-  out = []
-  for prompt in prompts:
-    values, pairs = prompt_logprobs(m, prompt, top)
-    shown = pairs if top else None
-    out.append(dict(prompt_tokens=prompt, prompt_logprobs=values, prompt_top_logprobs=shown))
-  return out
+  values, pairs = prompt_logprobs(m, prompt, top)
+  shown = pairs if top else None
+  return dict(prompt_tokens=prompt, prompt_logprobs=values, prompt_top_logprobs=shown)
 
 
 def stream(m: "Model", prompt: Prompt, **settings: Any) -> Iterator[str]:
@@ -178,11 +216,13 @@ def _pieces(batch: Batch) -> Iterator[str]:
 
 
 def _completions(batch: Batch) -> list[Completion]:
-  results, drawn = batch.results()
+  texts, drawn = batch.results()
   top = batch.settings.logprobs
   out = []
-  told = zip(batch.rows, results, batch.acceptance(), batch.reused(), strict=False)
-  for i, (row, (text, n), share, reused) in enumerate(told):
+  told = zip(
+    batch.rows, texts, batch.acceptance(), batch.reused(), batch.timings(), strict=False
+  )  # fmt: skip
+  for i, (row, (text, n), share, reused, timing) in enumerate(told):
     pairs = None
     if top is not None:
       ids, values = drawn.top_tokens[i, :n, :top].tolist(), drawn.top_logprobs[i, :n, :top].tolist()
@@ -197,6 +237,7 @@ def _completions(batch: Batch) -> list[Completion]:
         pairs,
         acceptance=share,
         cached_tokens=reused,
+        timing=timing,
       )
     )
   return out

@@ -1,4 +1,5 @@
 """The settings of generation: declared once, checked once, each impossible value named."""
+# ruff: noqa: RUF009
 
 import dataclasses
 import json
@@ -21,47 +22,64 @@ Word = str | int | Sequence[int]  # A text, a token or several.
 Biases = Mapping[Word, float]  # Several tokens are a tuple.
 
 
+def told(default: Any, text: str) -> Any:
+  """A setting: its default, and what `python -m infer --help` says of it."""
+  return dataclasses.field(default=default, metadata={"help": text})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
   """What `infer.generate` takes, with Transformers' meaning where it has the same thing."""
 
-  max_new_tokens: int | None = None  # None: 64, or as many as the model has positions for.
-  min_new_tokens: int = 0  # No end token, stop token or stop string counts before.
-  stop: Sequence[str | int] | str | int = ()  # Strings or token ids that end a sequence.
-  temperature: float = 0.0  # 0 is greedy.
-  top_k: int | None = None  # Draw from the k most probable tokens.
-  top_p: float | None = None  # Draw from the most probable tokens that sum to p.
-  min_p: float | None = None  # Draw from tokens at least p times as probable as the best.
-  typical_p: float | None = None  # Draw from tokens of about the expected surprise that sum to p.
-  epsilon_cutoff: float | None = None  # Draw from tokens of at least this probability.
-  seed: int | Sequence[int] = 0  # One for every prompt, or one each.
-  repetition_penalty: float = 1.0  # Above 1: against tokens of the prompt and the text (CTRL).
-  presence_penalty: float = 0.0  # Taken off the scores of tokens that the text has.
-  frequency_penalty: float = 0.0  # As often as the text has them.
-  no_repeat_ngram_size: int | None = None  # No run of so many tokens is there twice.
-  logit_bias: Biases | None = None  # Added to a token's score; of several tokens, to the last's.
-  bad_words: Sequence[Word] = ()  # Never said. A text is meant with a space before it as well.
-  allowed_tokens: Sequence[int] | None = None  # Ids besides which none is chosen.
-  num_return_sequences: int = 1  # Sequences of each prompt, which follow each other.
-  best_of: int | None = None  # Draw so many of each prompt and keep the best.
-  scorer: Any = "mean_logprob"  # What is best: see `infer.generate`.
-  prefix: str | Sequence[int] = ()  # What each completion begins with: a text or token ids.
-  json_schema: str | Mapping[str, Any] | None = None  # What each text is to be: JSON of a schema,
-  regex: str | None = None  # or all that a regular expression matches,
-  grammar: str | None = None  # or what a Lark grammar makes.
-  penalty_alpha: float = 0.0  # Contrastive search among top_k tokens: against likeness.
-  num_beams: int = 1  # Sequences that a search goes on with; 1: no search.
-  num_beam_groups: int = 1  # Groups of beams that are to differ from each other.
-  diversity_penalty: float = 0.0  # For each time that groups before have just chosen a token.
-  length_penalty: float = 1.0  # Power of the length that a sequence's score is divided by.
-  early_stopping: bool | str = False  # True: when num_beams have ended; "never": proven best.
-  draft: Any = None  # What guesses tokens ahead: a model, "lookup" or "layers:N" (early layers).
-  speculate: int | None = None  # Tokens that it guesses at a time; None: 4.
-  prefill_chunk: int | None = None  # Tokens of a prompt that are read at a time; None: 512.
-  cache_dtype: str = "auto"  # Of keys and values that are kept; "auto": what is computed in.
-  prefix_cache: Any = None  # A PrefixCache of the model: beginnings of prompts are read once.
-  logprobs: int | None = None  # Also report this many of the most probable tokens.
-  echo: bool = False  # Also report the log-probabilities of the prompt's tokens.
+  max_new_tokens: int | None = told(None, "The most tokens to add; none: 64, if there is room.")
+  min_new_tokens: int = told(0, "No end token, stop token or stop string counts before so many.")
+  stop: Sequence[str | int] | str | int = told((), "End before this text, or at this token id.")
+  temperature: float = told(0.0, "Spread of the draw; 0 is greedy.")
+  top_k: int | None = told(None, "Draw from the k most probable tokens.")
+  top_p: float | None = told(None, "Draw from the most probable tokens that sum to p.")
+  min_p: float | None = told(None, "Draw from tokens at least p times as probable as the best.")
+  typical_p: float | None = told(
+    None, "Draw from tokens of about the expected surprise that sum to p."
+  )
+  epsilon_cutoff: float | None = told(None, "Draw from tokens of at least this probability.")
+  seed: int | Sequence[int] = told(0, "Of the draws: one for every prompt, or one each.")
+  repetition_penalty: float = told(1.0, "Above 1: against tokens of prompt and text (CTRL).")
+  presence_penalty: float = told(0.0, "Taken off the scores of tokens that the text has.")
+  frequency_penalty: float = told(0.0, "Taken off as often as the text has them.")
+  no_repeat_ngram_size: int | None = told(None, "No run of so many tokens is there twice.")
+  logit_bias: Biases | None = told(
+    None, "Added to a token's score; of several tokens, to the last one's."
+  )
+  bad_words: Sequence[Word] = told((), "Never said; a text is meant with a space before it too.")
+  allowed_tokens: Sequence[int] | None = told(None, "Token ids besides which none is chosen.")
+  num_return_sequences: int = told(1, "Sequences of each prompt, which follow each other.")
+  best_of: int | None = told(None, "Draw so many of each prompt and keep the scorer's best.")
+  scorer: Any = told("mean_logprob", "What is best: 'mean_logprob', or a reward model.")
+  prefix: str | Sequence[int] = told((), "What each completion begins with.")
+  json_schema: str | Mapping[str, Any] | None = told(None, "Each text is JSON of this schema.")
+  regex: str | None = told(None, "All of each text is what this regular expression matches.")
+  grammar: str | None = told(None, "Each text is what this Lark grammar makes.")
+  penalty_alpha: float = told(0.0, "Contrastive search among top_k tokens: against likeness.")
+  num_beams: int = told(1, "Sequences that a search goes on with; 1: no search.")
+  num_beam_groups: int = told(1, "Groups of beams that are to differ from each other.")
+  diversity_penalty: float = told(0.0, "For each time that groups before just chose a token.")
+  length_penalty: float = told(1.0, "Power of the length that a sequence's score is divided by.")
+  early_stopping: bool | str = told(
+    False, "When a search ends: true: num_beams have ended; never: proven best; false: about so."
+  )
+  draft: Any = told(
+    None, "What guesses tokens ahead: a model, 'lookup' or 'layers:N' (early layers)."
+  )
+  speculate: int | None = told(None, "Tokens that draft guesses at a time; none: 4.")
+  prefill_chunk: int | None = told(
+    None, "Tokens of a prompt that are read at a time; none: 512."
+  )
+  cache_dtype: str = told(
+    "auto", f"Of keys and values that are kept: {', '.join(CACHE_DTYPES)} (auto: as computed)."
+  )
+  prefix_cache: Any = told(None, "Beginnings that prompts share are read once (a PrefixCache).")
+  logprobs: int | None = told(None, "Also report so many of the most probable tokens.")
+  echo: bool = told(False, "Also report the log-probabilities of the prompt's tokens.")
 
   def __post_init__(self):
     _whole("min_new_tokens", self.min_new_tokens, least=0)

@@ -10,6 +10,7 @@ from model.context import seq_parts
 from model.errors import InputError
 from model.fused import cudnn_attention, splash_attention
 from model.mask import attention_mask
+from model.observe import observed, observing
 from model.ring import ring_attention
 from model.sharding import constrain
 
@@ -56,7 +57,7 @@ def attend(
       row order with positions rising by one, so that kernels may mask by index.
     balanced: tokens lie in the balanced order of so many devices (see `balanced_parts`), and
       `ordered` is of the order that they had before; 1: they lie as they are.
-    kernel: "auto", "xla", "cudnn" or "splash".
+    kernel: "auto", "xla", "cudnn" or "splash"; under `model.observe.observe` it is xla.
     ring: where the mesh in use splits both lengths, keys go from device to device; otherwise each
       gets all of them.
     dropout: share of the probabilities that is dropped while there is a `key`.
@@ -66,6 +67,8 @@ def attend(
   """
   dropping = dropout > 0 and key is not None
   parts = seq_parts()
+  if observing():
+    kernel, ring = "xla", False
   if ring and parts > 1 and q.shape[1] % parts == 0 and k.shape[1] % parts == 0:
     if bias is not None or dropping or bidirectional is not None:
       raise InputError(
@@ -127,6 +130,13 @@ def _xla(q, k, v, mask, scale: float, *, softcap, sinks, bias, scales, dropped) 
   if bias is not None:
     scores += group(bias).astype(exact)
   weights, total = _masked_softmax(scores, mask[:, :, None])
+  share = None
+  if sinks is not None:
+    share = jax.nn.sigmoid(total.reshape(B, N, T) - sinks.astype(exact)[:, None])
+  sees = jnp.any(mask, axis=-1)
+  if observing():
+    told = jnp.where(sees[..., None], weights.reshape(B, N, T, -1), 0)
+    observed(told if share is None else told * share[..., None])
   if dropped is not None:
     rate, key = dropped
     kept = jax.random.bernoulli(key, 1 - rate, weights.shape)
@@ -136,11 +146,9 @@ def _xla(q, k, v, mask, scale: float, *, softcap, sinks, bias, scales, dropped) 
   # In this order XLA need not turn the values around before each step of decoding.
   y = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(v.dtype), v)
   y = jnp.moveaxis(y, 3, 1).reshape(B, T, N, v.shape[-1])
-  if sinks is not None:
-    share = jax.nn.sigmoid(total.reshape(B, N, T) - sinks.astype(exact)[:, None])
+  if share is not None:
     y = y * jnp.moveaxis(share, 1, 2)[..., None]
-  sees = jnp.any(mask, axis=-1)[:, 0, :, None, None]
-  return jnp.where(sees, y, 0).astype(q.dtype)
+  return jnp.where(sees[:, 0, :, None, None], y, 0).astype(q.dtype)
 
 
 @jax.custom_jvp

@@ -108,21 +108,61 @@ def test_extreme_settings_leave_the_most_probable_token_and_no_nan():
   assert not np.isnan(restrict(sampler(3, temperature=np.finfo(np.float32).max), logits)).any()
 
 
-def test_draws_have_the_exact_distribution():
+def exact_distribution(
+  logits, *, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, typical_p=1.0, epsilon_cutoff=0.0
+) -> np.ndarray:
+  """The probabilities that are drawn from, one restriction after the other, in float64."""
+  probs = np.exp(np.asarray(logits, np.float64) / temperature)
+
+  def keep(chosen):
+    nonlocal probs
+    probs = np.where(chosen, probs, 0)
+    probs /= probs.sum()
+
+  def first_to(share, order):
+    """The tokens in this order up to the first whose sum reaches the share."""
+    before = np.cumsum(probs[order]) - probs[order]
+    chosen = np.zeros(len(probs), bool)
+    chosen[order[before < share]] = True
+    return chosen
+
+  keep(probs > 0)
+  keep(probs >= np.sort(probs)[-(top_k or 0)])
+  keep(first_to(top_p, np.argsort(-probs)))
+  keep(probs >= min_p * probs.max())
+  surprise = -np.log(np.maximum(probs, 1e-300))
+  keep(first_to(typical_p, np.argsort(np.abs(surprise - (probs * surprise).sum()))))
+  keep((probs >= epsilon_cutoff) | (probs == probs.max()))
+  return probs
+
+
+def fits(counts: np.ndarray, exact: np.ndarray) -> None:
+  """Chi squared: what is impossible never comes, the rest as often as it should."""
+  assert counts[exact == 0].sum() == 0
+  kept = exact > 0
+  expected = exact[kept] * counts.sum()
+  chi2, freedom = ((counts[kept] - expected) ** 2 / expected).sum(), kept.sum() - 1
+  assert abs(chi2 - freedom) < 4 * np.sqrt(2 * freedom), (chi2, freedom)
+
+
+@pytest.mark.parametrize(
+  ("settings", "kept"),
+  [
+    (dict(temperature=0.8, top_k=30, top_p=0.97), 10),
+    (dict(temperature=1.4, top_k=33, top_p=0.98, min_p=0.02, typical_p=0.93), 12),
+  ],
+)
+def test_draws_have_the_exact_distribution(settings, kept):
   draws, vocab = 100_000, 40
   logits = np.random.default_rng(3).normal(size=vocab).astype(np.float32) * 1.5
   logits[[0, 7, 39]] = -np.inf
-  chosen = sampler(draws, temperature=0.8, top_k=30, top_p=0.97, seed=11)
+  chosen = sampler(draws, seed=11, **settings)
   tokens = jax.jit(lambda s, x, pos: s(x, pos))(
     chosen, jnp.broadcast_to(logits, (draws, vocab)), jnp.arange(draws)
   )
-  exact = np.asarray(jax.nn.softmax(chosen.restrict(jnp.asarray(logits[None]))[0])).astype(float)
-  counts = np.bincount(np.asarray(tokens), minlength=vocab)
-  assert counts[exact == 0].sum() == 0
-  kept = exact > 0
-  expected = exact[kept] * draws
-  chi2, freedom = ((counts[kept] - expected) ** 2 / expected).sum(), kept.sum() - 1
-  assert abs(chi2 - freedom) < 4 * np.sqrt(2 * freedom), (chi2, freedom)
+  exact = exact_distribution(logits, **settings)
+  assert kept <= (exact > 0).sum() < settings["top_k"], "each restriction has an effect"
+  fits(np.bincount(np.asarray(tokens), minlength=vocab), exact)
 
 
 def test_draws_from_a_large_vocabulary_are_never_impossible_and_reach_its_ends():

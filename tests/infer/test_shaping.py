@@ -82,6 +82,41 @@ def test_count_penalties_are_those_of_their_formula_and_leave_the_prompt_out():
   np.testing.assert_allclose(got[finite], want[finite], rtol=1e-6, atol=1e-6)
 
 
+def test_tokens_that_may_be_or_must_come_equal_transformers_processors():
+  torch = pytest.importorskip("torch")
+  theirs = pytest.importorskip("transformers.generation.logits_process")
+  logits, said = logits_of(), histories()
+  scores, count = torch.tensor(logits), np.random.default_rng(2).integers(5, 12, ROWS)
+  count = count.astype(np.int32)  # The prompts have five tokens.
+  allowed = [9, 2, 50, 111]
+  others = [token for token in range(logits.shape[1]) if token not in allowed]
+  want = theirs.SuppressTokensLogitsProcessor(others)(None, scores)
+  kept_alike(shaped(dict(allowed_tokens=allowed), logits, said, count), want.numpy())
+  forced = [7, 150, 3]
+
+  def may_follow(row, ids):
+    new = count[row] - 5
+    return [forced[new]] if new < len(forced) else list(range(logits.shape[1]))
+
+  rows = torch.arange(ROWS)[:, None]
+  want = theirs.PrefixConstrainedLogitsProcessor(may_follow, 1)(rows, scores)
+  kept_alike(shaped(dict(prefix=forced), logits, said, count), want.numpy())
+
+
+def test_no_end_comes_before_the_least_number_of_new_tokens():
+  torch = pytest.importorskip("torch")
+  theirs = pytest.importorskip("transformers.generation.logits_process")
+  logits, new = logits_of(), np.random.default_rng(3).integers(0, 9, ROWS).astype(np.int32)
+  settings, ends = Settings(min_new_tokens=5), [3, 17]
+  request = request_of(tiny.model(), settings, [0] * ROWS, None, ROWS, frozenset(ends))
+  got = np.asarray(request.shaped(logits, History(histories(), new * 0 + 5, new + 5), new))
+  for count in range(9):
+    ids = torch.zeros(1, 5 + count).long()
+    processor = theirs.MinNewTokensLengthLogitsProcessor(5, 5, ends, device="cpu")
+    want = processor(ids, torch.tensor(logits[new == count])).numpy()
+    np.testing.assert_array_equal(got[new == count], want)
+
+
 def test_only_allowed_tokens_are_chosen():
   got = shaped(dict(allowed_tokens=[9, 2, 205]), logits_of(), histories(), np.full(ROWS, 3))
   assert np.flatnonzero(np.isfinite(got).any(axis=0)).tolist() == [2, 9], "205 is padding"

@@ -11,7 +11,8 @@ from infer.shaping import History
 from infer.speculative import lookup
 from tests.infer import tiny
 from tests.infer.copies import theirs_and_ours
-from tests.infer.test_beam import END, on_request
+from tests.infer.test_beam import END, next_logprobs, on_request
+from tests.infer.test_sampling import exact_distribution, fits
 
 SETTINGS = {
   "greedy": dict(),
@@ -69,6 +70,35 @@ def test_two_hundred_prompts_are_continued_alike(m, drafts):
   for name, draft in drafts.items():
     got = infer.generate(m, texts, max_new_tokens=20, draft=draft, speculate=5)
     assert [c.tokens for c in got] == want, name
+
+
+@pytest.mark.slow
+def test_speculated_draws_have_the_exact_distribution():
+  """All texts of three tokens of a vocabulary of six, against the product of exact steps."""
+  small = dataclasses.replace(tiny.model(vocab_size=6, init_std=0.6), tokenizer=None)
+  other = dataclasses.replace(
+    tiny.model(vocab_size=6, init_std=0.6, seed=9, num_layers=1), tokenizer=None
+  )
+  settings, draws = dict(temperature=0.9, top_k=5, top_p=0.95), 30_000
+  got = infer.generate(
+    small, [[1, 4]], max_new_tokens=3, num_return_sequences=draws, draft=other, speculate=2, seed=3,
+    **settings,
+  )  # fmt: skip
+  exact = np.zeros((6, 6, 6))
+  step = lambda text: exact_distribution(next_logprobs(small, text), **settings)
+  first = step((1, 4))
+  for a in range(6):
+    second = step((1, 4, a))
+    for b in range(6):
+      exact[a, b] = first[a] * second[b] * step((1, 4, a, b))
+  places = [c.tokens[0] * 36 + c.tokens[1] * 6 + c.tokens[2] for c in got]
+  counts, exact = np.bincount(places, minlength=216), exact.reshape(-1)
+  shares = [c.acceptance for c in got if c.acceptance is not None]
+  assert 0.2 < np.mean(shares) < 0.95, "some guesses are right and some are wrong"
+  assert counts[exact == 0].sum() == 0
+  rare = exact * draws < 5  # Together they are one.
+  pool = lambda a: np.append(a[~rare], a[rare].sum())
+  fits(pool(counts), pool(exact))
 
 
 def test_stop_strings_end_speculated_texts_where_they_end_others(m):

@@ -149,3 +149,54 @@ def test_it_writes_the_molecules_that_its_own_class_writes(ours, theirs, vocabul
     assert scores.argmax(-1).tolist() == written[1:]
     copied += written == one
   assert copied == 4  # It writes analogues: of the others it changes an atom or two.
+
+
+def searched(scores, beams: int, most: int, length_penalty: float) -> list[int]:
+  """Beam search as it is told: the best candidates go on, those that end are kept, the best wins.
+
+  Args:
+    scores: texts -> log-probabilities of their next tokens.
+  """
+  running, ended = [(0.0, [START])], []
+  for count in range(1, most + 1):
+    told = scores([text for _, text in running])
+    candidates = [
+      (total + told[i, token], [*text, token])
+      for i, (total, text) in enumerate(running)
+      for token in np.argsort(-told[i])[: 2 * beams]
+    ]
+    candidates = sorted(candidates, key=lambda c: -c[0])[: 2 * beams]
+    over = [c for c in candidates[:beams] if c[1][-1] == END or count == most]
+    ended += [(total / count**length_penalty, text) for total, text in over]
+    ended = sorted(ended, key=lambda c: -c[0])[:beams]
+    running = [c for c in candidates if c[1][-1] != END][:beams]
+    # Nothing that goes on can become better: by its score of now, at the longest.
+    reach = most if length_penalty > 0 else count
+    best = running[0][0] / reach**length_penalty
+    if len(ended) == beams and best <= ended[-1][0]:
+      break
+  return ended[0][1]
+
+
+@pytest.mark.parametrize(("beams", "length_penalty"), [(2, 0.0), (4, 1.0), (3, 2.0)])
+def test_a_search_finds_what_a_plain_one_finds_over_its_own_logits(
+  ours, theirs, vocabulary, beams, length_penalty
+):
+  import torch
+
+  ids, most = [encode(vocabulary, molecule) for molecule in MOLECULES[:5]], 60
+  got = infer.generate(
+    ours, ids, max_new_tokens=most, stop=[WORDS + END], num_beams=beams, early_stopping="never",
+    length_penalty=length_penalty,
+  )  # fmt: skip
+  plain = infer.generate(ours, ids, max_new_tokens=most, stop=[WORDS + END])
+  for one, completion in zip(ids, got, strict=True):
+
+    def scores(texts, one=one):
+      with torch.no_grad():
+        source = torch.tensor([one] * len(texts))
+        return theirs(source, torch.tensor(texts))[0][:, -1].log_softmax(-1).numpy()
+
+    want = searched(scores, beams, most, length_penalty)
+    assert [START, *(token - WORDS for token in completion.tokens)] == want
+  assert [c.tokens for c in got] != [c.tokens for c in plain] or beams == 2
