@@ -3,6 +3,7 @@
 Each way has a process of its own, as its user would start it, and they take turns.
 """
 
+import inspect
 import json
 import os
 import platform
@@ -12,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from model.host_memory import with_huge_pages
 
 RESULTS = Path(__file__).parent / "results"
-_ANSWER = "seconds: "
+_ANSWER = "answer: "
 
 
 def machine() -> str:
@@ -56,12 +58,16 @@ class Worker:
       stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
 
-  def seconds(self) -> float:
+  def seconds(self, work: str = "") -> float:
     """Does the work once: seconds."""
-    print(file=self._process.stdin, flush=True)
+    return float(self.ask(work)["seconds"])
+
+  def ask(self, work: str) -> dict:
+    """What the process says about a piece of work."""
+    print(work, file=self._process.stdin, flush=True)
     for line in self._process.stdout or ():
       if line.startswith(_ANSWER):
-        return float(line.removeprefix(_ANSWER))
+        return json.loads(line.removeprefix(_ANSWER))
     raise RuntimeError(f"{self._process.args} ended")
 
   def close(self) -> None:
@@ -69,22 +75,35 @@ class Worker:
     self._process.communicate()
 
 
-def serve(run: Callable[[], None]) -> None:
-  """Does the work of a Worker: once for each line of standard input, and tells the seconds."""
-  for _ in sys.stdin:
+def serve(run: Callable[[], None] | Callable[[str], dict | None]) -> None:
+  """Does the work of a Worker: once for each line of standard input, and tells the seconds.
+
+  A function that takes the line may return what else to tell.
+  """
+  named = bool(inspect.signature(run).parameters)
+  for line in sys.stdin:
     start = time.perf_counter()
-    run()
-    print(f"{_ANSWER}{time.perf_counter() - start}", flush=True)
+    told: Any = run(line.strip()) if named else run()  # pyright: ignore
+    seconds = time.perf_counter() - start
+    print(_ANSWER + json.dumps({"seconds": seconds} | (told or {})), flush=True)
 
 
 def interleaved(workers: dict[str, Worker], rounds: int, warmups: int) -> dict[str, list[float]]:
   """Seconds of each way in each round; the ways take turns, after warm-ups. Ends the workers."""
+  seconds = in_turns(workers, rounds, warmups)
+  for worker in workers.values():
+    worker.close()
+  return seconds
+
+
+def in_turns(
+  workers: dict[str, Worker], rounds: int, warmups: int, work: str = ""
+) -> dict[str, list[float]]:
+  """Seconds of each way in each round of some work; the ways take turns, after warm-ups."""
   seconds: dict[str, list[float]] = {name: [] for name in workers}
   for _ in range(warmups + rounds):
     for name, worker in workers.items():
-      seconds[name].append(worker.seconds())
-  for worker in workers.values():
-    worker.close()
+      seconds[name].append(worker.seconds(work))
   return {name: times[warmups:] for name, times in seconds.items()}
 
 
@@ -113,9 +132,15 @@ def report(name: str, rows: list[dict], *, write: bool) -> None:
     for pair, ratio in row["ratios"].items():
       print(f"    {pair:<36}{ratio:>12.2f}")
   if write:
-    RESULTS.mkdir(exist_ok=True)
-    kind = "".join(c if c.isalnum() else "_" for c in where.lower())[:60].strip("_")
-    path = RESULTS / f"{name}_{kind}.json"
-    result = dict(machine=where, commit=commit(), jax=jax.__version__, rows=rows)
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written: {path}")
+    written(name, rows)
+
+
+def written(name: str, rows: list[dict], **more: Any) -> None:
+  """Writes results/NAME_MACHINE.json."""
+  RESULTS.mkdir(exist_ok=True)
+  where = machine()
+  kind = "".join(c if c.isalnum() else "_" for c in where.lower())[:60].strip("_")
+  path = RESULTS / f"{name}_{kind}.json"
+  result = dict(machine=where, commit=commit(), jax=jax.__version__, **more, rows=rows)
+  path.write_text(json.dumps(result, indent=2) + "\n")
+  print(f"written: {path}")
