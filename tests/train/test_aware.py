@@ -210,35 +210,33 @@ def validation(config, params, batches):
 
 
 @slow
-@pytest.mark.parametrize("format", ["int4", "int8_dynamic"])
-def test_training_for_it_loses_less_than_quantizing_afterwards(format):
-  """On text with structure: each token is a function of the one before, with some noise."""
+def test_training_for_it_loses_less_than_quantizing_afterwards():
+  """Each token is a function of the one before; of large random matrices little was learned."""
   rng = np.random.default_rng(0)
   table = rng.permutation(tiny.VOCAB)
 
   def batch():
-    rows = []
-    for _ in range(16):
-      doc = [rng.integers(tiny.VOCAB)]
+    docs = [[rng.integers(tiny.VOCAB)] for _ in range(16)]
+    for doc in docs:
       while len(doc) < 17:
-        doc.append(table[doc[-1]] if rng.random() < 0.9 else rng.integers(tiny.VOCAB))
-      rows.append(tiny.row([np.array(doc, np.int32)], 16))
-    return tiny.batch_of(rows)
+        doc.append(table[doc[-1]])
+    return tiny.batch_of([tiny.row([np.array(doc, np.int32)], 16) for doc in docs])
 
-  model = dataclasses.replace(WIDE, d_model=32, d_ff=64, init_std=0.2)
-  train, held = [batch() for _ in range(300)], [batch() for _ in range(8)]
+  format = "int4:64"
+  model = dataclasses.replace(WIDE, init_std=0.5, init_residual_scale=False)
+  train, held = [batch() for _ in range(150)], [batch() for _ in range(8)]
   settings: dict = dict(
-    batch_size=16, steps=300, optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=10)
+    batch_size=16, steps=150, optimizer=OptimizerConfig(learning_rate=0.003, warmup_steps=10)
   )
   ordinary, trained_for = tiny.config(model, **settings), aware(format, model, **settings)
   plain, _ = run(ordinary, train)
   learned, _ = run(trained_for, train)
   after = nats_of(model, quantized(model, plain.params, format), held)
   own = nats_of(model, quantized(model, learned.params, format), held)
-  assert validation(trained_for, learned.params, held) == pytest.approx(own, rel=1e-4)
-  assert validation(trained_for, plain.params, held) == pytest.approx(after, rel=1e-4)
-
-  assert own < after
+  assert validation(trained_for, learned.params, held) == pytest.approx(own, rel=1e-3)
+  assert validation(trained_for, plain.params, held) == pytest.approx(after, rel=1e-3)
+  assert after > 2 * nats_of(model, plain.params, held)
+  assert own < after / 2
 
 
 def test_wrong_values_are_one_error_that_names_them():
