@@ -33,13 +33,12 @@ def fits(x: Float[Array, "... I"], arrays: Arrays, kind: str, group: int | None)
   """Whether `product` takes these arrays of a format, and should on the devices in use."""
   if platform() != "tpu" or group is None or _ARRAYS.get(kind) != arrays.keys():
     return False
-  codes = arrays["values"]
+  pairs, inputs = arrays["values"].shape
   return (
-    codes.ndim == 2
-    and _alone(codes)
+    _alone(arrays["values"])
     and x.dtype in (jnp.bfloat16, jnp.float32)
     and math.prod(x.shape[:-1]) <= _MOST_ROWS
-    and tiles(*codes.shape, group)
+    and tiles(pairs, inputs, group)
   )
 
 

@@ -82,18 +82,18 @@ def make_train_step(
     gradient = jax.value_and_grad(total, has_aux=True)
     return _accumulated(gradient, state, batch, key, weights, accumulation)
 
+  def through(aware: Aware, state: TrainState, *inputs):
+    rounded = dataclasses.replace(state, params=aware.rounded(state.params))
+    return learned(aware.loss_fn, rounded, *inputs)
+
   def gradients(state: TrainState, *inputs):
-    if aware is None:
-      return learned(loss_fn, state, *inputs)
-
-    def through(state, *inputs):
-      rounded = dataclasses.replace(state, params=aware.rounded(state.params))
-      return learned(aware.loss_fn, rounded, *inputs)
-
-    if aware.start == 0:
-      return through(state, *inputs)
     plain = functools.partial(learned, loss_fn)
-    return jax.lax.cond(state.step >= aware.start, through, plain, state, *inputs)
+    if aware is None:
+      return plain(state, *inputs)
+    later = functools.partial(through, aware)
+    if aware.start == 0:
+      return later(state, *inputs)
+    return jax.lax.cond(state.step >= aware.start, later, plain, state, *inputs)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step) if random else None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import model as models
 from model import quant
 from model.errors import InputError
 from model.heads import abstract
@@ -17,11 +18,13 @@ from model.quant import Format
 from model.quant_tree import dequantize_params, quantize_params
 from model.sharding import make_mesh
 from model.trained import Model
-from tests.train import tiny
+from tests.train import run_config, tiny
+from tests.train.test_run import Bench
 from tests.train.test_sharding import text  # noqa: F401  (a fixture)
 from tests.train.test_step import born, close, gradient, params_of, run
 from train.aware import Rounding
 from train.config import (
+  DataConfig,
   MeshConfig,
   ObjectiveConfig,
   OptimizerConfig,
@@ -207,34 +210,33 @@ def validation(config, params, batches):
 
 
 @slow
-@pytest.mark.parametrize("format", ["int4", "int8_dynamic"])
-def test_training_for_it_loses_less_than_quantizing_afterwards(format):
-  """On text with structure: each token is a function of the one before, with some noise."""
+def test_training_for_it_loses_less_than_quantizing_afterwards():
+  """Each token is a function of the one before; of large random matrices little was learned."""
   rng = np.random.default_rng(0)
   table = rng.permutation(tiny.VOCAB)
 
   def batch():
-    rows = []
-    for _ in range(16):
-      doc = [rng.integers(tiny.VOCAB)]
+    docs = [[rng.integers(tiny.VOCAB)] for _ in range(16)]
+    for doc in docs:
       while len(doc) < 17:
-        doc.append(table[doc[-1]] if rng.random() < 0.9 else rng.integers(tiny.VOCAB))
-      rows.append(tiny.row([np.array(doc, np.int32)], 16))
-    return tiny.batch_of(rows)
+        doc.append(table[doc[-1]])
+    return tiny.batch_of([tiny.row([np.array(doc, np.int32)], 16) for doc in docs])
 
-  model = dataclasses.replace(WIDE, d_model=32, d_ff=64, init_std=0.2)
-  train, held = [batch() for _ in range(300)], [batch() for _ in range(8)]
-  settings = dict(batch_size=16, steps=300,
-                  optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=10))  # fmt: skip
+  format = "int4:64"
+  model = dataclasses.replace(WIDE, init_std=0.5, init_residual_scale=False)
+  train, held = [batch() for _ in range(150)], [batch() for _ in range(8)]
+  settings: dict = dict(
+    batch_size=16, steps=150, optimizer=OptimizerConfig(learning_rate=0.003, warmup_steps=10)
+  )
   ordinary, trained_for = tiny.config(model, **settings), aware(format, model, **settings)
   plain, _ = run(ordinary, train)
   learned, _ = run(trained_for, train)
   after = nats_of(model, quantized(model, plain.params, format), held)
   own = nats_of(model, quantized(model, learned.params, format), held)
-  assert validation(trained_for, learned.params, held) == pytest.approx(own, rel=1e-4)
-  assert validation(trained_for, plain.params, held) == pytest.approx(after, rel=1e-4)
-
-  assert own < after
+  assert validation(trained_for, learned.params, held) == pytest.approx(own, rel=1e-3)
+  assert validation(trained_for, plain.params, held) == pytest.approx(after, rel=1e-3)
+  assert after > 2 * nats_of(model, plain.params, held)
+  assert own < after / 2
 
 
 def test_wrong_values_are_one_error_that_names_them():
@@ -250,7 +252,7 @@ def test_wrong_values_are_one_error_that_names_them():
   with jax.set_mesh(mesh), pytest.raises(InputError, match="groups of 48 do not divide"):
     build_program(aware("int4:48"), mesh)
   config = aware("int4")
-  config.quantize.format = 3
+  setattr(config.quantize, "format", 3)  # noqa: B010
   with pytest.raises(InputError, match=r"quantize\.format=3 is a int"):
     checked(config)
 
@@ -279,8 +281,42 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path):
       state, _ = program.train_step(state, put_batch(program, batch))
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(2, state, {"config": {}, "data": {}}, blocking=True)
-    state = checkpoints.restore_latest(program.state).state
+    restored = checkpoints.restore_latest(program.state)
+    assert restored is not None
+    state = restored.state
     checkpoints.close()
     for batch in batches[2:]:
       state, _ = program.train_step(state, put_batch(program, batch))
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state).params, want.params)
+
+
+@slow
+def test_the_command_trains_stores_continues_and_the_loaded_model_is_what_was_validated(tmp_path):
+  bench, workdir = Bench(tmp_path), tmp_path / "run"
+  form = ("--config.quantize.format=int4", "--config.quantize.start_step=2",
+          "--config.checkpoint_every=6", "--config.ema_decay=None")  # fmt: skip
+  status, _, said = bench.run(workdir, "--config.steps=6", *form)
+  assert status == 0, said
+  status, _, said = bench.run(workdir, "--config.steps=9", *form, devices=2)
+  assert status == 0, said
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines if "loss" in line] == [*range(1, 10)]
+  status, _, said = bench.run(workdir, "--config.steps=9", *form[1:])
+  assert status == 2 and "quantize.start_step=2 has no effect without" in said
+  status, _, said = bench.run(workdir, "--config.steps=9")
+  assert status == 2 and 'quantize.format: checkpoint "int4", config null' in said
+
+  m = models.load(workdir)
+  assert {a.dtype for a in jax.tree.leaves(m.params)} == {np.dtype("float32")}
+  saved = json.loads((workdir / "config.json").read_text())
+  config = dataclasses.replace(
+    run_config.get_config(), model=m.config, ema_decay=None,
+    data=DataConfig(source=str(bench.text), tokenizer="bytes", documents="line",
+                    validation_fraction=0.1),
+    cache_dir=saved["cache_dir"],
+  )  # fmt: skip
+  held = list(load_data(config).validation_batches())
+  quant_loss = nats_of(m.config, models.load(workdir, quantize="int4").params, held)
+  last = [line["validation_loss"] for line in lines if "validation_loss" in line][-1]
+  assert last == pytest.approx(quant_loss, rel=1e-4)
+  assert abs(nats_of(m.config, m.params, held) - last) > 1e-5
