@@ -67,8 +67,9 @@ def generate(m: "Model", prompts: Prompt | Sequence[Prompt], **settings: Any) ->
 
   Raises:
     InputError: for an unknown setting, an impossible value, an empty prompt, a token outside the
-      vocabulary, a prompt that leaves too little room in the model's positions, or a model whose
-      head does not score the next token.
+      vocabulary, a prompt that leaves too little room in the model's positions, a model whose head
+      does not score the next token, a constraint (json_schema, regex, grammar) that does not
+      compile, or one that no token of the vocabulary can go on with.
   """
   return [completion for group in results(m, prompts, **settings) for completion in group]
 

@@ -2,8 +2,9 @@
 
 The order is Transformers' own: biases, the repetition penalty, the presence and frequency penalties
 (which it does not have), repeated n-grams, then the words that are never said and the tokens that
-alone may be. Every setting is an array, and a neutral value switches it off, so that one compiled
-program serves every mixture of requests; what nobody asks for is not computed.
+alone may be, and a prefix; last what a constraint rules out (`infer.decode.Request`). Every setting
+is an array, and a neutral value switches it off, so that one compiled program serves every mixture
+of requests; what nobody asks for is not computed.
 """
 
 import dataclasses
