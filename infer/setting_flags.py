@@ -1,11 +1,12 @@
 """The settings of `infer.generate` as flags of the same names, derived from their declaration.
 
 A setting that is declared in `infer.settings.Settings` is a flag: its type says how it is written
-on the command line, and its text is the help.
+on the command line, unless its declaration does, and its text is the help.
 """
 
 import collections.abc
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -83,9 +84,16 @@ def _kind(annotation: Any) -> _Kind:
 def _define() -> dict[str, _Kind]:
   kinds = {}
   for name, annotation in typing.get_type_hints(Settings).items():
-    kind, field = _kind(annotation), _FIELDS[name]
+    field = _FIELDS[name]
+    how = field.metadata
+    kind = _kind(how["written"] or annotation)
+    if how["choices"]:
+      choices = list(how["choices"])
+      kind = _Kind(lambda name, *rest, of=choices: flags.DEFINE_enum(name, rest[0], of, rest[1]))
+    if how["read"] is not None:
+      kind = dataclasses.replace(kind, read=functools.partial(how["read"], name))
     default = "" if field.default in (None, ()) else f"(default: {field.default})"
-    text = " ".join(part for part in (field.metadata["help"], kind.hint, default) if part)
+    text = " ".join(part for part in (how["help"], kind.hint, default) if part)
     kind.define(name, None, text)
     kinds[name] = kind
   return kinds

@@ -17,9 +17,19 @@ Word = str | int | Sequence[int]  # A text, a token or several.
 Biases = Mapping[Word, float]  # Several tokens are a tuple.
 
 
-def told(default: Any, text: str) -> Any:
-  """A setting: its default, and what `python -m infer --help` says of it."""
-  return dataclasses.field(default=default, metadata={"help": text})
+def told(
+  default: Any, text: str, *, written: Any = None, choices: Sequence[str] = (), read: Any = None
+) -> Any:
+  """A setting: its default, and how `python -m infer` has it as a flag (see infer.setting_flags).
+
+  Args:
+    text: what --help says.
+    written: the type of what is written on the command line; None: that of the field.
+    choices: the texts that may be written; (): any.
+    read: makes the value of (name, text).
+  """
+  how = dict(help=text, written=written, choices=choices, read=read)
+  return dataclasses.field(default=default, metadata=how)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
