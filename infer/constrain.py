@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -150,26 +149,6 @@ class Walk:
       f"after {self.count} new tokens no token of the vocabulary goes on with what "
       f"{self.language.name} asks for{f' ({said})' if said else ''}."
     )
-
-
-def text_or_file(name: str, value: str | None) -> str | None:
-  """What a flag says: a schema or a grammar itself, or the path of a file that holds it.
-
-  Raises:
-    InputError: for what is neither, or a file that is no text.
-  """
-  if value is None or value.lstrip()[:1] == "{" or "\n" in value:
-    return value
-  try:
-    if Path(value).is_file():
-      return Path(value).read_text(encoding="utf-8")
-  except (OSError, ValueError) as error:
-    raise InputError(f"--{name}={value} cannot be read: {error}.") from None
-  if name == "grammar" and ":" not in value:
-    raise InputError(f"--grammar={value} is no file, and no Lark grammar such as 'start: \"yes\"'.")
-  if name == "json_schema" and value not in ("true", "false"):
-    raise InputError(f"--json_schema={value} is no file, and no JSON object.")
-  return value
 
 
 def language_of(m: "Model", settings: Settings) -> Language | None:

@@ -1,7 +1,7 @@
 """The settings of `infer.generate` as flags of the same names, derived from their declaration.
 
 A setting that is declared in `infer.settings.Settings` is a flag: its type says how it is written
-on the command line, and its text is the help.
+on the command line, unless its declaration does, and its text is the help.
 """
 
 import collections.abc
@@ -15,14 +15,12 @@ from typing import Any
 
 from absl import flags
 
-from infer.constrain import text_or_file
 from infer.settings import Settings
 from model.errors import InputError
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 # Settings that may be models, and what their values are called when they are none.
 _MODELS = {"draft": ("lookup", "layers"), "scorer": ("mean_logprob",)}
-_TEXTS = ("json_schema", "grammar")  # Given themselves, or as the path of a file.
 _SWITCHES = ("prefix_cache",)  # Objects that a command makes where it is asked to.
 
 
@@ -67,11 +65,7 @@ class _Kind:
   hint: str = ""
 
 
-def _kind(name: str, annotation: Any) -> _Kind:
-  if name in _SWITCHES:
-    return _Kind(flags.DEFINE_bool)
-  if name in _TEXTS:
-    return _Kind(flags.DEFINE_string, functools.partial(text_or_file, name), "Or a file of it.")
+def _kind(annotation: Any) -> _Kind:
   whole, items = _parts(annotation)
   if collections.abc.Mapping in whole and str not in whole:
     return _Kind(flags.DEFINE_string, _read_words, 'JSON: {"50256": -5, "very": 2}.')
@@ -91,9 +85,16 @@ def _kind(name: str, annotation: Any) -> _Kind:
 def _define() -> dict[str, _Kind]:
   kinds = {}
   for name, annotation in typing.get_type_hints(Settings).items():
-    kind, field = _kind(name, annotation), _FIELDS[name]
+    field = _FIELDS[name]
+    how = field.metadata
+    kind = _kind(how["written"] or annotation)
+    if how["choices"]:
+      choices = list(how["choices"])
+      kind = _Kind(lambda name, *rest, of=choices: flags.DEFINE_enum(name, rest[0], of, rest[1]))
+    if how["read"] is not None:
+      kind = dataclasses.replace(kind, read=functools.partial(how["read"], name))
     default = "" if field.default in (None, ()) else f"(default: {field.default})"
-    text = " ".join(part for part in (field.metadata["help"], kind.hint, default) if part)
+    text = " ".join(part for part in (how["help"], kind.hint, default) if part)
     kind.define(name, None, text)
     kinds[name] = kind
   return kinds

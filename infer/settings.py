@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from infer.prefix_cache import PrefixCache
+from infer.text import text_or_file
 from model.errors import InputError, nearest
 
 DEFAULT_NEW_TOKENS = 64
@@ -22,9 +23,19 @@ Word = str | int | Sequence[int]  # A text, a token or several.
 Biases = Mapping[Word, float]  # Several tokens are a tuple.
 
 
-def told(default: Any, text: str) -> Any:
-  """A setting: its default, and what `python -m infer --help` says of it."""
-  return dataclasses.field(default=default, metadata={"help": text})
+def told(
+  default: Any, text: str, *, written: Any = None, choices: Sequence[str] = (), read: Any = None
+) -> Any:
+  """A setting: its default, and how `python -m infer` has it as a flag (see infer.setting_flags).
+
+  Args:
+    text: what --help says.
+    written: the type of what is written on the command line; None: that of the field.
+    choices: the texts that may be written; (): any.
+    read: makes the value of (name, text).
+  """
+  how = dict(help=text, written=written, choices=choices, read=read)
+  return dataclasses.field(default=default, metadata=how)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,9 +67,13 @@ class Settings:
   best_of: int | None = told(None, "Draw so many of each prompt and keep the scorer's best.")
   scorer: Any = told("mean_logprob", "What is best: 'mean_logprob', or a reward model.")
   prefix: str | Sequence[int] = told((), "What each completion begins with.")
-  json_schema: str | Mapping[str, Any] | None = told(None, "Each text is JSON of this schema.")
+  json_schema: str | Mapping[str, Any] | None = told(
+    None, "Each text is JSON of this schema; or a file of it.", written=str, read=text_or_file
+  )
   regex: str | None = told(None, "All of each text is what this regular expression matches.")
-  grammar: str | None = told(None, "Each text is what this Lark grammar makes.")
+  grammar: str | None = told(
+    None, "Each text is what this Lark grammar makes; or a file of it.", read=text_or_file
+  )
   penalty_alpha: float = told(0.0, "Contrastive search among top_k tokens: against likeness.")
   num_beams: int = told(1, "Sequences that a search goes on with; 1: no search.")
   num_beam_groups: int = told(1, "Groups of beams that are to differ from each other.")
@@ -72,12 +87,15 @@ class Settings:
   )
   speculate: int | None = told(None, "Tokens that draft guesses at a time; none: 4.")
   prefill_chunk: int | None = told(
-    None, "Tokens of a prompt that are read at a time; none: 512."
+    None, "Tokens of a prompt that are read at a time; none: 256."
   )
   cache_dtype: str = told(
-    "auto", f"Of keys and values that are kept: {', '.join(CACHE_DTYPES)} (auto: as computed)."
+    "auto", "Of keys and values that are kept; auto: what is computed in.",
+    choices=tuple(CACHE_DTYPES),
+  )  # fmt: skip
+  prefix_cache: Any = told(
+    None, "Beginnings that prompts share are read once (a PrefixCache).", written=bool
   )
-  prefix_cache: Any = told(None, "Beginnings that prompts share are read once (a PrefixCache).")
   logprobs: int | None = told(None, "Also report so many of the most probable tokens.")
   echo: bool = told(False, "Also report the log-probabilities of the prompt's tokens.")
 

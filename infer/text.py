@@ -5,6 +5,9 @@ and prompt + text reads as the whole would.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from model.errors import InputError
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # What decoders give for bytes that are no character (yet).
 CONTEXT = 8  # Tokens of the prompt that the text of the first new token is decoded with.
@@ -94,3 +97,23 @@ def _overlap(text: str, stop: str) -> int:
   """Characters at the end of `text` that begin `stop`."""
   longest = min(len(stop) - 1, len(text))
   return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def text_or_file(name: str, value: str | None) -> str | None:
+  """What a flag says: a schema or a grammar itself, or the path of a file that holds it.
+
+  Raises:
+    InputError: for what is neither, or a file that is no text.
+  """
+  if value is None or value.lstrip()[:1] == "{" or "\n" in value:
+    return value
+  try:
+    if Path(value).is_file():
+      return Path(value).read_text(encoding="utf-8")
+  except (OSError, ValueError) as error:
+    raise InputError(f"--{name}={value} cannot be read: {error}.") from None
+  if name == "grammar" and ":" not in value:
+    raise InputError(f"--grammar={value} is no file, and no Lark grammar such as 'start: \"yes\"'.")
+  if name == "json_schema" and value not in ("true", "false"):
+    raise InputError(f"--json_schema={value} is no file, and no JSON object.")
+  return value

@@ -77,10 +77,10 @@ PROBES = {
   "diversity_penalty": Probe(9.0, GROUPS, slow=True),
   "length_penalty": Probe(3.0, BEAMS, attribute("score"), slow=True),
   "early_stopping": Probe(
-    True, dict(BEAMS, length_penalty=2.0, stop=lambda tokens: sorted(set(tokens))[:4]), slow=True
+    True, dict(BEAMS, length_penalty=2.0, allowed_tokens=[65, 66, 67, 68], stop=[65]), slow=True
   ),
   "draft": Probe("lookup", shows=attribute("acceptance"), slow=True),
-  "speculate": Probe(1, dict(draft="lookup"), attribute("acceptance"), slow=True),
+  "speculate": Probe(1, dict(draft="layers:1"), attribute("acceptance"), slow=True),
   "logprobs": Probe(2, shows=attribute("top_logprobs")),
   "echo": Probe(True, shows=attribute("prompt_logprobs")),
 }
