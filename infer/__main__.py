@@ -121,7 +121,7 @@ _DRAFT = flags.DEFINE_string(
 )
 _SPECULATE = flags.DEFINE_integer("speculate", None, "Tokens that --draft guesses (default: 4).")
 _PREFILL_CHUNK = flags.DEFINE_integer(
-  "prefill_chunk", None, "Tokens of a prompt that are read at a time (default: 512)."
+  "prefill_chunk", None, "Tokens of a prompt that are read at a time (default: 256)."
 )
 _CACHE_DTYPE = flags.DEFINE_enum(
   "cache_dtype", "auto", list(CACHE_DTYPES), "Of the keys and values of tokens that were read."

@@ -51,7 +51,7 @@ class Settings:
   early_stopping: bool | str = False  # True: when num_beams have ended; "never": proven best.
   draft: Any = None  # What guesses tokens ahead: a model, "lookup" or "layers:N" (early layers).
   speculate: int | None = None  # Tokens that it guesses at a time; None: 4.
-  prefill_chunk: int | None = None  # Tokens of a prompt that are read at a time; None: 512.
+  prefill_chunk: int | None = None  # Tokens of a prompt that are read at a time; None: 256.
   cache_dtype: str = "auto"  # Of keys and values that are kept; "auto": what is computed in.
   prefix_cache: Any = None  # A PrefixCache of the model: beginnings of prompts are read once.
   logprobs: int | None = None  # Also report this many of the most probable tokens.
