@@ -27,7 +27,7 @@ if TYPE_CHECKING:
   from model import Model
 
 LEAST_PROMPT = 16  # The smallest size of a pass.
-PREFILL_CHUNK = 512  # Tokens that one pass reads of each row, if nothing else is asked for.
+PREFILL_CHUNK = 256  # Tokens that one pass reads of each row, if nothing else is asked for.
 
 
 @jax.tree_util.register_dataclass

@@ -55,7 +55,8 @@ def m():
   return tiny.model()
 
 
-@pytest.mark.parametrize("kind", on_request(list(KINDS), "ring"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_prompts_read_in_chunks_are_continued_as_those_read_at_once(kind):
   m = tiny.model(**KINDS[kind])
   settings = dict(max_new_tokens=12, logprobs=1)
@@ -117,7 +118,7 @@ def test_a_kept_prefix_changes_nothing_wherever_a_prompt_leaves_it(kind):
   m = tiny.model(**KINDS[kind])
   kept = infer.PrefixCache(m, block=8)
   infer.generate(m, LONG, max_new_tokens=1, prefix_cache=kept)
-  for same in (7, 8, 31, 40, 63):
+  for same in (8, 31, 63):
     prompts = [[*LONG[:same], 250, 251, 252], [*LONG[: same + 1]]]
     for settings in (dict(), SAMPLED):
       want = infer.generate(m, prompts, max_new_tokens=8, **settings)
