@@ -1,6 +1,7 @@
 """What each method makes of one layer, from what its matrices read."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -166,7 +167,8 @@ def by_awq(cfg: ModelConfig, layer: Layer) -> Made:
 
   def scales(site: Site, matrices: list[Matrix], params: Params) -> jax.Array:
     readers = [Reader(m.flat(params), m.read.gram, m.plain.format) for m in matrices]
-    mean = sum(m.read.total for m in matrices) / sum(m.read.tokens for m in matrices)
+    total = functools.reduce(jnp.add, (m.read.total for m in matrices))
+    mean = total / sum(float(m.read.tokens) for m in matrices)
     return awq_scales(readers, mean, site.channel)
 
   return _scaled(cfg, layer, "awq", scales)
