@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from infer.calibrate.folding import Params, Path, Site, sites
 from infer.calibrate.gptq import gptq
-from infer.calibrate.grid import recoded, scales_of
+from infer.calibrate.grid import grid_of, recoded
 from infer.calibrate.reads import Forms, Read
 from infer.calibrate.scales import Reader, awq_scales, error, smooth_scales
 from model.config import LayerKind, ModelConfig
@@ -151,7 +151,7 @@ def by_gptq(cfg: ModelConfig, layer: Layer) -> Made:
     q, path = matrix.plain, (*matrix.path, "w")
     if float(matrix.read.tokens) > 0:
       w = matrix.flat(layer.params)
-      values = gptq(w, matrix.read.gram, q.format.kind, scales_of(q))
+      values = gptq(w, matrix.read.gram, q.format.kind, grid_of(q))
       q = recoded(q, values)
     parts.append(matrix.part(q, None, "gptq"))
     if matrix.expert is None:
