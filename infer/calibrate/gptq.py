@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from infer.calibrate.grid import nearest
+from infer.calibrate.grid import Grid, nearest
 
 DAMPING = 0.01
 _BLOCK = 128  # Inputs that are rounded before the rest of the matrix follows.
@@ -19,8 +19,8 @@ _MOST_DAMPING = 1.0
 
 
 def gptq(
-  w: Float[Array, "I O"], gram: Float[Array, "I I"], kind: str, scales: Float[Array, "groups O"],
-  *, damping: float = DAMPING, ordered: bool = True,
+  w: Float[Array, "I O"], gram: Float[Array, "I I"], kind: str, grid: Grid, *,
+  damping: float = DAMPING, ordered: bool = True,
 ) -> Float[Array, "I O"]:  # fmt: skip
   """Values of a format near `w` by which the outputs change little.
 
@@ -31,7 +31,7 @@ def gptq(
     w: the matrix; outputs are x · w.
     gram: xᵀx of what it reads, summed over tokens.
     kind: of `grid.nearest`.
-    scales: of each group of inputs.
+    grid: of `grid.grid_of`, which stays as it is.
     damping: share of the mean of gram's diagonal that is added to it. Where that leaves it singular
       in its precision, ten times as much is tried, up to the mean itself.
     ordered: inputs that matter most first; otherwise as they come.
@@ -40,7 +40,7 @@ def gptq(
     ValueError: if gram is not finite, or singular under the most damping.
   """
   while True:
-    values = _gptq(w, gram, scales, damping, kind=kind, ordered=ordered)
+    values = _gptq(w, gram, grid, damping, kind=kind, ordered=ordered)
     if bool(jnp.all(jnp.isfinite(values))):
       return values
     if damping >= _MOST_DAMPING or not bool(jnp.all(jnp.isfinite(gram))):
@@ -63,8 +63,8 @@ def inverse_factor(gram: Float[Array, "I I"], damping: Any) -> Float[Array, "I I
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "ordered"))
-def _gptq(w, gram, scales, damping, *, kind: str, ordered: bool):
-  inputs, group = len(w), len(w) // len(scales)
+def _gptq(w, gram, grid: Grid, damping, *, kind: str, ordered: bool):
+  inputs, group = len(w), len(w) // len(grid[0])
   gram = gram.astype(w.dtype)
   order = jnp.argsort(-jnp.diagonal(gram), stable=True) if ordered else jnp.arange(inputs)
   factor = inverse_factor(gram[order][:, order], damping)
@@ -76,7 +76,8 @@ def _gptq(w, gram, scales, damping, *, kind: str, ordered: bool):
     part = lambda a: jax.lax.dynamic_slice_in_dim(a, start, block)
     rows = part(factor)
     here = jax.lax.dynamic_slice_in_dim(rows, start, block, axis=1)
-    rounded, errors = _rounded(part(w), here, scales[part(order) // group], kind)
+    groups = part(order) // group
+    rounded, errors = _rounded(part(w), here, [a[groups] for a in grid], kind)
     # Inputs that are done change too, and are read no more.
     w = w - jnp.matmul(rows.T, errors, precision="highest")
     return w, jax.lax.dynamic_update_slice_in_dim(values, rounded, start, 0)
@@ -86,12 +87,12 @@ def _gptq(w, gram, scales, damping, *, kind: str, ordered: bool):
   return jnp.zeros_like(w).at[order].set(values)
 
 
-def _rounded(w, factor, scales, kind: str):
+def _rounded(w, factor, grid, kind: str):
   """A block's weights (b, O), each rounded after those before it -> (values, scaled errors)."""
 
   def one_input(i, carry):
     w, values, errors = carry
-    value = nearest(kind, w[i], scales[i])
+    value = nearest(kind, w[i], *(a[i] for a in grid))
     error = (w[i] - value) / factor[i, i]
     return w - factor[i][:, None] * error, values.at[i].set(value), errors.at[i].set(error)
 

@@ -139,7 +139,7 @@ def sets(cfg: ModelConfig, name: str) -> Iterator[Set]:
 
 def calibrated_stack(
   walk: Walk, name: str, params: dict, plain: dict, batches: list[Batch], method: Method,
-  tell: Callable[[], None],
+  tell: Callable[[], Any],
 ) -> tuple[dict, list[Batch], list[Part]]:  # fmt: skip
   """(the parameters of a stack's layers, what its last layer gives, what became of matrices).
 

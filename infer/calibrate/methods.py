@@ -1,6 +1,7 @@
 """What each method makes of one layer, from what its matrices read."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from infer.calibrate.folding import Params, Path, Site, sites
 from infer.calibrate.gptq import gptq
-from infer.calibrate.grid import recoded, scales_of
+from infer.calibrate.grid import grid_of, recoded
 from infer.calibrate.reads import Forms, Read
 from infer.calibrate.scales import Reader, awq_scales, error, smooth_scales
 from model.config import LayerKind, ModelConfig
@@ -150,7 +151,7 @@ def by_gptq(cfg: ModelConfig, layer: Layer) -> Made:
     q, path = matrix.plain, (*matrix.path, "w")
     if float(matrix.read.tokens) > 0:
       w = matrix.flat(layer.params)
-      values = gptq(w, matrix.read.gram, q.format.kind, scales_of(q))
+      values = gptq(w, matrix.read.gram, q.format.kind, grid_of(q))
       q = recoded(q, values)
     parts.append(matrix.part(q, None, "gptq"))
     if matrix.expert is None:
@@ -166,7 +167,8 @@ def by_awq(cfg: ModelConfig, layer: Layer) -> Made:
 
   def scales(site: Site, matrices: list[Matrix], params: Params) -> jax.Array:
     readers = [Reader(m.flat(params), m.read.gram, m.plain.format) for m in matrices]
-    mean = sum(m.read.total for m in matrices) / sum(m.read.tokens for m in matrices)
+    total = functools.reduce(jnp.add, (m.read.total for m in matrices))
+    mean = total / sum(float(m.read.tokens) for m in matrices)
     return awq_scales(readers, mean, site.channel)
 
   return _scaled(cfg, layer, "awq", scales)

@@ -85,7 +85,7 @@ def calibrated(
     report = Report(kept, method, 0, 0, _untouched(plain, []))
     return dataclasses.replace(m, params=plain), report
   made, parts = _calibrated(m, plain, rows, _method(method, alpha))
-  return dataclasses.replace(m, params=made), Report(kept, method, *rows.shape, parts)
+  return dataclasses.replace(m, params=made), Report(kept, method, len(rows), rows.shape[1], parts)
 
 
 def _method(name: str, alpha: float | None) -> Method:
@@ -105,8 +105,7 @@ def _calibrated(m: "Model", plain: dict, rows: Any, method: Method) -> tuple[dic
     for name in read:
       batches = [walk.begin(name, batch) for batch in batches]
       layers, batches, told = calibrated_stack(
-        walk, name, m.params[name]["layers"], plain[name]["layers"], batches, method,
-        lambda: bar.update(),
+        walk, name, m.params[name]["layers"], plain[name]["layers"], batches, method, bar.update
       )  # fmt: skip
       made[name] = {**plain[name], "layers": layers}
       batches, parts = [walk.end(name, batch) for batch in batches], parts + told

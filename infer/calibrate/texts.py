@@ -98,7 +98,7 @@ def _inputs(tokens: Int32[np.ndarray, "n T"]) -> Inputs:
   return Inputs(tokens, pos)  # pyright: ignore
 
 
-def _written(m: "Model", rows: Int32[np.ndarray, "n T"], start: int):
+def _written(m: "Model", rows: Int32[np.ndarray, "n T"], start: int) -> tuple[Any, Any]:
   """(tokens, positions) that the decoder reads while it writes, without the last of each."""
   room = _WRITTEN if m.config.max_positions is None else min(_WRITTEN, m.config.max_positions - 1)
   done = generate(m, rows.tolist(), max_new_tokens=room)
