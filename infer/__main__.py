@@ -30,11 +30,16 @@ from infer.tasks.command import Asked, tell
 from model import Model, load
 from model.compilation import use_compilation_cache
 from model.errors import InputError, run
+from model.quant import NAMES, is_quantized
+from model.quant_tree import report
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
   "Workdir of a run, a step inside it, PATH@best, a Hugging Face folder or a GGUF file.",
+)
+_QUANTIZE = flags.DEFINE_string(
+  "quantize", None, f"Keep matrices in fewer bits: {', '.join(NAMES)} or int4:GROUP."
 )
 _TASK = flags.DEFINE_enum("task", "generate", list(TASKS.values()), "What the model is asked for.")
 _PROMPT = flags.DEFINE_multi_string(
@@ -161,7 +166,9 @@ def main(argv: list[str]) -> int:
   else:
     answer = functools.partial(_tell, asked=_asked(prompts))
   use_compilation_cache(_CACHE_DIR.value)  # What is impossible was said before the load.
-  m = load(_CHECKPOINT.value)
+  m = load(_CHECKPOINT.value, quantize=_QUANTIZE.value)
+  if is_quantized(m.params):
+    print(report(m.params), file=sys.stderr)
   if _TASK.value == "generate" and _drafts_from_a_checkpoint():
     answer.keywords["settings"]["draft"] = load(str(_DRAFT.value))
   if _TASK.value == "generate" and _SCORER.value != "mean_logprob":

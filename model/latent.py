@@ -66,13 +66,15 @@ class LatentKeysValues(nnx.Module):
 
   def absorbed(self, q: Float[Array, "B T N H"]) -> Float[Array, "B T N R+P"]:
     """Queries whose products with what is kept are those with the heads' keys."""
-    into = self.up_proj.matrix()[..., : self.still]
+    q, into = self.up_proj.beside(q)
+    into = into[..., : self.still]
     moved = jnp.einsum("BTNH,RNH->BTNR", q[..., : self.still].astype(into.dtype), into)
     return jnp.concatenate((moved, q[..., self.still :]), axis=-1)
 
   def values(self, y: Float[Array, "B T N R+P"]) -> Float[Array, "B T N Hv"]:
     """Each head's values from sums of what is kept."""
-    into = self.up_proj.matrix()[..., self.still :]
+    y, into = self.up_proj.beside(y)
+    into = into[..., self.still :]
     return jnp.einsum("BTNR,RNH->BTNH", self._parts(y)[0].astype(into.dtype), into)
 
   def _parts(self, kept: Array) -> tuple[Array, Array]:

@@ -120,14 +120,16 @@ class Linear(nnx.Module):
       y = jnp.tensordot(x, w.astype(self.dtype), self.inputs)
     return y + self.b[...].astype(self.dtype) if hasattr(self, "b") else y
 
-  def matrix(self) -> Float[Array, "..."]:
-    """The weights in the compute dtype, with the axes of `shape`, turned or not."""
-    stored = self.w.get_value()
+  def beside(self, x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """x, and the weights to multiply it by: in the compute dtype, with the axes of `shape`, turned
+    or not.
+    """
+    x, stored = quant.beside(x, self.w.get_value())
     w = quant.dense(stored, self.dtype)
     if not self.turned or isinstance(stored, Quantized):
-      return w
+      return x, w
     last = tuple(range(w.ndim - self.inputs, w.ndim))
-    return jnp.moveaxis(w, last, tuple(range(self.inputs)))
+    return x, jnp.moveaxis(w, last, tuple(range(self.inputs)))
 
 
 def turn(module: Any, params: dict) -> dict:

@@ -75,8 +75,8 @@ def source(path: str | Path, *, dtype: str | None = None) -> Source:
     found, formats = _workdir(str(path), dtype)
     if formats:
       raise InputError(
-        f"{path} is quantized ({_told(formats)}), and what trains or is written for other programs "
-        "are whole numbers no more: use the checkpoint that it was made of."
+        f"{path} is quantized ({_told(formats)}), and training, or a folder of Hugging Face's, "
+        "needs float matrices: use the checkpoint that it was made of."
       )
     return found
   found = hf.Folder(path)

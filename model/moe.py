@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from model.config import ModelConfig
 from model.dropless import ragged_experts
 from model.layers import MLP, Initializer, Linear, activated, param, residual_init
-from model.quant import dense
+from model.quant import beside, dense
 from model.sharding import constrain
 
 
@@ -96,10 +97,9 @@ class ExpertMatrix(nnx.Module):
       zeros = jax.nn.initializers.zeros
       self.b = param(cfg, rngs, (E, O), ("expert", axes[1]), role="vector", init=zeros)
 
-  def arrays(self, dtype: jnp.dtype) -> dict[str, Array]:
-    """The parameters as plain arrays of the compute dtype."""
-    names = [name for name in "wb" if hasattr(self, name)]
-    return {name: dense(getattr(self, name).get_value(), dtype) for name in names}
+  def stored(self) -> dict[str, Any]:
+    """The parameters as they are kept."""
+    return {name: getattr(self, name).get_value() for name in "wb" if hasattr(self, name)}
 
   def axes(self) -> dict[str, tuple[str, ...]]:
     """Their logical axes."""
@@ -141,7 +141,10 @@ class Experts(nnx.Module):
     sums = router_sums(logits, probs, chosen, valid)
     weights = jnp.where(keep, weights, 0)
     names = [n for n in ("gate_proj", "up_proj", "down_proj") if hasattr(self, n)]
-    matrices = {name: getattr(self, name).arrays(self.dtype) for name in names}
+    x, stored = beside(x, {name: getattr(self, name).stored() for name in names})
+    matrices = {
+      name: {part: dense(a, self.dtype) for part, a in own.items()} for name, own in stored.items()
+    }
     act = functools.partial(activated, self.cfg)
     if self.kernel == "dense":
       y = dense_experts(x, weights, chosen, matrices, act)

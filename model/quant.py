@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from model import quant_formats as formats
@@ -72,13 +73,14 @@ class Format:
 class Quantized:
   """A matrix of `inputs` and `outputs` axes, kept as (outputs, inputs), both flat.
 
-  `values` are int8, float8_e4m3fn or, two to a byte, codes of four bits (`quant_formats.pack`).
+  `values` are int8, float8_e4m3fn or codes of four bits, of two outputs in a byte
+  (`quant_formats.pack`).
   `scales` multiply an output or a group of its inputs; of int4 and nf4 they are in eight bits
   themselves, `steps` multiply them and `offset` is added. A `table` (Embed) has its outputs, the
   rows, first in `shape`, other matrices their inputs.
   """
 
-  values: Array  # (…, O, I), or (…, O, I/2) uint8.
+  values: Array  # (…, O, I), or (…, O/2, I) uint8.
   scales: Array  # (…, O) float32, or (…, O, groups).
   steps: Array | None  # int4: (…, O) float32; nf4: (…, groups of a matrix / 256, rounded up).
   offset: Array | None  # nf4: (…) float32.
@@ -120,8 +122,7 @@ class Quantized:
 
   def flat(self, dtype: Any) -> Float[Array, "... O I"]:
     """The matrix that this stands for, outputs first, both flat."""
-    dense = _DENSE[self.format.kind]
-    one = lambda arrays: dense(arrays, self.format.group).astype(dtype)
+    one = lambda arrays: formats.interleaved(_PARTS[self.format.kind](arrays), 0).astype(dtype)
     for _ in self.lead:
       one = jax.vmap(one)
     return one(self.arrays())
@@ -134,15 +135,15 @@ class Quantized:
     return w.reshape(self.shape)
 
 
-def _scaled(arrays: formats.Arrays, _: int | None) -> Float[Array, "O I"]:
-  return arrays["values"].astype(jnp.float32) * arrays["scales"][:, None]
+def _scaled(arrays: formats.Arrays) -> tuple[Float[Array, "O I"]]:
+  return (arrays["values"].astype(jnp.float32) * arrays["scales"][:, None],)
 
 
-_DENSE = {
+_PARTS: dict[str, Any] = {
   "int8": _scaled,
   "fp8": _scaled,
-  "int4": formats.int4_dense,
-  "nf4": formats.nf4_dense,
+  "int4": formats.int4_parts,
+  "nf4": formats.nf4_parts,
 }
 
 
@@ -161,21 +162,25 @@ def quantize(
   Raises:
     InputError: for a format that is not known, or a group that does not divide the inputs.
   """
-  format = Format.parse(format) if isinstance(format, str) else format
+  format = format if isinstance(format, Format) else Format.parse(format)
   own = w.shape[lead:]
   split = len(own) - inputs if table else inputs
   first, second = own[:split], own[split:]
   ins, outs = (second, first) if table else (first, second)
-  check_group(format, math.prod(ins), f"a matrix of shape {w.shape}")
+  check_sizes(format, math.prod(ins), math.prod(outs), f"a matrix of shape {w.shape}")
   return _quantize(w, format, ins, outs, lead, table)
 
 
-def check_group(format: Format, inputs: int, what: str) -> None:
-  """Raises an InputError if the format's groups do not divide so many inputs."""
+def check_sizes(format: Format, inputs: int, outputs: int, what: str) -> None:
+  """Raises an InputError if the format's groups do not divide the inputs, or bytes the outputs."""
   if format.group is not None and inputs % format.group:
     raise InputError(
       f"quantize={format.name!r}: groups of {format.group} do not divide the {inputs} inputs of "
       f"{what}: use a group that does, or int8."
+    )
+  if format.group is not None and outputs % 2:
+    raise InputError(
+      f"quantize={format.name!r}: {what} has {outputs} outputs, and two go into a byte: use int8."
     )
 
 
@@ -210,6 +215,13 @@ def dense(w: Array | Quantized, dtype: Any) -> Float[Array, "..."]:
   return w.dequantize(dtype) if isinstance(w, Quantized) else w.astype(dtype)
 
 
+def beside(x: Array, w: Any) -> tuple[Array, Any]:
+  """x and weights that are dequantized for it, where it is: a loop of steps would otherwise widen
+  its matrices once, before it, and hold them all.
+  """
+  return jax.lax.optimization_barrier((x, w)) if is_quantized(w) else (x, w)
+
+
 def rows(
   w: Quantized, ids: Int[Array, "..."], dtype: Any, *, axis: str | None = None
 ) -> Float[Array, "... D"]:
@@ -236,10 +248,11 @@ def product(x: Float[Array, "..."], w: Quantized, dtype: Any = None) -> Float[Ar
 @jax.custom_vjp
 def _product(x: Float[Array, "... I"], w: Quantized) -> Float[Array, "... O"]:
   wide = jnp.promote_types(x.dtype, jnp.float32)
-  # A loop of steps would otherwise widen its matrices once, before it, and hold them all.
-  x, w = jax.lax.optimization_barrier((x, w))
+  x, w = beside(x, w)
   if w.format.kind not in ("int8", "fp8"):
-    return _times(x, w.flat(x.dtype), wide)
+    parts = _PARTS[w.format.kind](w.arrays())
+    each = tuple(_times(x, part.astype(x.dtype), wide) for part in parts)
+    return _in_order(each)
   if w.format.dynamic:
     return _dynamic(x, w, wide)
   return _times(x, _widened(w.values, x.dtype), wide) * w.scales.astype(wide)
@@ -258,12 +271,28 @@ def _backward(kept, gradient):
 _product.defvjp(_forward, _backward)
 
 
+def _on_one_cpu() -> bool:
+  mesh = jax.sharding.get_abstract_mesh()
+  return platform() == "cpu" and (mesh.empty or mesh.size == 1)
+
+
+def _in_order(parts: tuple[Array, ...]) -> Float[Array, "... O"]:
+  """Outputs in order from those that `unpack` parts.
+
+  A CPU multiplies them in one loop with what puts them together, element by element, unless that is
+  a gather.
+  """
+  if not _on_one_cpu():
+    return formats.interleaved(parts, parts[0].ndim - 1)
+  half = parts[0].shape[-1]
+  order = np.arange(2 * half).reshape(2, half).T.reshape(-1)
+  return jnp.concatenate(parts, axis=-1)[..., order]
+
+
 def _times(x: Float[Array, "... I"], w: Float[Array, "O I"], wide: Any) -> Float[Array, "... O"]:
   """x · wᵀ, row by row where that is cheaper."""
   number = math.prod(x.shape[:-1])
-  mesh = jax.sharding.get_abstract_mesh()
-  alone = platform() == "cpu" and (mesh.empty or mesh.size == 1)
-  if not 1 < number <= _SINGLE_ROWS or not alone:
+  if not 1 < number <= _SINGLE_ROWS or not _on_one_cpu():
     return jnp.matmul(x, w.T, preferred_element_type=wide)
   each = x.reshape(number, 1, -1)
   one = lambda row: jnp.matmul(row, w.T, preferred_element_type=wide)

@@ -4,7 +4,8 @@ Quantized are the matrices of layers, experts and heads that score words, and th
 which like these heads keep eight bits in every format: their vectors are read as they are. All the
 rest stays float: vectors, norms, biases, the router, tables of positions, of relative biases and of
 token types, and heads on labels, all of them small or exact by purpose. A matrix whose inputs the
-format's own groups (32 of int4, 64 of nf4) do not divide is kept in int8 instead.
+format's own groups (32 of int4, 64 of nf4) do not divide, or whose outputs are no pairs, is kept
+in int8 instead.
 """
 
 import math
@@ -16,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from model import quant_formats as formats
 from model.errors import InputError
 from model.layers import ParamInfo
-from model.quant import Format, Quantized, check_group, is_quantized, quantize
+from model.quant import Format, Quantized, check_sizes, is_quantized, quantize
 
 _EIGHT = {"int8": "int8", "int4": "int8", "nf4": "int8", "fp8": "fp8"}
 _OWN_GROUP = {"int4": formats.INT4_GROUP, "nf4": formats.NF4_BLOCK}
@@ -37,11 +38,12 @@ def format_of(
     return None
   if "vocab" in axes:
     return Format(_EIGHT[format.kind])
-  inputs = math.prod(shape[lead_axes(info) :][: info.inputs])
-  if format.group is None or inputs % format.group == 0:
+  own = shape[lead_axes(info) :]
+  inputs, outputs = math.prod(own[: info.inputs]), math.prod(own[info.inputs :])
+  if format.group is None or (inputs % format.group == 0 and outputs % 2 == 0):
     return format
   if format.group != _OWN_GROUP[format.kind]:
-    check_group(format, inputs, name)
+    check_sizes(format, inputs, outputs, name)
   return Format("int8")
 
 
@@ -74,7 +76,7 @@ def quantize_params(params: dict, info: dict, format: Format | str) -> dict:
     InputError: for a format that is not known, a group that does not divide, or parameters that
       are quantized already.
   """
-  format = Format.parse(format) if isinstance(format, str) else format
+  format = format if isinstance(format, Format) else Format.parse(format)
   if is_quantized(params):
     raise InputError("this model is quantized already: quantize the one that it was made of.")
   leaves: Any = flatten_dict(params)

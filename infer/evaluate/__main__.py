@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -17,9 +18,14 @@ from infer.evaluate.perplexity import perplexity
 from model import load
 from model.compilation import use_compilation_cache
 from model.errors import InputError, run
+from model.quant import NAMES, is_quantized
+from model.quant_tree import report
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, a step in it, PATH@best, a Hugging Face folder or a GGUF file."
+)
+_QUANTIZE = flags.DEFINE_string(
+  "quantize", None, f"Keep matrices in fewer bits: {', '.join(NAMES)} or int4:GROUP."
 )
 _TASK = flags.DEFINE_enum("task", None, ["perplexity"], "What is measured.")
 _DATA = flags.DEFINE_string("data", None, "A text file in UTF-8: one text.")
@@ -44,9 +50,10 @@ def main(argv: list[str]) -> int:
       raise InputError(f"--{name} is missing: give {what}.")
   text = _text(_DATA.value or "")
   use_compilation_cache(_CACHE_DIR.value)
-  found = perplexity(
-    load(_CHECKPOINT.value or ""), text, window=_WINDOW.value, stride=_STRIDE.value
-  )
+  m = load(_CHECKPOINT.value or "", quantize=_QUANTIZE.value)
+  if is_quantized(m.params):
+    print(report(m.params), file=sys.stderr)
+  found = perplexity(m, text, window=_WINDOW.value, stride=_STRIDE.value)
   told = {"task": _TASK.value, **dataclasses.asdict(found), "protocol": found.protocol()}
   if _JSON.value:
     print(json.dumps(told))
