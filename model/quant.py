@@ -249,6 +249,13 @@ def product(x: Float[Array, "..."], w: Quantized, dtype: Any = None) -> Float[Ar
 def _product(x: Float[Array, "... I"], w: Quantized) -> Float[Array, "... O"]:
   wide = jnp.promote_types(x.dtype, jnp.float32)
   x, w = beside(x, w)
+  if _few(x) and not w.format.dynamic:
+    x, power = _divided(x)
+    return _kept_product(x, w, wide) * power
+  return _kept_product(x, w, wide)
+
+
+def _kept_product(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, "... O"]:
   if w.format.kind not in ("int8", "fp8"):
     parts = _PARTS[w.format.kind](w.arrays())
     each = tuple(_times(x, part.astype(x.dtype), wide) for part in parts)
@@ -269,6 +276,24 @@ def _backward(kept, gradient):
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _few(x: Float[Array, "... I"]) -> bool:
+  """Whether rows of x are multiplied one by one as a CPU reads the matrix."""
+  return math.prod(x.shape[:-1]) <= _SINGLE_ROWS and _on_one_cpu() and x.dtype == jnp.float32
+
+
+def _divided(x: Float[Array, "... I"]) -> tuple[Float[Array, "... I"], Float[Array, "... 1"]]:
+  """(x over a power of two, that power for each row): exact.
+
+  A division is what XLA does not repeat for each output. Without one it computes x, the norm before
+  it and all, once more for every row of the matrix.
+  """
+  most = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+  exponent = jax.lax.bitcast_convert_type(most, jnp.int32) & 0x7F800000
+  power = jax.lax.bitcast_convert_type(exponent, jnp.float32)
+  power = jnp.where(jnp.isfinite(power) & (power > 0), power, 1.0)
+  return x / power, power
 
 
 def _on_one_cpu() -> bool:
