@@ -44,8 +44,7 @@ class Model:
   @functools.cached_property
   def _unstacked(self) -> tuple[nnx.GraphDef, dict]:
     net = abstract(self.config, stacked=False)
-    # In one program: no second copy is made on the way.
-    params = jax.jit(lambda params: turn(net, unstack(self.config, params)))(self.params)
+    params = turn(net, jax.jit(functools.partial(unstack, self.config))(self.params))
     return nnx.split(net, nnx.Param)[0], params
 
   def unstacked(self) -> tuple[nnx.GraphDef, dict]:
