@@ -33,7 +33,12 @@ from benchmarks.decode_files import installed, prepare
 from benchmarks.measure import Worker, has_gpu, in_turns, machine, rates, serve, written
 
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds in which all take turns.", lower_bound=1)
-_NEW = flags.DEFINE_integer("new_tokens", 64, "Tokens to add to each prompt.", lower_bound=1)
+_NEW = flags.DEFINE_integer(
+  "new_tokens",
+  64,
+  "Tokens to add to one prompt, and half of them to each of several.",
+  lower_bound=1,
+)
 _PROMPT = flags.DEFINE_integer("prompt_tokens", 16, "Tokens of each prompt.", lower_bound=1)
 _FIRST = flags.DEFINE_integer(
   "first_tokens", 512, "Tokens of the prompt behind which the first token is timed.", lower_bound=1
@@ -128,9 +133,9 @@ def measured(shape: str, workers: dict[str, Worker], speed: float) -> list[dict]
   rows = []
   for batch in map(int, _BATCHES.value):
     seconds = in_turns(workers, _ROUNDS.value, 1, f"decode {batch}")
-    row = dict(
-      what=f"{shape}, greedy, {batch} x ({_PROMPT.value} + {_NEW.value}) tokens", unit="tokens/s",
-      rates=rates(seconds, batch * _NEW.value),
+    row: dict[str, Any] = dict(
+      what=f"{shape}, greedy, {batch} x ({_PROMPT.value} + {new_tokens(batch)}) tokens",
+      unit="tokens/s", rates=rates(seconds, batch * new_tokens(batch)),
     )  # fmt: skip
     steps = {way: rate["median"] / batch for way, rate in row["rates"].items()}
     told = {way: worker.ask("told") for way, worker in workers.items()}
@@ -232,7 +237,8 @@ class Work:
     if work == "first":
       self._generate(prompts(1, _FIRST.value), 1)
     else:
-      rows = self._generate(prompts(int(work.split()[1]), _PROMPT.value), _NEW.value)
+      batch = int(work.split()[1])
+      rows = self._generate(prompts(batch, _PROMPT.value), new_tokens(batch))
       self._tokens = rows[0]
     return None
 
@@ -242,6 +248,11 @@ class Work:
     if lengths != [new] * len(tokens):
       raise RuntimeError(f"{self._name}: completions have {lengths} tokens instead of {new}")
     return rows
+
+
+def new_tokens(batch: int) -> int:
+  """Half as many for several prompts as for one, so that a round does not take twice as long."""
+  return _NEW.value if batch == 1 else max(1, _NEW.value // 2)
 
 
 def prompts(rows: int, length: int) -> np.ndarray:

@@ -7,11 +7,13 @@ GPT-2 gets random weights and a vocabulary of made-up words, which only that con
 
 import ctypes
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -124,11 +126,12 @@ def _gpt2_tensors(folder: Path, layers: int):
 def _requantized(source: Path, path: Path, bits: str) -> None:
   import llama_cpp
 
-  settings = llama_cpp.llama_model_quantize_default_params()
+  settings: Any = llama_cpp.llama_model_quantize_default_params()
   settings.ftype, settings.allow_requantize = GGUF_TYPES[bits], True
   settings.nthread = os.cpu_count() or 1
   quiet_llama()
-  if llama_cpp.llama_model_quantize(bytes(source), bytes(path), ctypes.byref(settings)):
+  refer: Any = ctypes.byref(settings)
+  if llama_cpp.llama_model_quantize(bytes(source), bytes(path), refer):
     raise RuntimeError(f"llama.cpp could not write {path} from {source}")
 
 
@@ -136,17 +139,15 @@ def quiet_llama() -> None:
   """Keeps llama.cpp from telling all that it does."""
   import llama_cpp
 
-  llama_cpp.llama_log_set(_SILENT or _silence(llama_cpp), ctypes.c_void_p(0))
+  llama_cpp.llama_log_set(_silent(), ctypes.c_void_p(0))
 
 
-_SILENT = None
-
-
-def _silence(llama_cpp):
+@functools.cache
+def _silent():
   """A callback that lives as long as the process."""
-  global _SILENT
-  _SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
-  return _SILENT
+  import llama_cpp
+
+  return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 def _ct2(folder: Path, path: Path, bits: str) -> None:

@@ -125,6 +125,8 @@ def llama_cpp(folder: Path, bits: str) -> Way:
     rows, length = prompts.shape
     key = (rows, length, new)
     if key not in contexts:
+      for old in contexts.values():
+        old.free()
       contexts.clear()
       contexts[key] = _LlamaContext(library, loaded, rows, length + new, whole=bits == "float32")
     return contexts[key].generate(prompts, new)
@@ -152,10 +154,10 @@ class _LlamaContext:
     self._vocab = library.llama_vocab_n_tokens(library.llama_model_get_vocab(loaded))
     self._rows = rows
 
-  def __del__(self):
-    if getattr(self, "_context", None) and self._library.llama_free is not None:
-      self._library.llama_batch_free(self._batch)
-      self._library.llama_free(self._context)
+  def free(self) -> None:
+    """Gives its memory back."""
+    self._library.llama_batch_free(self._batch)
+    self._library.llama_free(self._context)
 
   def generate(self, prompts: np.ndarray, new: int) -> list[list[int]]:
     memory = self._library.llama_get_memory(self._context)

@@ -35,6 +35,7 @@ __all__ = ["NAMES", "Format", "Quantized", "beside", "dense", "is_quantized", "p
 # On a CPU, XLA reads small numbers and widens them in one loop if a single row is multiplied; more
 # rows than these are cheaper by a dequantized matrix.
 _SINGLE_ROWS = 4
+_FEW_ROWS = 32  # As `layers.FEW_ROWS`.
 
 
 @jax.tree_util.register_dataclass
@@ -205,6 +206,13 @@ def _product(x: Float[Array, "... I"], w: Quantized) -> Float[Array, "... O"]:
   if kernels.fits(x, w.arrays(), kind, group):
     return kernels.product(x, w.arrays(), kind, group or 0)
   x, w = beside(x, w)
+  if _few(x) and not w.format.dynamic:
+    x, power = _divided(x)
+    return _kept_product(x, w, wide) * power
+  return _kept_product(x, w, wide)
+
+
+def _kept_product(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, "... O"]:
   if w.format.kind not in ("int8", "fp8"):
     return _grouped(x, w, wide)
   if w.format.dynamic:
@@ -223,6 +231,24 @@ def _backward(kept, gradient):
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _few(x: Float[Array, "... I"]) -> bool:
+  """Whether rows of x are multiplied one by one as a CPU reads the matrix."""
+  return math.prod(x.shape[:-1]) <= _SINGLE_ROWS and _on_one_cpu() and x.dtype == jnp.float32
+
+
+def _divided(x: Float[Array, "... I"]) -> tuple[Float[Array, "... I"], Float[Array, "... 1"]]:
+  """(x over a power of two, that power for each row): exact.
+
+  On a CPU, XLA puts what computes x, the norm before it and all, into the loop over the matrix and
+  repeats it for every output, unless x has another reader such as this power.
+  """
+  most = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+  exponent = jax.lax.bitcast_convert_type(most, jnp.int32) & 0x7F800000
+  power = jax.lax.bitcast_convert_type(exponent, jnp.float32)
+  power = jnp.where(jnp.isfinite(power) & (power > 0), power, 1.0)
+  return x / power, power
 
 
 def _grouped(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, "... O"]:
@@ -255,8 +281,11 @@ def _in_order(parts: tuple[Array, ...]) -> Float[Array, "... O"]:
 
 
 def _times(x: Float[Array, "... I"], w: Float[Array, "O I"], wide: Any) -> Float[Array, "... O"]:
-  """x · wᵀ, row by row where that is cheaper."""
+  """x · wᵀ; on a CPU row by row if there are few, and then the matrix first (`layers.scores`)."""
   number = math.prod(x.shape[:-1])
+  if _SINGLE_ROWS < number <= _FEW_ROWS and _on_one_cpu():
+    y = jnp.matmul(w, x.reshape(number, -1).T, preferred_element_type=wide)
+    return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
   if not 1 < number <= _SINGLE_ROWS or not _on_one_cpu():
     return jnp.matmul(x, w.T, preferred_element_type=wide)
   each = x.reshape(number, 1, -1)
