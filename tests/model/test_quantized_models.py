@@ -99,7 +99,9 @@ def test_a_mesh_computes_what_one_device_does(name, mesh, tmp_path):
     near = np.asarray(a, np.float32), np.asarray(b, np.float32)
     assert (np.abs(near[0] - near[1]) > 1e-6 * np.abs(near[0]).max()).mean() < 0.01
   split = [a for a in jax.tree.leaves(many.params) if not a.sharding.is_fully_replicated]
-  assert sum(a.nbytes for a in split) > 0.9 * resident_bytes(many.params)
+  # Key/value heads and groups of inputs are everywhere where `tensor` is a multiple of them.
+  least = 0.5 if mesh.get("tensor") == 4 else 0.9
+  assert sum(a.nbytes for a in split) > least * resident_bytes(many.params)
   want = said(one)
   close = dict(atol=(2e-2 if "dynamic" in name or name == "nf4" else 1e-4) * np.abs(want).max())
   np.testing.assert_allclose(said(many), want, **close)
