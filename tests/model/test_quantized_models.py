@@ -139,7 +139,9 @@ def test_a_hugging_face_folder_and_a_workdir_in_little_precision_are_quantized_a
   model.save(m, tmp_path / "ours")
   for name in ("int4", "fp8"):
     one, other = (model.load(tmp_path / p, quantize=name) for p in ("theirs", "ours"))
-    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+    # Rows of the vocabulary's padding may hold anything.
+    jax.tree.map(np.testing.assert_array_equal, one.params["decoder"], other.params["decoder"])
+    np.testing.assert_array_equal(one(TOKENS), other(TOKENS))
   half = model.load(tmp_path / "ours", quantize="int8", dtype="bfloat16")
   kinds = {str(a.dtype) for a in jax.tree.leaves(half.params)}
   assert kinds == {"int8", "float32", "bfloat16"}  # Scales stay wide.
@@ -179,7 +181,7 @@ print(max(held) - before)
 @pytest.mark.parametrize("form", ["hf", "orbax"])
 def test_loading_never_holds_the_float_model(form, tmp_path):
   cfg = dataclasses.replace(
-    BASE, vocab_size=4096, num_layers=16, d_model=768, d_ff=3072, num_heads=12, num_kv_heads=12
+    BASE, vocab_size=1024, num_layers=16, d_model=512, d_ff=2048, num_heads=8, num_kv_heads=8
   )
   m = model.Model(cfg, init_params(cfg, jax.random.key(0)))
   model.save(m, tmp_path / "m", format=form)
@@ -196,7 +198,7 @@ def test_loading_never_holds_the_float_model(form, tmp_path):
   # and as it is read.
   room = 2.5 * stacked if form == "orbax" else 12 * stacked / cfg.num_layers
   for name, bits in (("int8", 8), ("int4", 4.5)):
-    assert peak[name] < size * bits / 32 + room + 2**26
+    assert peak[name] < size * bits / 32 + room + 2**25
     assert peak[name] < 0.85 * size
 
 
