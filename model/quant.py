@@ -15,6 +15,7 @@ Gradients flow to `x`, through the matrix dequantized once more; the matrix itse
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -117,8 +118,8 @@ def quantize(
   w: Float[Array, "..."], format: Format | str, *, inputs: int = 1, lead: int = 0,
   table: bool = False,
 ) -> Quantized:  # fmt: skip
-  """A matrix in fewer bits: scales that reach its largest elements, of int4 those with the least
-  squared error.
+  """A matrix in fewer bits: scales that reach its largest elements, of int4 and fp8 those with the
+  least squared error among some.
 
   Args:
     w: (…, inputs…, outputs…), or of a `table` (…, outputs…, inputs…).
@@ -137,6 +138,7 @@ def quantize(
   return _quantize(w, format, ins, outs, lead, table)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _quantize(w, format: Format, inputs, outputs, lead: int, table: bool) -> Quantized:
   run: Any = {
     "int8": formats.int8,
@@ -152,9 +154,6 @@ def _quantize(w, format: Format, inputs, outputs, lead: int, table: bool) -> Qua
     run = jax.vmap(run)
   arrays = {"steps": None, "offset": None} | run(flat)
   return Quantized(**arrays, format=format, inputs=inputs, outputs=outputs, table=table)
-
-
-_quantize: Any = jax.jit(_quantize, static_argnums=(1, 2, 3, 4, 5))
 
 
 def is_quantized(tree: Any) -> bool:

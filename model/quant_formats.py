@@ -155,7 +155,8 @@ def int4(w: Float[Array, "O I"], group: int) -> Arrays:
   w = grouped(w, group)
   least, most = jnp.min(w, axis=-1), jnp.max(w, axis=-1)
   middle, reach = (least + most) / 2, (most - least) / 15
-  reach = jnp.maximum(reach, jnp.abs(middle) / 10)  # Zero points reach no farther.
+  # From the outermost zero points, 5 and 10, it is ten codes to the farther end.
+  reach = jnp.maximum(reach, jnp.maximum(most, -least) / 10)
   step = _nonzero(jnp.max(reach) / _small_float(jnp.uint8(255)))
   first = _small_code(reach / step).astype(jnp.int32)
 

@@ -1,10 +1,10 @@
 """Which parameters of a model are quantized, and all of them at once.
 
 Quantized are the matrices of layers, experts and heads that score words, and the tables of tokens,
-which like these heads are kept in int8 in every format. All the rest stays float: vectors, norms, biases, the router, tables of positions, of relative biases and of
-token types, and heads on labels, all of them small or exact by purpose. A matrix whose inputs the
-format's own groups (32 of int4, 64 of nf4) do not divide, or whose outputs are no pairs, is kept
-in int8 instead.
+which like these heads are kept in int8 in every format. All the rest stays float: vectors, norms,
+biases, the router, tables of positions, of relative biases and of token types, and heads on labels,
+all of them small or exact by purpose. A matrix whose inputs the format's own groups (32 of int4, 64
+of nf4) do not divide, or whose outputs are no pairs, is kept in int8 instead.
 """
 
 import math

@@ -75,6 +75,13 @@ def test_dynamic_products_round_each_row_for_itself(name, most, error):
   np.testing.assert_allclose(alone / scale, want / scale, rtol=1e-4, atol=1e-2)
 
 
+def test_int4_keeps_elements_that_are_far_from_their_group():
+  w = 0.02 * np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+  w[3, 5], w[4, 40] = 2, -3
+  got = quantize(jnp.asarray(w), "int4", table=True).dequantize()
+  np.testing.assert_allclose([got[3, 5], got[4, 40]], [2, -3], rtol=0.03)
+
+
 def test_packed_bytes_hold_two_outputs_and_a_table_gives_its_rows():
   codes = np.random.default_rng(0).integers(0, 16, (6, 10)).astype(np.uint8)
   packed = formats.pack(jnp.asarray(codes))

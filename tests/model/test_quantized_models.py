@@ -99,7 +99,9 @@ def test_a_mesh_computes_what_one_device_does(name, mesh, tmp_path):
     near = np.asarray(a, np.float32), np.asarray(b, np.float32)
     assert (np.abs(near[0] - near[1]) > 1e-6 * np.abs(near[0]).max()).mean() < 0.01
   split = [a for a in jax.tree.leaves(many.params) if not a.sharding.is_fully_replicated]
-  assert sum(a.nbytes for a in split) > 0.9 * resident_bytes(many.params)
+  # Key/value heads and groups of inputs are everywhere where `tensor` is a multiple of them.
+  least = 0.5 if mesh.get("tensor") == 4 else 0.9
+  assert sum(a.nbytes for a in split) > least * resident_bytes(many.params)
   want = said(one)
   close = dict(atol=(2e-2 if "dynamic" in name or name == "nf4" else 1e-4) * np.abs(want).max())
   np.testing.assert_allclose(said(many), want, **close)
@@ -131,12 +133,15 @@ def test_generation_is_that_of_dequantized_matrices_however_it_goes(name):
 
 
 def test_a_hugging_face_folder_and_a_workdir_in_little_precision_are_quantized_alike(tmp_path):
-  m = tiny.model(d_model=64, d_ff=128, head_dim=16, layer_pattern=("global",), window=None)
+  alike = dict(layer_pattern=("global",), window=None, vocab_multiple=128)
+  m = tiny.model(d_model=64, d_ff=128, head_dim=16, **alike)
   model.save(m, tmp_path / "theirs", format="hf")
   model.save(m, tmp_path / "ours")
   for name in ("int4", "fp8"):
     one, other = (model.load(tmp_path / p, quantize=name) for p in ("theirs", "ours"))
-    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+    # Rows of the vocabulary's padding may hold anything.
+    jax.tree.map(np.testing.assert_array_equal, one.params["decoder"], other.params["decoder"])
+    np.testing.assert_array_equal(one(TOKENS), other(TOKENS))
   half = model.load(tmp_path / "ours", quantize="int8", dtype="bfloat16")
   kinds = {str(a.dtype) for a in jax.tree.leaves(half.params)}
   assert kinds == {"int8", "float32", "bfloat16"}  # Scales stay wide.
@@ -176,7 +181,7 @@ print(max(held) - before)
 @pytest.mark.parametrize("form", ["hf", "orbax"])
 def test_loading_never_holds_the_float_model(form, tmp_path):
   cfg = dataclasses.replace(
-    BASE, vocab_size=4096, num_layers=16, d_model=768, d_ff=3072, num_heads=12, num_kv_heads=12
+    BASE, vocab_size=1024, num_layers=16, d_model=512, d_ff=2048, num_heads=8, num_kv_heads=8
   )
   m = model.Model(cfg, init_params(cfg, jax.random.key(0)))
   model.save(m, tmp_path / "m", format=form)
@@ -193,7 +198,7 @@ def test_loading_never_holds_the_float_model(form, tmp_path):
   # and as it is read.
   room = 2.5 * stacked if form == "orbax" else 12 * stacked / cfg.num_layers
   for name, bits in (("int8", 8), ("int4", 4.5)):
-    assert peak[name] < size * bits / 32 + room + 2**26
+    assert peak[name] < size * bits / 32 + room + 2**25
     assert peak[name] < 0.85 * size
 
 
@@ -205,10 +210,10 @@ def test_smollm2_in_fewer_bits_keeps_its_perplexity_and_its_promise_of_bytes():
     found = perplexity(m, text, window=512)
     nats[name] = found.nats / found.tokens
     if not name:
-      plain_bytes = resident_bytes(m.params)
+      alikebytes = resident_bytes(m.params)
       continue
     more = 100 * (math.exp(nats[name] - nats[""]) - 1)
-    less = plain_bytes / resident_bytes(m.params)
+    less = alikebytes / resident_bytes(m.params)
     print(json.dumps({"format": name, "perplexity_percent": more, "times_smaller": less}))
     assert more <= {"int8": 0.5, "fp8": 1.5, "nf4": 5, "int4": 6}[name]
     assert less >= {"int8": 3.9, "fp8": 3.9, "nf4": 6.2, "int4": 6.2}[name]
