@@ -15,7 +15,7 @@ from infer.calibrate.folding import Path
 from model.attention import Where
 from model.layers import Linear, activated
 from model.moe import Experts
-from model.quant import Quantized, product
+from model.quant import Quantized, dense, product
 from model.transformer import Block
 
 Hear = Callable[[Path, Linear, Array, Array | None], None]
@@ -147,7 +147,9 @@ def hear_experts(block: Block, where: Where, found: dict[Path, Read]) -> None:
   if not isinstance(experts, Experts):
     return
   router, names = experts.router, ("gate_proj", "up_proj", "down_proj")
-  matrices = {n: getattr(experts, n).arrays(experts.dtype) for n in names if hasattr(experts, n)}
+  stored = {name: getattr(experts, name).stored() for name in names if hasattr(experts, name)}
+  plain = lambda own: {part: dense(a, experts.dtype) for part, a in own.items()}
+  matrices = {name: plain(own) for name, own in stored.items()}
 
   def routed(x: Array) -> Any:
     told = router(x)
