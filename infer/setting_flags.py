@@ -131,6 +131,7 @@ def checked_settings(settings: dict[str, Any], prompts: int) -> Settings:
     InputError: for an impossible value, or seeds for another number of prompts.
   """
   stand_in: dict[str, Any] = {"draft": "lookup"} if "draft" in models_of(settings) else {}
-  checked = Settings(**settings | stand_in | dict.fromkeys(_SWITCHES))
+  values: dict[str, Any] = settings | stand_in | dict.fromkeys(_SWITCHES)
+  checked = Settings(**values)
   checked.seeds(prompts)
   return checked
