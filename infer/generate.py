@@ -119,7 +119,7 @@ def _searched(m: "Model", prompts: list[list[int]], settings: Settings) -> list[
           shown = [t for t in found.tokens if t not in ends]
           text = continuation(decode, prefix(m, prompts[i]), shown)
           reason = "stop" if found.ended else "length"
-          told = dict(score=found.score, cached_tokens=found.cached)
+          told: Any = dict(score=found.score, cached_tokens=found.cached)
           done[i].append(Completion(text, found.tokens, found.logprobs, reason, **told))
   return [completion for i in range(len(prompts)) for completion in done[i]]
 
