@@ -281,7 +281,7 @@ SHAPES = {
   "prefix": dict(prefix_attention=True),
   "behind": BEHIND,
   "t5": BEHIND | dict(positions="t5_bias", max_positions=None),
-  "experts": dict(num_experts=4, experts_per_token=2),
+  "experts": dict(num_experts=4, layer_pattern=("local+experts", "global")),
 }
 
 
