@@ -1,9 +1,7 @@
 """Models from any checkpoint PATH, and back to disk."""
 
 import dataclasses
-import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,8 @@ from model.heads import abstract
 from model.hf.source import Source
 from model.layers import param_info
 from model.quant import Format
-from model.quant_load import abstract as abstract_quantized
-from model.quant_load import read_quantized
-from model.quant_tree import format_of, main_format, quantized_leaves
+from model.quant_load import as_stored, by_layer, main_format, read_params
+from model.quant_tree import quantized_leaves
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import holds_tokenizer
 from model.trained import Model
@@ -75,8 +72,8 @@ def source(path: str | Path, *, dtype: str | None = None) -> Source:
     found, formats = _workdir(str(path), dtype)
     if formats:
       raise InputError(
-        f"{path} is quantized ({_told(formats)}), and training, or a folder of Hugging Face's, "
-        "needs float matrices: use the checkpoint that it was made of."
+        f"{path} is quantized ({main_format(formats.values())}), and training, or a folder of "
+        "Hugging Face's, needs float matrices: use the checkpoint that it was made of."
       )
     return found
   found = hf.Folder(path)
@@ -110,30 +107,7 @@ def _from_folder(
   cfg = _here(source.config, dtype or source.config.param_dtype)
   if format is None:
     return _model(source, cfg, source.params(_wanted(cfg, mesh)))
-  return _model(source, cfg, _quantized(source.leaf, cfg, mesh, format))
-
-
-def _quantized(
-  leaf: Callable[..., np.ndarray], cfg: ModelConfig, mesh: jax.sharding.Mesh | None, format: Format
-) -> dict:
-  """Parameters, each quantized when it has been read.
-
-  Args:
-    leaf: reads (path, dtype, a layer of a stacked one or None).
-  """
-  likes: Any = flatten_dict(_wanted(cfg, mesh))
-  infos: Any = flatten_dict(param_info(abstract(cfg)))
-  named = {path: ".".join(map(str, path)) for path in likes}
-  own = {path: format_of(infos[path], a.shape, format, named[path]) for path, a in likes.items()}
-  out = {}
-  for path, like in likes.items():
-    kept = own[path]
-    if kept is None:
-      out[path] = jax.device_put(leaf(path, like.dtype, None), like.sharding)
-    else:
-      read = functools.partial(leaf, path, np.float32)
-      out[path] = read_quantized(read, like, infos[path], kept, mesh)
-  return unflatten_dict(out)
+  return _model(source, cfg, read_params(source.leaf, _wanted(cfg, mesh), _info(cfg), mesh, format))
 
 
 def _model(source: hf.Folder | Source, cfg: ModelConfig, params: dict) -> Model:
@@ -146,47 +120,18 @@ def _from_workdir(
   path: str, dtype: str | None, mesh: Any, part: str, format: Format | None
 ) -> Model:
   source, formats = _workdir(path, dtype if format is None else None, part)
-  if formats and format is not None and format.name != (have := _told(formats)):
+  if formats and format is not None and format.name != (have := main_format(formats.values())):
     raise InputError(
       f"quantize={format.name!r}, and {path} is quantized already, in {have}: leave quantize out, "
       "or load the checkpoint that it was made of."
     )
   cfg = _here(source.config, dtype or source.config.param_dtype)
   if format is not None and not formats:
-    return _model(source, cfg, _quantized(_by_layer(source.leaf), cfg, mesh, format))
-  wanted = {part: _as_stored(_wanted(cfg, mesh), cfg, formats, mesh)}
+    leaf = by_layer(source.leaf)
+    return _model(source, cfg, read_params(leaf, _wanted(cfg, mesh), _info(cfg), mesh, format))
+  wanted = {part: as_stored(_wanted(cfg, mesh), _info(cfg), formats, mesh)}
   state = checkpoint.restore_params(path, wanted, cast=True, leave_out=TRAINED_BESIDE).state
   return _model(source, cfg, state[part])
-
-
-def _by_layer(leaf: Callable[[hf.LeafPath], np.ndarray]) -> Callable[..., np.ndarray]:
-  """Reads layers of a stacked parameter, which is held until another one is asked for."""
-  held: dict[Any, np.ndarray] = {}
-
-  def read(path: hf.LeafPath, dtype: Any, layer: int | None) -> np.ndarray:
-    if path not in held:
-      held.clear()
-      held[path] = leaf(path)
-    array = held[path] if layer is None else held[path][layer]
-    return array.astype(dtype)
-
-  return read
-
-
-def _as_stored(wanted: dict, cfg: ModelConfig, formats: dict[str, str], mesh: Any) -> dict:
-  """Shapes, dtypes and shardings with those of quantized matrices in their places."""
-  infos: Any = flatten_dict(param_info(abstract(cfg)))
-  likes: Any = flatten_dict(wanted)
-  for path, like in likes.items():
-    name = formats.get(".".join(map(str, path)))
-    if name is not None:
-      likes[path] = abstract_quantized(like, infos[path], Format.parse(name), mesh)
-  return unflatten_dict(likes)
-
-
-def _told(formats: dict[str, str]) -> str:
-  """The format of a checkpoint's matrices that stands for all."""
-  return main_format({Format.parse(name) for name in formats.values()})
 
 
 def _workdir(path: str, dtype: str | None, part: str = "params") -> tuple[Source, dict[str, str]]:
@@ -224,6 +169,10 @@ def _here(cfg: ModelConfig, dtype: str) -> ModelConfig:
   )
 
 
+def _info(cfg: ModelConfig) -> dict:
+  return param_info(abstract(cfg))
+
+
 def _wanted(cfg: ModelConfig, mesh: jax.sharding.Mesh | None) -> dict:
   """Shapes, dtypes and shardings of the parameters."""
   net = abstract(cfg)
@@ -254,8 +203,9 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
   kept = {".".join(map(str, k)): w.format.name for k, w in quantized_leaves(m.params).items()}
   if kept and format == "hf":
     raise InputError(
-      f"format='hf': this model is quantized ({_told(kept)}), and a folder of Hugging Face's holds "
-      "float matrices: save the model that it was made of, or use format='orbax'."
+      f"format='hf': this model is quantized ({main_format(kept.values())}), and a folder of "
+      "Hugging Face's holds float matrices: save the model that it was made of, or use "
+      "format='orbax'."
     )
   folder = _new(folder, format)
   if format == "hf":

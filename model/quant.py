@@ -25,48 +25,15 @@ from jaxtyping import Array, Float, Int
 
 from model import quant_formats as formats
 from model import quant_kernels as kernels
-from model.errors import InputError, nearest
+from model.quant_formats import NAMES, Format, check_sizes
 from model.sharding import constrain, platform
 
-NAMES = ("int8", "int4", "nf4", "fp8", "int8_dynamic", "fp8_dynamic")
+__all__ = ["NAMES", "Format", "Quantized", "beside", "dense", "is_quantized", "product", "quantize",
+           "rows"]  # fmt: skip
+
 # On a CPU, XLA reads small numbers and widens them in one loop if a single row is multiplied; more
 # rows than these are cheaper by a dequantized matrix.
 _SINGLE_ROWS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-  """How a matrix is kept. `group` inputs share a scale; None: all of an output do.
-
-  `dynamic`: activations are rounded to as many bits when they are multiplied.
-  """
-
-  kind: str
-  group: int | None = None
-  dynamic: bool = False
-
-  @classmethod
-  def parse(cls, name: str) -> "Format":
-    """`int8`, `int4`, `nf4`, `fp8`, `int8_dynamic`, `fp8_dynamic`, or `int4:GROUP`.
-
-    Raises:
-      InputError: for another name, or a group that is no even number from 2.
-    """
-    kind, colon, group = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if kind not in NAMES or (colon and kind != "int4"):
-      known = f"{', '.join(NAMES)} or int4:GROUP"
-      raise InputError(f"quantize={name!r} is not known: use one of {known}.{nearest(kind, NAMES)}")
-    if colon and not (group.isdecimal() and int(group) > 0 and int(group) % 2 == 0):
-      raise InputError(f"quantize={name!r}: a group must be an even number of inputs, from 2.")
-    kind, _, dynamic = kind.partition("_")
-    own = {"int4": formats.INT4_GROUP, "nf4": formats.NF4_BLOCK}.get(kind)
-    return cls(kind, int(group) if colon else own, bool(dynamic))
-
-  @property
-  def name(self) -> str:
-    """What `parse` takes."""
-    own = self.kind != "int4" or self.group == formats.INT4_GROUP
-    return self.kind + ("" if own else f":{self.group}") + ("_dynamic" if self.dynamic else "")
 
 
 @jax.tree_util.register_dataclass
@@ -75,16 +42,15 @@ class Quantized:
   """A matrix of `inputs` and `outputs` axes, kept as (outputs, inputs), both flat.
 
   `values` are int8, float8_e4m3fn or codes of four bits, of two outputs in a byte
-  (`quant_formats.pack`).
-  `scales` multiply an output or a group of its inputs; of int4 and nf4 they are in eight bits
-  themselves, `steps` multiply them and `offset` is added. A `table` (Embed) has its outputs, the
-  rows, first in `shape`, other matrices their inputs.
+  (`quant_formats.pack`). `scales` multiply an output or a group of its inputs; of int4 and nf4 they
+  are in eight bits themselves (`quant_formats.int4_scales`, `nf4_scales`), and `steps` multiply
+  them. A `table` (Embed) has its outputs, the rows, first in `shape`, other matrices their inputs.
   """
 
   values: Array  # (…, O, I), or (…, O/2, I) uint8.
-  scales: Array  # (…, O) float32, or (…, O, groups).
-  steps: Array | None  # int4: (…, O) float32; nf4: (…, groups of a matrix / 256, rounded up).
-  offset: Array | None  # nf4: (…) float32.
+  scales: Array  # (…, O) float32; int4, nf4: (…, O, groups) uint8.
+  steps: Array | None  # int4: (…) float32; nf4: (…, groups of a matrix / 256, rounded up).
+  offset: Array | None  # int4: zero points (…, O/2, groups) uint8; nf4: (…) float32.
   format: Format = dataclasses.field(metadata={"static": True})
   inputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
   outputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -172,19 +138,6 @@ def quantize(
   return _quantize(w, format, ins, outs, lead, table)
 
 
-def check_sizes(format: Format, inputs: int, outputs: int, what: str) -> None:
-  """Raises an InputError if the format's groups do not divide the inputs, or bytes the outputs."""
-  if format.group is not None and inputs % format.group:
-    raise InputError(
-      f"quantize={format.name!r}: groups of {format.group} do not divide the {inputs} inputs of "
-      f"{what}: use a group that does, or int8."
-    )
-  if format.group is not None and outputs % 2:
-    raise InputError(
-      f"quantize={format.name!r}: {what} has {outputs} outputs, and two go into a byte: use int8."
-    )
-
-
 def _quantize(w, format: Format, inputs, outputs, lead: int, table: bool) -> Quantized:
   run: Any = {
     "int8": formats.int8,
@@ -254,9 +207,7 @@ def _product(x: Float[Array, "... I"], w: Quantized) -> Float[Array, "... O"]:
     return kernels.product(x, w.arrays(), kind, group or 0)
   x, w = beside(x, w)
   if w.format.kind not in ("int8", "fp8"):
-    parts = _PARTS[w.format.kind](w.arrays())
-    each = tuple(_times(x, part.astype(x.dtype), wide) for part in parts)
-    return _in_order(each)
+    return _grouped(x, w, wide)
   if w.format.dynamic:
     return _dynamic(x, w, wide)
   return _times(x, _widened(w.values, x.dtype), wide) * w.scales.astype(wide)
@@ -273,6 +224,17 @@ def _backward(kept, gradient):
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _grouped(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, "... O"]:
+  """A product with four bits; of int4 the shifts of groups meet the sums of their inputs."""
+  arrays, centred = w.arrays(), w.format.kind == "int4"
+  parts = formats.int4_centred(arrays) if centred else formats.nf4_parts(arrays)
+  y = _in_order(tuple(_times(x, part.astype(x.dtype), wide) for part in parts))
+  if not centred:
+    return y
+  sums = x.reshape(*x.shape[:-1], -1, w.format.group or 0).astype(wide).sum(axis=-1)
+  return y + _times(sums, formats.int4_shifts(arrays).astype(wide), wide)
 
 
 def _on_one_cpu() -> bool:

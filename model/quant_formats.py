@@ -1,8 +1,9 @@
-"""How numbers are kept in eight or four bits: each format's arrays from a matrix, and back.
+"""The formats, and how each keeps a matrix in eight or four bits, and back.
 
-All functions take one matrix (O, I), outputs first, or its arrays; `jax.vmap` sees to more.
+These functions take one matrix (O, I), outputs first, or its arrays; `jax.vmap` sees to more.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
+from model.errors import InputError, nearest
+
+NAMES = ("int8", "int4", "nf4", "fp8", "int8_dynamic", "fp8_dynamic")
 Arrays = dict[str, Array]
 
 INT4_GROUP = 32  # Inputs that share a scale, unless another number is asked for.
@@ -29,6 +33,54 @@ NF4 = np.array(
   ],
   np.float32,
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """How a matrix is kept. `group` inputs share a scale; None: all of an output do.
+
+  `dynamic`: activations are rounded to as many bits when they are multiplied.
+  """
+
+  kind: str
+  group: int | None = None
+  dynamic: bool = False
+
+  @classmethod
+  def parse(cls, name: str) -> "Format":
+    """`int8`, `int4`, `nf4`, `fp8`, `int8_dynamic`, `fp8_dynamic`, or `int4:GROUP`.
+
+    Raises:
+      InputError: for another name, or a group that is no even number from 2.
+    """
+    kind, colon, group = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if kind not in NAMES or (colon and kind != "int4"):
+      known = f"{', '.join(NAMES)} or int4:GROUP"
+      raise InputError(f"quantize={name!r} is not known: use one of {known}.{nearest(kind, NAMES)}")
+    if colon and not (group.isdecimal() and int(group) > 0 and int(group) % 2 == 0):
+      raise InputError(f"quantize={name!r}: a group must be an even number of inputs, from 2.")
+    kind, _, dynamic = kind.partition("_")
+    own = {"int4": INT4_GROUP, "nf4": NF4_BLOCK}.get(kind)
+    return cls(kind, int(group) if colon else own, bool(dynamic))
+
+  @property
+  def name(self) -> str:
+    """What `parse` takes."""
+    own = self.kind != "int4" or self.group == INT4_GROUP
+    return self.kind + ("" if own else f":{self.group}") + ("_dynamic" if self.dynamic else "")
+
+
+def check_sizes(format: Format, inputs: int, outputs: int, what: str) -> None:
+  """Raises an InputError if the format's groups do not divide the inputs, or bytes the outputs."""
+  if format.group is not None and inputs % format.group:
+    raise InputError(
+      f"quantize={format.name!r}: groups of {format.group} do not divide the {inputs} inputs of "
+      f"{what}: use a group that does, or int8."
+    )
+  if format.group is not None and outputs % 2:
+    raise InputError(
+      f"quantize={format.name!r}: {what} has {outputs} outputs, and two go into a byte: use int8."
+    )
 
 
 def pack(codes: UInt8[Array, "O I"]) -> UInt8[Array, "O/2 I"]:
@@ -77,53 +129,106 @@ def int8(w: Float[Array, "O I"]) -> Arrays:
 
 
 def fp8(w: Float[Array, "O I"]) -> Arrays:
-  scale = _nonzero(jnp.max(jnp.abs(w), axis=1) / _E4M3_MOST)
+  """Of scales within a power of two, those with the least squared error."""
+  widest = _nonzero(jnp.max(jnp.abs(w), axis=1) / _E4M3_MOST)
+
+  def tried(i, best):
+    scale = widest * 2.0 ** (i / 16)
+    kept = (w / scale[:, None]).astype(jnp.float8_e4m3fn).astype(w.dtype) * scale[:, None]
+    error = jnp.sum(jnp.square(w - kept), axis=1)
+    better = error < best[0]
+    return jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])
+
+  scale = jax.lax.fori_loop(0, 16, tried, (jnp.full(widest.shape, jnp.inf), widest))[1]
   return {"values": (w / scale[:, None]).astype(jnp.float8_e4m3fn), "scales": scale}
 
 
-# int4: codes from -8 to 7, and a signed scale for each group, itself kept in eight bits beside a
-# scale for each output.
+# int4: codes from 0 to 15, for each group a scale, in eight bits beside one for the whole matrix,
+# and in four bits which code stands for 0. Groups reach as far as they must to either side.
+
+_ZEROS = 3  # Zero points lie so close between two codes: 5, 5 1/3, … 10.
+_UP, _DOWN = 8, 2  # How many scales are tried above and below the one that just reaches all.
 
 
 def int4(w: Float[Array, "O I"], group: int) -> Arrays:
-  return int4_with_scales(w, _best_scales(grouped(w, group)))
+  """The scales and zero points with the least squared error among some near the widest."""
+  w = grouped(w, group)
+  least, most = jnp.min(w, axis=-1), jnp.max(w, axis=-1)
+  middle, reach = (least + most) / 2, (most - least) / 15
+  reach = jnp.maximum(reach, jnp.abs(middle) / 10)  # Zero points reach no farther.
+  step = _nonzero(jnp.max(reach) / small_float(jnp.uint8(255)))
+  first = _small_code(reach / step).astype(jnp.int32)
 
+  def tried(i, best):
+    scales = jnp.clip(first + i // 2 - _UP, 0, 255).astype(jnp.uint8)
+    size = small_float(scales) * step
+    zeros = jnp.floor((-middle / size) * _ZEROS + 7.5) + i % 2
+    zeros = jnp.clip(zeros, 0, 15).astype(jnp.uint8)
+    error = jnp.sum(jnp.square(_int4_values(w, size, zeros)[1] - w), axis=-1)
+    better = error < best[0]
+    return tuple(
+      jnp.where(better, *pair) for pair in zip((error, scales, zeros), best, strict=True)
+    )
 
-def int4_with_scales(w: Float[Array, "O I"], scales: Float32[Array, "O groups"]) -> Arrays:
-  """The nearest codes for given scales, after these have been rounded to eight bits."""
-  step = _nonzero(jnp.max(jnp.abs(scales), axis=1) / 127)
-  kept = jnp.round(scales / step[:, None])
-  kept = jnp.where(kept == 0, jnp.where(scales < 0, -1, 1), kept)
-  group = w.shape[1] // scales.shape[1]
-  codes = jnp.round(grouped(w, group) / (kept * step[:, None])[..., None])
-  codes = (jnp.clip(codes, -8, 7) + 8).astype(jnp.uint8).reshape(w.shape)
-  return {"values": pack(codes), "scales": kept.astype(jnp.int8), "steps": step}
+  start = jnp.full(reach.shape, jnp.inf), first.astype(jnp.uint8), jnp.zeros_like(first, jnp.uint8)
+  _, scales, zeros = jax.lax.fori_loop(0, 2 * (_UP + _DOWN + 1), tried, start)
+  codes = _int4_values(w, small_float(scales) * step, zeros)[0]
+  values = pack(codes.reshape(len(w), -1))
+  return {"values": values, "scales": scales, "steps": step, "offset": pack(zeros)}
 
 
 def int4_parts(arrays: Arrays) -> tuple[Array, Array]:
   """What the codes stand for, parted as `unpack` does."""
-  scales = arrays["scales"].astype(jnp.float32) * arrays["steps"][:, None]
-  low, high = _each(scales, arrays["values"].shape[1])
+  inputs = arrays["values"].shape[1]
+  shifts = _each(int4_shifts(arrays), inputs)
+  return tuple(a + b for a, b in zip(int4_centred(arrays), shifts, strict=True))  # pyright: ignore
+
+
+def int4_centred(arrays: Arrays) -> tuple[Array, Array]:
+  """(code - 8) * scale, parted as `unpack` does: what codes stand for, less `int4_shifts`."""
+  low, high = _each(int4_scales(arrays), arrays["values"].shape[1])
   even, odd = unpack(arrays["values"])
   return (even.astype(jnp.float32) - 8) * low, (odd.astype(jnp.float32) - 8) * high
 
 
-def _best_scales(w: Float[Array, "O groups group"]) -> Float32[Array, "O groups"]:
-  """Of some scales around the largest element's, the one with the least squared error."""
-  largest = jnp.take_along_axis(w, jnp.argmax(jnp.abs(w), axis=-1)[..., None], axis=-1)[..., 0]
-  largest = jnp.where(largest == 0, 1e-12, largest)
+def int4_scales(arrays: Arrays) -> Float32[Array, "O groups"]:
+  return small_float(arrays["scales"]) * arrays["steps"]
 
-  def tried(i, best):
-    # The largest element becomes -8 … -5.5 of one sign, or as much of the other.
-    reach = 5.5 + 0.25 * (i % 11)
-    scale = largest / jnp.where(i < 11, -reach, reach)
-    kept = jnp.clip(jnp.round(w / scale[..., None]), -8, 7) * scale[..., None]
-    error = jnp.sum(jnp.square(w - kept), axis=-1)
-    better = error < best[0]
-    return jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])
 
-  start = jnp.full(largest.shape, jnp.inf), largest / -8
-  return jax.lax.fori_loop(0, 22, tried, start)[1]
+def int4_shifts(arrays: Arrays) -> Float32[Array, "O groups"]:
+  """What is added to (code - 8) * scale in each group."""
+  zeros = interleaved(unpack(arrays["offset"]), 0).astype(jnp.float32)
+  return (8 - zero_point(zeros)) * int4_scales(arrays)
+
+
+def int4_codes(w: Float[Array, "O groups group"], arrays: Arrays) -> UInt8[Array, "O groups group"]:
+  """The nearest codes for scales and zero points that are given."""
+  low = int4_shifts(arrays) - 8 * int4_scales(arrays)
+  codes = jnp.round((w - low[..., None]) / int4_scales(arrays)[..., None])
+  return jnp.clip(codes, 0, 15).astype(jnp.uint8)
+
+
+def _int4_values(w: Array, scales: Array, zeros: Array) -> tuple[Array, Array]:
+  """(the nearest codes, what they stand for)."""
+  zero, scale = zero_point(zeros.astype(jnp.float32))[..., None], scales[..., None]
+  codes = jnp.clip(jnp.round(w / scale + zero), 0, 15)
+  return codes.astype(jnp.uint8), (codes - zero) * scale
+
+
+def zero_point(zeros: Float32[Array, "..."]) -> Float32[Array, "..."]:
+  return 7.5 + (zeros - 7.5) / _ZEROS
+
+
+def small_float(codes: UInt8[Array, "..."]) -> Float32[Array, "..."]:
+  """Three bits of exponent and five of a fraction: from 1/128 to almost 2."""
+  bits = (codes.astype(jnp.int32) << 18) + (120 << 23)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _small_code(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
+  """The nearest of `small_float`."""
+  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) - (120 << 23)
+  return jnp.clip((bits + (1 << 17)) >> 18, 0, 255).astype(jnp.uint8)
 
 
 # nf4 with double quantization: the nearest quantile, times the largest element of a block; of these

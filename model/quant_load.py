@@ -3,21 +3,88 @@ of a layer, and each array where the mesh wants it.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from model.layers import ParamInfo
 from model.quant import Format, Quantized, quantize
-from model.quant_tree import lead_axes
+from model.quant_tree import format_of, lead_axes
 from model.sharding import spec
 
+Path = tuple[str | int, ...]
 Read = Callable[[int | None], np.ndarray]  # A parameter in float32, or one layer of it.
+
+
+def read_params(
+  leaf: Callable[[Path, Any, int | None], np.ndarray], likes: dict, info: dict, mesh: Mesh | None,
+  format: Format,
+) -> dict:  # fmt: skip
+  """Parameters, each quantized when it has been read.
+
+  Args:
+    leaf: reads the parameter at a path in a dtype: all of it, or one layer of a stacked one.
+    likes: shapes, dtypes and shardings of float parameters.
+    info: of `layers.param_info`.
+
+  Raises:
+    InputError: if a group that was asked for does not divide a matrix.
+  """
+  flat: Any = flatten_dict(likes)
+  infos: Any = flatten_dict(info)
+  kept = {p: format_of(infos[p], a.shape, format, _name(p)) for p, a in flat.items()}
+  out = {}
+  for path, like in flat.items():
+    own = kept[path]
+    if own is None:
+      out[path] = jax.device_put(leaf(path, like.dtype, None), like.sharding)
+    else:
+      read = functools.partial(leaf, path, np.float32)
+      out[path] = read_quantized(read, like, infos[path], own, mesh)
+  return unflatten_dict(out)
+
+
+def by_layer(
+  leaf: Callable[[Path], np.ndarray],
+) -> Callable[[Path, Any, int | None], np.ndarray]:
+  """Reads layers of a stacked parameter, which is held until another one is asked for."""
+  held: dict[Path, np.ndarray] = {}
+
+  def read(path: Path, dtype: Any, layer: int | None) -> np.ndarray:
+    if path not in held:
+      held.clear()
+      held[path] = leaf(path)
+    array = held[path] if layer is None else held[path][layer]
+    return array.astype(dtype)
+
+  return read
+
+
+def as_stored(likes: dict, info: dict, names: dict[str, str], mesh: Mesh | None) -> dict:
+  """`likes` with what quantized matrices are kept in; `names` of formats by dotted path."""
+  flat: Any = flatten_dict(likes)
+  infos: Any = flatten_dict(info)
+  for path, like in flat.items():
+    name = names.get(_name(path))
+    if name is not None:
+      flat[path] = abstract(like, infos[path], Format.parse(name), mesh)
+  return unflatten_dict(flat)
+
+
+def main_format(names: Iterable[str]) -> str:
+  """Which of a model's formats was asked for: words keep eight bits where others have fewer."""
+  found = map(Format.parse, names)
+  return max(found, key=lambda f: (f.dynamic, f.group is not None, f.name)).name
+
+
+def _name(path: Path) -> str:
+  return ".".join(map(str, path))
 
 
 def abstract(like: jax.ShapeDtypeStruct, info: ParamInfo, format: Format, mesh: Mesh | None) -> Any:
@@ -34,8 +101,8 @@ def abstract(like: jax.ShapeDtypeStruct, info: ParamInfo, format: Format, mesh: 
 def places(w: Any, info: ParamInfo, mesh: Mesh | None) -> Any:
   """Where the arrays of a quantized matrix go: as the float matrix, along the axes that it divides.
 
-  Groups of inputs are never cut. What belongs to a whole matrix, as the scales of nf4's scales, is
-  everywhere.
+  Groups of inputs are never cut. What belongs to a whole matrix, as what multiplies nf4's scales,
+  is everywhere.
   """
   if mesh is None:
     here = SingleDeviceSharding(jax.devices()[0])
@@ -50,8 +117,8 @@ def places(w: Any, info: ParamInfo, mesh: Mesh | None) -> Any:
   made = {
     "values": at(out, into),
     "scales": at(out) if w.format.group is None else at(out, into),
-    "steps": at(out) if w.format.kind == "int4" else at(None),
-    "offset": at(),
+    "steps": at() if w.format.kind == "int4" else at(None),
+    "offset": at(out, into) if w.format.kind == "int4" else at(),
   }
   where = {name: made[name] if name in w.arrays() else None for name in made}
   return Quantized(**where, format=w.format, inputs=w.inputs, outputs=w.outputs, table=w.table)

@@ -1,11 +1,10 @@
 """Which parameters of a model are quantized, and all of them at once.
 
 Quantized are the matrices of layers, experts and heads that score words, and the tables of tokens,
-which like these heads keep eight bits in every format: their vectors are read as they are. All the
-rest stays float: vectors, norms, biases, the router, tables of positions, of relative biases and of
-token types, and heads on labels, all of them small or exact by purpose. A matrix whose inputs the
-format's own groups (32 of int4, 64 of nf4) do not divide, or whose outputs are no pairs, is kept
-in int8 instead.
+which like these heads are kept in int8 in every format. All the rest stays float: vectors, norms,
+biases, the router, tables of positions, of relative biases and of token types, and heads on labels,
+all of them small or exact by purpose. A matrix whose inputs the format's own groups (32 of int4, 64
+of nf4) do not divide, or whose outputs are no pairs, is kept in int8 instead.
 """
 
 import math
@@ -17,9 +16,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from model import quant_formats as formats
 from model.errors import InputError
 from model.layers import ParamInfo
-from model.quant import Format, Quantized, check_sizes, is_quantized, quantize
+from model.quant import Quantized, is_quantized, quantize
+from model.quant_formats import Format, check_sizes
 
-_EIGHT = {"int8": "int8", "int4": "int8", "nf4": "int8", "fp8": "fp8"}
+_WORDS = Format("int8")  # A score is a sum over a whole row: of eight bits, these lose the least.
 _OWN_GROUP = {"int4": formats.INT4_GROUP, "nf4": formats.NF4_BLOCK}
 
 
@@ -37,7 +37,7 @@ def format_of(
   if info.role == "embedding" and axes[0] != "vocab":
     return None
   if "vocab" in axes:
-    return Format(_EIGHT[format.kind])
+    return _WORDS
   own = shape[lead_axes(info) :]
   inputs, outputs = math.prod(own[: info.inputs]), math.prod(own[info.inputs :])
   if format.group is None or (inputs % format.group == 0 and outputs % 2 == 0):
@@ -86,11 +86,6 @@ def quantize_params(params: dict, info: dict, format: Format | str) -> dict:
     for path, a in leaves.items()
   }
   return unflatten_dict(made)
-
-
-def main_format(found: set[Format]) -> str:
-  """Which of a model's formats was asked for: words keep eight bits where others have fewer."""
-  return max(found, key=lambda f: (f.dynamic, f.group is not None, f.name)).name
 
 
 def quantized_leaves(params: dict) -> dict[tuple[str | int, ...], Quantized]:
