@@ -157,12 +157,12 @@ def int4(w: Float[Array, "O I"], group: int) -> Arrays:
   middle, reach = (least + most) / 2, (most - least) / 15
   # From the outermost zero points, 5 and 10, it is ten codes to the farther end.
   reach = jnp.maximum(reach, jnp.maximum(most, -least) / 10)
-  step = _nonzero(jnp.max(reach) / _small_float(jnp.uint8(255)))
+  step = _nonzero(jnp.max(reach) / small_float(jnp.uint8(255)))
   first = _small_code(reach / step).astype(jnp.int32)
 
   def tried(i, best):
     scales = jnp.clip(first + i // 2 - _UP, 0, 255).astype(jnp.uint8)
-    size = _small_float(scales) * step
+    size = small_float(scales) * step
     zeros = jnp.floor((-middle / size) * _ZEROS + 7.5) + i % 2
     zeros = jnp.clip(zeros, 0, 15).astype(jnp.uint8)
     error = jnp.sum(jnp.square(_int4_values(w, size, zeros)[1] - w), axis=-1)
@@ -173,7 +173,7 @@ def int4(w: Float[Array, "O I"], group: int) -> Arrays:
 
   start = jnp.full(reach.shape, jnp.inf), first.astype(jnp.uint8), jnp.zeros_like(first, jnp.uint8)
   _, scales, zeros = jax.lax.fori_loop(0, 2 * (_UP + _DOWN + 1), tried, start)
-  codes = _int4_values(w, _small_float(scales) * step, zeros)[0]
+  codes = _int4_values(w, small_float(scales) * step, zeros)[0]
   values = pack(codes.reshape(len(w), -1))
   return {"values": values, "scales": scales, "steps": step, "offset": pack(zeros)}
 
@@ -193,13 +193,13 @@ def int4_centred(arrays: Arrays) -> tuple[Array, Array]:
 
 
 def int4_scales(arrays: Arrays) -> Float32[Array, "O groups"]:
-  return _small_float(arrays["scales"]) * arrays["steps"]
+  return small_float(arrays["scales"]) * arrays["steps"]
 
 
 def int4_shifts(arrays: Arrays) -> Float32[Array, "O groups"]:
   """What is added to (code - 8) * scale in each group."""
   zeros = interleaved(unpack(arrays["offset"]), 0).astype(jnp.float32)
-  return (8 - _zero_point(zeros)) * int4_scales(arrays)
+  return (8 - zero_point(zeros)) * int4_scales(arrays)
 
 
 def int4_codes(w: Float[Array, "O groups group"], arrays: Arrays) -> UInt8[Array, "O groups group"]:
@@ -211,23 +211,23 @@ def int4_codes(w: Float[Array, "O groups group"], arrays: Arrays) -> UInt8[Array
 
 def _int4_values(w: Array, scales: Array, zeros: Array) -> tuple[Array, Array]:
   """(the nearest codes, what they stand for)."""
-  zero, scale = _zero_point(zeros.astype(jnp.float32))[..., None], scales[..., None]
+  zero, scale = zero_point(zeros.astype(jnp.float32))[..., None], scales[..., None]
   codes = jnp.clip(jnp.round(w / scale + zero), 0, 15)
   return codes.astype(jnp.uint8), (codes - zero) * scale
 
 
-def _zero_point(zeros: Float32[Array, "..."]) -> Float32[Array, "..."]:
+def zero_point(zeros: Float32[Array, "..."]) -> Float32[Array, "..."]:
   return 7.5 + (zeros - 7.5) / _ZEROS
 
 
-def _small_float(codes: UInt8[Array, "..."]) -> Float32[Array, "..."]:
+def small_float(codes: UInt8[Array, "..."]) -> Float32[Array, "..."]:
   """Three bits of exponent and five of a fraction: from 1/128 to almost 2."""
   bits = (codes.astype(jnp.int32) << 18) + (120 << 23)
   return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _small_code(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
-  """The nearest of `_small_float`."""
+  """The nearest of `small_float`."""
   bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) - (120 << 23)
   return jnp.clip((bits + (1 << 17)) >> 18, 0, 255).astype(jnp.uint8)
 

@@ -5,33 +5,33 @@ the dequantized matrix to memory: eight times the bytes. This kernel (Pallas, Mo
 of the matrix in fast memory and never writes it. It never meets a mesh of several devices: there,
 and for shapes that it does not tile, XLA's form is used.
 
-Codes are small numbers that bfloat16 holds exactly (nf4's are rounded to it), and scales multiply
-sums of products in place of the matrix: a row of x becomes one row for each group of a chunk, with
-zeros elsewhere, so that one product gives the sums of all its groups apart.
+Codes are small numbers that bfloat16 holds exactly (nf4's are rounded to it), and scales and zero
+points meet sums of products in place of the matrix: a row of x becomes one row for each group of a
+chunk, with zeros elsewhere, so that one product gives the sums of all its groups apart.
 """
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, UInt8
 
-from model.quant_formats import SCALES, Arrays, quantile
+from model.quant_formats import SCALES, Arrays, quantile, small_float, zero_point
 from model.sharding import platform
 
 _MOST_ROWS = 32  # Beyond them a product costs more than the reading of its matrix.
 _GROUPS = 8  # Of a chunk: as many as a register of a TPU has sublanes of float32.
 _LANES = 128  # What a TPU reads is whole rows of so many elements.
 _PAIRS = (256, 128)  # Of outputs, in a block; the first that divides.
-_ARRAYS = {"int4": {"values", "scales", "steps"}, "nf4": {"values", "scales", "steps", "offset"}}
+_KINDS = ("int4", "nf4")
+_ARRAYS = {"values", "scales", "steps", "offset"}
 _BLOCK_BYTES = 4 * 2**20  # Of codes at most: two blocks are in fast memory at a time.
 
 
 def fits(x: Float[Array, "... I"], arrays: Arrays, kind: str, group: int | None) -> bool:
   """Whether `product` takes these arrays of a format, and should on the devices in use."""
-  if platform() != "tpu" or group is None or _ARRAYS.get(kind) != arrays.keys():
+  if platform() != "tpu" or group is None or kind not in _KINDS or arrays.keys() != _ARRAYS:
     return False
   pairs, inputs = arrays["values"].shape
   return (
@@ -58,10 +58,12 @@ def product(
     arrays: of one matrix, int4 or nf4 (`kind`).
     interpret: run the kernel's program step by step on any device, for tests.
   """
-  flat = x.reshape(-1, x.shape[-1])
-  scales, values = (nf4_scales(arrays), quantile) if kind == "nf4" else (arrays["scales"], _int4)
-  y = _kernel(flat, arrays["values"], scales, values, group, interpret)
-  return (y if kind == "nf4" else y * arrays["steps"]).reshape(*x.shape[:-1], -1)
+  flat, codes = x.reshape(-1, x.shape[-1]), arrays["values"]
+  if kind == "nf4":
+    y = _kernel(flat, codes, nf4_scales(arrays), None, group, interpret)
+  else:
+    y = _kernel(flat, codes, arrays["scales"], arrays["offset"], group, interpret) * arrays["steps"]
+  return y.reshape(*x.shape[:-1], -1)
 
 
 def _alone(codes: Array) -> bool:
@@ -77,69 +79,89 @@ def _block(pairs: int, inputs: int) -> int | None:
 
 def _kernel(
   x: Float[Array, "R I"], codes: UInt8[Array, "O/2 I"],
-  scales: Int8[Array, "O groups"] | Float32[Array, "O groups"],
-  values: Callable[[Array], Array], group: int, interpret: bool,
+  scales: UInt8[Array, "O groups"] | Float32[Array, "O groups"],
+  zeros: UInt8[Array, "O/2 groups"] | None, group: int, interpret: bool,
 ) -> Float32[Array, "R O"]:  # fmt: skip
+  """With zero points the codes are int4's, without them nf4's."""
   # Pallas is large to import and not needed elsewhere.
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import tpu as pltpu
 
-  R, (pairs, inputs) = len(x), codes.shape
+  R, (pairs, inputs), groups = len(x), codes.shape, scales.shape[1]
   block = _block(pairs, inputs) or pairs
-  groups = scales.shape[1]
+  rows = lambda number, width: pl.BlockSpec((number, width), lambda o: (o, 0))
+  arrays = [x, codes, scales] + ([] if zeros is None else [zeros])
+  specs = [
+    pl.BlockSpec((R, inputs), lambda o: (0, 0)),
+    rows(block, inputs),
+    rows(2 * block, groups),
+  ]
   return pl.pallas_call(
-    functools.partial(_body, values=values, group=group),
+    functools.partial(_body, group=group),
     grid=(pairs // block,),
-    in_specs=[pl.BlockSpec((R, inputs), lambda o: (0, 0)),
-              pl.BlockSpec((block, inputs), lambda o: (o, 0)),
-              pl.BlockSpec((2 * block, groups), lambda o: (o, 0))],
+    in_specs=specs + ([] if zeros is None else [rows(block, groups)]),
     out_specs=pl.BlockSpec((R, 2 * block), lambda o: (0, o)),
     out_shape=jax.ShapeDtypeStruct((R, 2 * pairs), jnp.float32),
     cost_estimate=pl.CostEstimate(
       flops=4 * R * pairs * inputs, transcendentals=0,
-      bytes_accessed=sum(a.size * a.dtype.itemsize for a in (x, codes, scales)) + 8 * R * pairs,
+      bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays) + 8 * R * pairs,
     ),
     scratch_shapes=[pltpu.VMEM((2 * block, groups), jnp.float32),
-                    pltpu.VMEM((2, groups, block), jnp.float32),
+                    pltpu.VMEM((4, groups, block), jnp.float32),
                     pltpu.VMEM((2 * block, R), jnp.float32)],
     interpret=interpret,
-  )(x, codes, scales)  # fmt: skip
+  )(*arrays)  # fmt: skip
 
 
-def _body(x, codes, scales, y, wide, turned, columns, *, values, group: int):
+def _body(x, codes, scales, *refs, group: int):
   """One block of pairs of outputs; even ones lie in the low bits of bytes, odd ones in the high."""
   from jax.experimental import pallas as pl
 
+  *zeros, y, wide, turned, columns = refs
   lanes, R, pairs = _GROUPS * group, x.shape[0], codes.shape[0]
-  wide[...] = scales[...].astype(jnp.float32)
-  for odds in range(2):
-    turned[odds] = wide[pl.ds(odds, pairs, stride=2)].T
+  _turn(scales, zeros, wide, turned)
   shape = (R, _GROUPS, lanes)
   lane, row = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 1))
   own = lane // group == row
   exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-
-  def sums(apart, code, scale):
-    one = jax.lax.dot_general(
-      apart, values(code).astype(x.dtype), (((1,), (1,)), ((), ())),
-      precision=exact, preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return (one.reshape(R, _GROUPS, pairs) * scale).sum(axis=1)
+  values = _int4 if zeros else quantile
 
   def add(chunk, totals):
     at = pl.ds(pl.multiple_of(chunk * lanes, lanes), lanes)
     code = codes[:, at].astype(jnp.int32)
-    apart = jnp.where(own, x[:, at].astype(jnp.float32)[:, None], 0)
-    apart = apart.reshape(R * _GROUPS, lanes).astype(x.dtype)
+    wide_rows = jnp.where(own, x[:, at].astype(jnp.float32)[:, None], 0)
+    apart = wide_rows.reshape(R * _GROUPS, lanes).astype(x.dtype)
     scale = turned[:, pl.ds(pl.multiple_of(chunk * _GROUPS, _GROUPS), _GROUPS)]
-    low, high = sums(apart, code & 15, scale[0]), sums(apart, code >> 4, scale[1])
-    return totals[0] + low, totals[1] + high
 
-  zeros = jnp.zeros((R, pairs), jnp.float32)
-  each = jax.lax.fori_loop(0, codes.shape[1] // lanes, add, (zeros, zeros))
+    def sums(code, odds):
+      one = jax.lax.dot_general(
+        apart, values(code).astype(x.dtype), (((1,), (1,)), ((), ())),
+        precision=exact, preferred_element_type=jnp.float32,
+      ).reshape(R, _GROUPS, pairs)  # fmt: skip
+      if zeros:
+        one += wide_rows.sum(axis=-1, keepdims=True) * scale[2 + odds]
+      return (one * scale[odds]).sum(axis=1)
+
+    return totals[0] + sums(code & 15, 0), totals[1] + sums(code >> 4, 1)
+
+  start = jnp.zeros((R, pairs), jnp.float32)
+  each = jax.lax.fori_loop(0, codes.shape[1] // lanes, add, (start, start))
   for odds in range(2):  # A TPU takes every second row as it is, but not every second column.
     columns[pl.ds(odds, pairs, stride=2)] = each[odds].T
   y[...] = columns[...].T
+
+
+def _turn(scales, zeros, wide, turned):
+  """Scales of even and odd outputs, and what int4's codes less 8 are shifted by, groups first."""
+  from jax.experimental import pallas as pl
+
+  pairs = turned.shape[2]
+  wide[...] = small_float(scales[...]) if zeros else scales[...]
+  for odds in range(2):
+    turned[odds] = wide[pl.ds(odds, pairs, stride=2)].T
+    if zeros:
+      zero = (zeros[0][...].astype(jnp.int32) >> 4 * odds) & 15
+      turned[2 + odds] = (8 - zero_point(zero.astype(jnp.float32))).T
 
 
 def _int4(code: Int32[Array, "n I"]) -> Float32[Array, "n I"]:

@@ -120,7 +120,7 @@ def places(w: Any, info: ParamInfo, mesh: Mesh | None) -> Any:
     "steps": at() if w.format.kind == "int4" else at(None),
     "offset": at(out, into) if w.format.kind == "int4" else at(),
   }
-  where = {name: made[name] if name in w.arrays() else None for name in made}
+  where: dict[str, Any] = {name: made[name] if name in w.arrays() else None for name in made}
   return Quantized(**where, format=w.format, inputs=w.inputs, outputs=w.outputs, table=w.table)
 
 

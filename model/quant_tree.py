@@ -96,7 +96,8 @@ def quantized_leaves(params: dict) -> dict[tuple[str | int, ...], Quantized]:
 
 def report(params: dict) -> str:
   """One line: how many bytes parameters take, how many as float32, and what is kept how."""
-  bytes_, leaves = resident_bytes(params), flatten_dict(params).values()
+  flat: Any = flatten_dict(params)
+  bytes_, leaves = resident_bytes(params), flat.values()
   plain = 4 * sum(leaf.size for leaf in leaves)
   kinds: dict[str, int] = {}
   for leaf in leaves:

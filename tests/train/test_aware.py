@@ -75,7 +75,7 @@ def marked(*quick: str):
   return [name if name in quick else pytest.param(name, marks=slow) for name in FORMATS]
 
 
-@pytest.mark.parametrize("format", marked("int4", "int8_dynamic"))
+@pytest.mark.parametrize("format", marked("int8_dynamic"))
 def test_what_is_trained_says_what_the_quantized_model_says(format):
   params, tokens = params_of(WIDE), jax.random.randint(jax.random.key(1), (2, 12), 0, tiny.VOCAB)
   rounding, net = rounding_of(WIDE, format), abstract(WIDE)
