@@ -151,8 +151,11 @@ _UP, _DOWN = 8, 2  # How many scales are tried above and below the one that just
 
 
 def int4(w: Float[Array, "O I"], group: int) -> Arrays:
-  """The scales and zero points with the least squared error among some near the widest."""
+  """The scales and zero points with the least squared error among some near the widest, which
+  counts more for large elements.
+  """
   w = grouped(w, group)
+  weight = jnp.abs(w) + jnp.sqrt(jnp.mean(jnp.square(w), axis=-1, keepdims=True))
   least, most = jnp.min(w, axis=-1), jnp.max(w, axis=-1)
   middle, reach = (least + most) / 2, (most - least) / 15
   # From the outermost zero points, 5 and 10, it is ten codes to the farther end.
@@ -165,7 +168,7 @@ def int4(w: Float[Array, "O I"], group: int) -> Arrays:
     size = _small_float(scales) * step
     zeros = jnp.floor((-middle / size) * _ZEROS + 7.5) + i % 2
     zeros = jnp.clip(zeros, 0, 15).astype(jnp.uint8)
-    error = jnp.sum(jnp.square(_int4_values(w, size, zeros)[1] - w), axis=-1)
+    error = jnp.sum(weight * jnp.square(_int4_values(w, size, zeros)[1] - w), axis=-1)
     better = error < best[0]
     return tuple(
       jnp.where(better, *pair) for pair in zip((error, scales, zeros), best, strict=True)

@@ -198,7 +198,7 @@ def test_loading_never_holds_the_float_model(form, tmp_path):
   # and as it is read.
   room = 2.5 * stacked if form == "orbax" else 12 * stacked / cfg.num_layers
   for name, bits in (("int8", 8), ("int4", 4.5)):
-    assert peak[name] < size * bits / 32 + room + 2**25
+    assert peak[name] < size * bits / 32 + room + 2**27  # Programs are compiled besides.
     assert peak[name] < 0.85 * size
 
 
