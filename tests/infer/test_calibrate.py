@@ -88,7 +88,9 @@ def by_the_paper(w, gram, nearest, order, damping):
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("format", ["int4:16", "nf4", "int8"])
+@pytest.mark.parametrize(
+  "format", ["int4:16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nf4", "int8"))]
+)
 def test_gptq_equals_the_paper_column_by_column(format, ordered):
   w, x = problem()
   gram = x.T @ x
@@ -112,7 +114,10 @@ def test_gptq_equals_the_paper_column_by_column(format, ordered):
   np.testing.assert_allclose(got, want, atol=1e-9)
 
 
-@pytest.mark.parametrize("format", ["int4", "int8", "nf4", "fp8"])
+@pytest.mark.parametrize(
+  "format",
+  ["int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "nf4", "fp8"))],
+)
 def test_gptq_gives_outputs_nearer_than_rounding_in_values_that_the_format_has(format):
   w, x = (a.astype(np.float32) for a in problem())
   x[:, 5] = 0  # An input that never comes.
@@ -222,7 +227,7 @@ def errors(report):
 def test_a_decoder_calibrated_is_nearer_to_the_float_model_than_one_rounded_plainly(
   format, method, share
 ):
-  m = tiny.model()
+  m = tiny.model(layer_pattern=("global",), window=None)
   settings = dict(format=format, method=method, samples=24, length=64)
   made, report = calibrated(m, TEXT, **settings)
   plain, now = errors(report)
