@@ -218,8 +218,8 @@ def errors(report):
 @pytest.mark.parametrize(
   ("format", "method", "share"),
   [
-    ("int4:16", "gptq", 0.6),
-    pytest.param("int4:16", "awq", 0.99, marks=pytest.mark.slow),
+    ("int4:16", "gptq", 0.7),
+    pytest.param("int4:16", "awq", 0.7, marks=pytest.mark.slow),
     pytest.param("int8", "gptq", 0.7, marks=pytest.mark.slow),
     pytest.param("fp8", "gptq", 0.7, marks=pytest.mark.slow),
   ],
@@ -228,6 +228,7 @@ def test_a_decoder_calibrated_is_nearer_to_the_float_model_than_one_rounded_plai
   format, method, share
 ):
   m = tiny.model(layer_pattern=("global",), window=None)
+  m = with_outliers(m) if method == "awq" else m  # It is for models whose channels differ.
   settings = dict(format=format, method=method, samples=24, length=64)
   made, report = calibrated(m, TEXT, **settings)
   plain, now = errors(report)
