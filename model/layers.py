@@ -84,7 +84,8 @@ class Linear(nnx.Module):
   """A weight matrix with any number of input and output axes, in the compute dtype.
 
   The first `inputs` axes of `shape` are contracted with the last ones of what it is called with.
-  While it is `turned` (see `turn`), its weights have these axes last.
+  While it is `turned` (see `turn`), its weights have these axes last. An `adapter` (model.peft)
+  changes what it computes.
   """
 
   def __init__(
@@ -105,6 +106,10 @@ class Linear(nnx.Module):
       self.b = param(cfg, rngs, shape[inputs:], axes[inputs:], role="vector", init=zeros)
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return self.adapter.linear(self, x) if hasattr(self, "adapter") else self.plain(x)
+
+  def plain(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What it computes without an adapter."""
     x, w = x.astype(self.dtype), self.w[...].astype(self.dtype)
     if self.turned:
       rows, outputs = x.shape[: x.ndim - self.inputs], w.shape[: w.ndim - self.inputs]
@@ -117,6 +122,11 @@ class Linear(nnx.Module):
 
   def matrix(self) -> Float[Array, "..."]:
     """The weights in the compute dtype, with the axes of `shape`, turned or not."""
+    w = self.plain_matrix()
+    return self.adapter.matrix(w) if hasattr(self, "adapter") else w
+
+  def plain_matrix(self) -> Float[Array, "..."]:
+    """`matrix` without an adapter."""
     w = self.w[...].astype(self.dtype)
     last = tuple(range(w.ndim - self.inputs, w.ndim))
     return jnp.moveaxis(w, last, tuple(range(self.inputs))) if self.turned else w
@@ -196,12 +206,14 @@ class Embed(nnx.Module):
     table = constrain(self.table[...].astype(self.dtype), (self.row_axis, None))
     ids = constrain(ids, ("rows", "seq"))
     if len(table) > _FEW_VECTORS:
-      return constrain(table[ids], ("rows", "seq", None))
-    chosen = jax.nn.one_hot(ids, len(table), dtype=table.dtype)
-    return constrain(jnp.matmul(chosen, table, precision="highest"), ("rows", "seq", None))
+      x = constrain(table[ids], ("rows", "seq", None))
+    else:
+      chosen = jax.nn.one_hot(ids, len(table), dtype=table.dtype)
+      x = constrain(jnp.matmul(chosen, table, precision="highest"), ("rows", "seq", None))
+    return x + self.adapter.embedded(ids, x.dtype, self.row_axis) if hasattr(self, "adapter") else x
 
   def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Scores in at least float32."""
+    """Scores in at least float32; an adapter changes only the vectors that are looked up."""
     wide = jnp.promote_types(self.dtype, jnp.float32)
     table = self.table[...].astype(self.dtype)
     return scores(table, x.astype(self.dtype), wide)

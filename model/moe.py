@@ -96,12 +96,14 @@ class ExpertMatrix(nnx.Module):
       self.b = param(cfg, rngs, (E, O), ("expert", axes[1]), role="vector", init=zeros)
 
   def arrays(self, dtype: jnp.dtype) -> dict[str, Array]:
-    """The parameters as plain arrays of the compute dtype."""
-    return {name: getattr(self, name)[...].astype(dtype) for name in "wb" if hasattr(self, name)}
+    """The parameters as plain arrays of the compute dtype, an adapter's with them."""
+    own = {name: getattr(self, name)[...].astype(dtype) for name in "wb" if hasattr(self, name)}
+    return own | self.adapter.arrays(dtype) if hasattr(self, "adapter") else own
 
   def axes(self) -> dict[str, tuple[str, ...]]:
     """Their logical axes."""
-    return {name: getattr(self, name).axes for name in "wb" if hasattr(self, name)}
+    own = {name: getattr(self, name).axes for name in "wb" if hasattr(self, name)}
+    return own | self.adapter.axes() if hasattr(self, "adapter") else own
 
 
 class Experts(nnx.Module):
@@ -164,7 +166,12 @@ def dense_experts(
   """The reference: every token through every expert, weighted by 0 where it was not chosen."""
 
   def through(h, name, equation):
-    y = jnp.einsum(equation, h, matrices[name]["w"])
+    own = matrices[name]
+    y = jnp.einsum(equation, h, own["w"])
+    if "lora_a" in own:
+      reads, back = equation.split(",")[0], equation.split("->")[1]
+      low = jnp.einsum(f"{reads},E{reads[-1]}R->EBTR", h, own["lora_a"])
+      y += jnp.einsum(f"EBTR,ER{back[-1]}->{back}", low, own["lora_b"])
     return y + matrices[name]["b"][:, None, None] if "b" in matrices[name] else y
 
   into = "BTD,EDF->EBTF"

@@ -17,6 +17,7 @@ from model.errors import InputError
 from model.heads import TEXT_HEADS, abstract, pool, unstack
 from model.layers import turn
 from model.mask import positions_of
+from model.peft.attach import attached
 from model.tokenizer import Tokenizer
 from model.transformer import Inputs
 
@@ -39,12 +40,13 @@ class Model:
   @functools.cached_property
   def graphdef(self) -> nnx.GraphDef:
     """The network without parameters: `nnx.merge(m.graphdef, m.params)`."""
-    return nnx.split(abstract(self.config), nnx.Param)[0]
+    return nnx.split(attached(abstract(self.config), self.params), nnx.Param)[0]
 
   @functools.cached_property
   def _unstacked(self) -> tuple[nnx.GraphDef, dict]:
-    net = abstract(self.config, stacked=False)
-    params = turn(net, jax.jit(functools.partial(unstack, self.config))(self.params))
+    params = jax.jit(functools.partial(unstack, self.config))(self.params)
+    net = attached(abstract(self.config, stacked=False), params)
+    params = turn(net, params)
     return nnx.split(net, nnx.Param)[0], params
 
   def unstacked(self) -> tuple[nnx.GraphDef, dict]:

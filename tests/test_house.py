@@ -25,7 +25,7 @@ MAY_IMPORT = {
   "launch": {"launch", "train", "model"},
 }
 NNX_NAMES = {
-  "Module", "Param", "Rngs", "List", "State", "GraphDef", "split", "merge", "state", "eval_shape",
+  "Module", "Param", "LoRAParam", "Rngs", "List", "State", "GraphDef", "split", "merge", "state", "eval_shape",
   "to_pure_dict",
 }  # fmt: skip
 PUBLISHED = {

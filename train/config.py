@@ -7,6 +7,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.errors import InputError, nearest
+from model.peft.config import PeftConfig
 from train.config_objective import ObjectiveConfig
 from train.config_optimizer import OptimizerConfig
 
@@ -103,6 +104,7 @@ class Config:
   objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  peft: PeftConfig = dataclasses.field(default_factory=PeftConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
   def __post_init__(self):

@@ -22,7 +22,7 @@ from train.program import Program
 
 PARTS: tuple[str, ...] = (
   "token embedding", "position embedding", "type embedding", "attention", "MLP", "experts",
-  "norms", "head", "generator", "other",
+  "norms", "head", "adapters", "generator", "other",
 )  # fmt: skip
 PLAIN_SECONDS = 15.0  # Between lines where the output is no terminal.
 REDRAW_SECONDS = 0.1
@@ -243,6 +243,8 @@ def _part(path: tuple[str, ...], info: ParamInfo) -> str:
   """The part of the model that a parameter belongs to."""
   if path[0] == "generator":
     return "generator"
+  if "adapter" in path:
+    return "adapters"
   if "attn" in path or "cross_attn" in path:
     return "attention"
   if "mlp" in path:
