@@ -36,6 +36,9 @@ _CHECKPOINT = flags.DEFINE_string(
   None,
   "Workdir of a run, a step inside it, PATH@best, a Hugging Face folder or a GGUF file.",
 )
+_ADAPTER = flags.DEFINE_string(
+  "adapter", None, "Adapter for the checkpoint: a folder of PEFT's, or the workdir of its run."
+)
 _TASK = flags.DEFINE_enum("task", "generate", list(TASKS.values()), "What the model is asked for.")
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "Text to continue or to judge, or question; again for more prompts."
@@ -161,7 +164,7 @@ def main(argv: list[str]) -> int:
   else:
     answer = functools.partial(_tell, asked=_asked(prompts))
   use_compilation_cache(_CACHE_DIR.value)  # What is impossible was said before the load.
-  m = load(_CHECKPOINT.value)
+  m = load(_CHECKPOINT.value, adapter=_ADAPTER.value)
   if _TASK.value == "generate" and _drafts_from_a_checkpoint():
     answer.keywords["settings"]["draft"] = load(str(_DRAFT.value))
   if _TASK.value == "generate" and _SCORER.value != "mean_logprob":

@@ -16,26 +16,32 @@ from model.errors import InputError
 from model.heads import abstract
 from model.hf.source import Source
 from model.layers import param_info
+from model.peft import load as peft
+from model.peft import write
+from model.peft.attach import is_adapted
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import holds_tokenizer
 from model.trained import Model
 
 __all__ = ["Model", "convert", "load", "save"]
 
-FORMATS = ("orbax", "hf")
+FORMATS = ("orbax", "hf", "peft")
 TRAINED_BESIDE = ("generator",)  # Parameters that a checkpoint may hold and no model has.
 
 
 def load(
   path: str | Path, *, dtype: str | None = "float32", mesh: jax.sharding.Mesh | None = None,
-  ema: bool = False,
+  adapter: str | Path | None = None, base: str | Path | None = None, ema: bool = False,
 ) -> Model:  # fmt: skip
   """The model at a checkpoint PATH: a workdir (newest good step), a step in it, `WORKDIR@best`, or
-  a Hugging Face folder, or a GGUF file.
+  a Hugging Face folder, or a GGUF file. Of an adapter, a folder of PEFT's or the workdir of its
+  run, the base with the adapter.
 
   Args:
     dtype: of parameters and computation; None: what they are stored in.
     mesh: where the parameters go, straight from disk; None: JAX's default device.
+    adapter: PATH of an adapter for the model.
+    base: PATH of the base of the adapter at `path`; None: the one that it names.
     ema: the moving average of the parameters instead of the parameters.
 
   Raises:
@@ -43,11 +49,27 @@ def load(
       family of Hugging Face's that is not known here.
   """
   _check_dtype(dtype)
+  if adapter is not None or peft.is_adapter(path):
+    return _adapted(path, adapter, base, dtype=dtype, mesh=mesh, ema=ema)
+  if base is not None:
+    raise InputError(f"base={str(base)!r}: {path} is no adapter, and needs none.")
   if hf.is_folder(path):
     if ema:
       raise InputError(f"ema=True: {path} is no workdir and holds no average.")
     return _from_folder(path, dtype, mesh)
   return _from_workdir(str(path), dtype, mesh, "ema" if ema else "params")
+
+
+def _adapted(path: Any, adapter: Any, base: Any, *, ema: bool, **how: Any) -> Model:
+  if adapter is None:
+    adapter, path = path, peft.base_of(path) if base is None else base
+  elif base is not None:
+    raise InputError(f"base={str(base)!r} and adapter= were given: name the base as the checkpoint.")
+  elif not peft.is_adapter(adapter):
+    raise InputError(f"adapter={str(adapter)!r} is no adapter: a PEFT folder or an adapter's workdir.")
+  if peft.is_adapter(path):
+    raise InputError(f"{path} is an adapter itself: name a base.")
+  return peft.adapted(load(path, **how), adapter, str(path), ema=ema)
 
 
 def source(path: str | Path, *, dtype: str | None = None) -> Source:
@@ -110,6 +132,8 @@ def _workdir(path: str, dtype: str | None) -> Source:
   workdir, step = checkpoint.resolve(path)
   folder = workdir / "checkpoints" / str(step)
   found = checkpoint.describe(folder)
+  if "base" in found.meta:
+    raise InputError(f"{path} is an adapter: load it with its base, and save what is merged.")
   config = found.meta["config"]
   stored = found.state["params"]["embed"]["table"].dtype.name
   cfg = _here(ModelConfig.from_dict(config["model"]), dtype or stored)
@@ -155,14 +179,22 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
   Args:
     folder: a new or empty folder.
     format: `orbax`, a workdir with config.json, tokenizer/ and checkpoints/0; `hf`, a folder that
-      Transformers reads.
+      Transformers reads; `peft`, the adapter alone as torch PEFT reads it.
     family: `model_type` of such a folder; None: what it came from, or the first that fits.
 
   Raises:
     InputError: for an unknown format, a folder that holds something, or a model of no family of
       Hugging Face's.
   """
+  if is_adapted(m.params) and format in ("orbax", "hf"):
+    raise InputError(
+      f"the model has an adapter, and format={format!r} holds whole models: save m.merged(), or the "
+      "adapter with format='peft'."
+    )
   folder = _new(folder, format)
+  if format == "peft":
+    write.save(m, folder)
+    return
   if format == "hf":
     leaves: Any = flatten_dict(m.params)
     kind = next(iter(leaves.values())).dtype.name
@@ -199,8 +231,11 @@ def convert(
   Raises:
     InputError: as `load` and `save` do.
   """
-  if format == "orbax":
+  if format == "peft":
+    raise InputError("format='peft' holds adapters, and whole models are converted.")
+  if format == "orbax" or peft.is_adapter(path):
     m = load(path, dtype=dtype)
+    m = m.merged() if is_adapted(m.params) else m
     save(m, folder, format=format, family=family)
     return m.config
   found = source(path, dtype=dtype)

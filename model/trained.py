@@ -25,6 +25,15 @@ _TEXTS = 64  # Texts that `embed` reads at a time.
 _LEAST_LENGTH = 16  # Lengths are rounded up to powers of two from here, so that few are compiled.
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+  """What is known of a model's adapter beside its parameters."""
+
+  base: str | None  # PATH of what it was trained on, where that is known.
+  rslora: bool  # Whether its updates are scaled by alpha / sqrt(rank), as a file says it.
+  whole: tuple[tuple[str | int, ...], ...] = ()  # Paths of the base's parameters trained with it.
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
   """A network with its parameters and tokenizer. Pure: nothing changes when it is called."""
@@ -36,6 +45,7 @@ class Model:
   family: str | None = None  # As what kind of models Hugging Face has it, where it came from there.
   end_ids: tuple[int, ...] = ()  # Tokens that end what it writes; (): the tokenizer's.
   text_limit: int | None = None  # Tokens of the longest text to embed; None: as many as positions.
+  adapted: Adapted | None = None  # Of its adapter, which lies among the parameters; None: it has none.
 
   @functools.cached_property
   def graphdef(self) -> nnx.GraphDef:
@@ -52,6 +62,16 @@ class Model:
   def unstacked(self) -> tuple[nnx.GraphDef, dict]:
     """(graphdef, params) with separate, turned arrays for each layer, which decodes faster."""
     return self._unstacked
+
+  def merged(self) -> "Model":
+    """The model with its adapter merged into its parameters: the same function, and no adapter.
+
+    Raises:
+      InputError: if it has none, or its dtype is too narrow to hold what the adapter adds.
+    """
+    from model.peft.merge import merged  # It makes models.
+
+    return merged(self)
 
   def __call__(
     self, tokens: Int[Array, "B T"], *, segments: Int[Array, "B T"] | None = None,

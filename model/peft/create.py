@@ -177,7 +177,7 @@ def _ia3(site: Site) -> dict[str, jax.Array]:
 
 def _low_rank(config: PeftConfig, site: Site, key: jax.Array, leaves: Any) -> dict[str, jax.Array]:
   reads_base = config.init == "pissa" or config.method == "dora"
-  w = _dense(leaves[site.weight]) if reads_base else None
+  w = dense(leaves[site.weight]) if reads_base else None
   a, b = begin(
     config.init, key, w, lead=site.lead, inputs=site.inputs, outputs=site.outputs, rank=site.rank,
     scale=site.scale, table=site.table,
@@ -194,7 +194,7 @@ def _low_rank(config: PeftConfig, site: Site, key: jax.Array, leaves: Any) -> di
   return made
 
 
-def _dense(weight: Any) -> jax.Array:
+def dense(weight: Any) -> jax.Array:
   """A matrix in float32, whatever it is stored as."""
   wide = getattr(weight, "dequantize", None)
   return weight.astype(jnp.float32) if wide is None else wide(jnp.float32)
