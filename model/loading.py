@@ -64,9 +64,13 @@ def _adapted(path: Any, adapter: Any, base: Any, *, ema: bool, **how: Any) -> Mo
   if adapter is None:
     adapter, path = path, peft.base_of(path) if base is None else base
   elif base is not None:
-    raise InputError(f"base={str(base)!r} and adapter= were given: name the base as the checkpoint.")
+    raise InputError(
+      f"base={str(base)!r} and adapter= were given: name the base as the checkpoint."
+    )
   elif not peft.is_adapter(adapter):
-    raise InputError(f"adapter={str(adapter)!r} is no adapter: a PEFT folder or an adapter's workdir.")
+    raise InputError(
+      f"adapter={str(adapter)!r} is no adapter: a PEFT folder or an adapter's workdir."
+    )
   if peft.is_adapter(path):
     raise InputError(f"{path} is an adapter itself: name a base.")
   return peft.adapted(load(path, **how), adapter, str(path), ema=ema)
@@ -188,8 +192,8 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
   """
   if is_adapted(m.params) and format in ("orbax", "hf"):
     raise InputError(
-      f"the model has an adapter, and format={format!r} holds whole models: save m.merged(), or the "
-      "adapter with format='peft'."
+      f"the model has an adapter, and format={format!r} holds whole models: save m.merged(), or "
+      "the adapter with format='peft'."
     )
   folder = _new(folder, format)
   if format == "peft":

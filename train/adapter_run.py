@@ -80,8 +80,8 @@ def restored_state(
   told = restored.meta["base"]
   if told["hash"] != about_base(config)["base"]["hash"]:
     raise InputError(
-      f"init_from={config.init_from!r} holds other weights than when the run began ({told['path']}): "
-      "restore them, or use another workdir."
+      f"init_from={config.init_from!r} holds other weights than when the run began, "
+      f"{told['path']}: restore them, or use another workdir."
     )
   return _with_base(restored.state, _base(config, program, data), program), restored.step
 
@@ -148,8 +148,8 @@ class FirstUpdate:
     if self._before == _prints(state):
       raise InputError(
         "after the first update what is trained is as before it: it has no effect on the loss, or "
-        f"optimizer.learning_rate={told['learning_rate']:g} is lost in rounding. Raise the rate, or "
-        "change peft.targets."
+        f"optimizer.learning_rate={told['learning_rate']:g} is lost in rounding. Raise the rate, "
+        "or change peft.targets."
       )
     self._before = None
 

@@ -116,7 +116,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
 def _adaptation(
   config: Config, net: nnx.Module, plain: dict
 ) -> tuple[Callable[[dict], dict], Parts | None, nnx.Module]:
-  """(base parameters -> those with adapters, what of them is trained, the network with adapters)."""
+  """(base parameters -> those with adapters, what of them is trained, the adapted network)."""
   if config.peft.trains_all:
     return lambda base: base, None, net
   found: list[Site] = sites(config.peft, config.model, net) if config.peft.adds else []

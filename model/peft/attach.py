@@ -1,4 +1,4 @@
-"""Adapters as parts of a network: they lie beside the parameters that they adapt, under `adapter`."""
+"""Adapters as parts of a network: beside the parameters that they adapt, under `adapter`."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -38,7 +38,7 @@ def hash_of(path: str) -> str:
   folder = Path(path)
   files = [folder] if folder.is_file() else sorted(f for w in _WEIGHTS for f in folder.glob(w))
   for file in files:
-    with open(file, "rb") as stream:
+    with file.open("rb") as stream:
       found.update(hashlib.file_digest(stream, "sha256").digest())
   return found.hexdigest()
 

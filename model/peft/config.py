@@ -28,9 +28,9 @@ class PeftConfig:
   (`decoder.layers.3.attn.q_proj`): all of a path, its end, its beginning or whole words inside it;
   `*` stands for anything. One that matches nothing is an error.
 
-  Methods: full, everything, or with `targets` or `freeze` a part of it; bitfit, biases (Ben Zaken et
-  al., arXiv:2106.10199); lora (Hu et al., arXiv:2106.09685); dora (Liu et al., arXiv:2402.09353);
-  ia3 (Liu et al., arXiv:2205.05638).
+  Methods: full, everything, or with `targets` or `freeze` a part of it; bitfit, biases (Ben Zaken
+  et al., arXiv:2106.10199); lora (Hu et al., arXiv:2106.09685); dora (Liu et al.,
+  arXiv:2402.09353); ia3 (Liu et al., arXiv:2205.05638).
   """
 
   method: str = "full"
@@ -107,7 +107,9 @@ def _number(name: str, text: str) -> tuple[str, float]:
   whole = name != "ranks" or number == int(number) if number < float("inf") else False
   if not (equals and pattern and number > 0 and whole):
     kind = "rank" if name == "ranks" else "alpha"
-    raise InputError(f"peft.{name} has {text!r}: 'pattern={kind}' with a positive {kind} is needed.")
+    raise InputError(
+      f"peft.{name} has {text!r}: 'pattern={kind}' with a positive {kind} is needed."
+    )
   return pattern, number
 
 

@@ -146,7 +146,9 @@ def _check_rank(config: PeftConfig, site: Site, name: str) -> None:
   if config.init == "pissa" and (site.table or site.rank > least):
     raise InputError(
       f"peft.init='pissa' takes the {site.rank} largest singular values of {name}, "
-      + ("a table of vectors: leave it out." if site.table else f"which has {least}: lower the rank.")
+      + (
+        "a table of vectors: leave it out." if site.table else f"which has {least}: lower the rank."
+      )
     )
   if config.init == "orthogonal" and site.rank % 2:
     raise InputError(f"peft.init='orthogonal' needs an even rank; {name} has {site.rank}.")
@@ -195,6 +197,8 @@ def _low_rank(config: PeftConfig, site: Site, key: jax.Array, leaves: Any) -> di
 
 
 def dense(weight: Any) -> jax.Array:
-  """A matrix in float32, whatever it is stored as."""
-  wide = getattr(weight, "dequantize", None)
-  return weight.astype(jnp.float32) if wide is None else wide(jnp.float32)
+  """A matrix in at least float32, whatever it is stored as."""
+  stored = getattr(weight, "dequantize", None)
+  if stored is not None:
+    return stored(jnp.float32)
+  return weight.astype(jnp.promote_types(weight.dtype, jnp.float32))

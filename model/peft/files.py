@@ -245,7 +245,9 @@ def stacked(
   }
   for index, part in parts.items():
     out["scale"][index[: lead - experts]] = part.scale
-  if any(out["scale"][index[: lead - experts]] != np.float32(p.scale) for index, p in parts.items()):
+  if any(
+    out["scale"][index[: lead - experts]] != np.float32(p.scale) for index, p in parts.items()
+  ):
     raise InputError("experts of a layer have different alphas: one for all of them is needed.")
   if "magnitude" in first.arrays:
     norms = magnitude(dense(weight), lead, inputs)

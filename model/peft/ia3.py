@@ -30,7 +30,9 @@ class IA3(nnx.Module):
     """The matrix that has the effect of `w` scaled; a bias is scaled by `bias`."""
     if hasattr(self, "outputs"):
       return w * self.outputs[...].astype(w.dtype)
-    return w * self.inputs[...].astype(w.dtype).reshape(*self.inputs.shape, *(1,) * (w.ndim - self.inputs.ndim))
+    return w * self.inputs[...].astype(w.dtype).reshape(
+      *self.inputs.shape, *(1,) * (w.ndim - self.inputs.ndim)
+    )
 
   def bias(self, b: Float[Array, "..."]) -> Float[Array, "..."]:
     """The bias that belongs to `matrix`."""

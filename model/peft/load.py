@@ -117,7 +117,9 @@ def _check_base(shapes: dict, there: dict, parts: Parts, path: str) -> None:
   ]  # fmt: skip
   if wrong:
     name = ".".join(map(str, wrong[0]))
-    raise InputError(f"the base has no {name} as the adapter in {path} needs it: is it the right one?")
+    raise InputError(
+      f"the base has no {name} as the adapter in {path} needs it: is it the right one?"
+    )
 
 
 def _wanted(net: nnx.Module, parts: Parts, m: Model) -> tuple[dict, dict]:

@@ -121,10 +121,10 @@ def begin(
   method: str, key: jax.Array, w: Array | None, *, lead: tuple[int, ...], inputs: tuple[int, ...],
   outputs: tuple[int, ...], rank: int, scale: float, table: bool,
 ) -> tuple[Array, Array]:  # fmt: skip
-  """(A, B), float32 (lead, inputs, R) and (lead, R, outputs), as `peft.init` says.
+  """(A, B), (lead, inputs, R) and (lead, R, outputs), as `peft.init` says.
 
   Args:
-    w: (lead, inputs, outputs), of pissa.
+    w: (lead, inputs, outputs), at least float32, of pissa.
     table: the owner is a table of vectors: A is 0 there, and B normal, as in PEFT.
   """
   n, m = math.prod(inputs), math.prod(outputs)
@@ -132,7 +132,7 @@ def begin(
   if method == "pissa":
     if w is None:
       raise ValueError("pissa begins with a matrix")
-    u, s, vh = jnp.linalg.svd(w.astype(jnp.float32).reshape(*lead, n, m), full_matrices=False)
+    u, s, vh = jnp.linalg.svd(w.reshape(*lead, n, m), full_matrices=False)
     root = jnp.sqrt(s[..., :rank] / scale)
     a, b = u[..., :rank] * root[..., None, :], root[..., None] * vh[..., :rank, :]
     return a.reshape(a_shape), b.reshape(b_shape)

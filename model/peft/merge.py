@@ -9,7 +9,6 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from model.errors import InputError
-
 from model.layers import Embed
 from model.moe import ExpertMatrix
 from model.peft.attach import Owner, adapters, apart, is_adapted, owners
@@ -88,7 +87,9 @@ def _merged(owner: Owner, weight: jax.Array) -> jax.Array:
   """In float32 or wider, then rounded once."""
   wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
   merge = lambda adapter, w: adapter.matrix(w)
-  out = jax.vmap(merge)(owner.adapter, wide) if _stacked(owner, weight) else merge(owner.adapter, wide)
+  out = (
+    jax.vmap(merge)(owner.adapter, wide) if _stacked(owner, weight) else merge(owner.adapter, wide)
+  )
   return out.astype(weight.dtype)
 
 
@@ -109,7 +110,9 @@ def _check(path: Path, owner: Owner, before: jax.Array, after: jax.Array) -> Non
   def both(owner, after, x):
     x = x.astype(after.dtype)
     bias = owner.b[...].astype(owner.dtype) if hasattr(owner, "b") else 0
-    scaled = owner.adapter.bias(bias) if isinstance(owner.adapter, IA3) and hasattr(owner, "b") else bias
+    scaled = (
+      owner.adapter.bias(bias) if isinstance(owner.adapter, IA3) and hasattr(owner, "b") else bias
+    )
     return owner(x), jnp.tensordot(x.astype(owner.dtype), after.astype(owner.dtype), many) + scaled
 
   lead = before.ndim - len(owner.w.axes)

@@ -19,7 +19,6 @@ from model.errors import InputError
 from model.heads import abstract
 from model.hf.engine import Layout, Piece, Place, _axes
 from model.layers import param_info
-from model.peft.names import Path
 
 PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(.*)\.lora_(embedding_)?(A|B)(\.weight)?")

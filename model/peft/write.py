@@ -81,9 +81,7 @@ def _part(leaves: Any, place: Any) -> Part | None:
   of = lambda name: np.asarray(leaves[(*owner, name)])[place.index].astype(np.float32)
   if "a" not in names:
     name = names.pop()
-    array, inputs = of(name), of(name).ndim
-    sizes = place.shape[:inputs] if name == "inputs" else place.shape[-inputs:]
-    array = array[tuple(slice(0, n) for n in sizes)]
+    array = of(name)[tuple(slice(0, n) for n in _side(place, name, of(name).ndim))]
     return None if np.all(array == 1) and name == "outputs" else Part({name: array})
   a, b = of("a"), of("b")
   if "start_a" in names:
@@ -102,12 +100,16 @@ def _part(leaves: Any, place: Any) -> Part | None:
   return Part(arrays, float(scale[place.index[: scale.ndim]]))
 
 
+def _side(place: Any, name: str, many: int) -> tuple[int, ...]:
+  """The sizes of a place's inputs or outputs, of which there are so many."""
+  return place.shape[:many] if name == "inputs" else place.shape[-many:]
+
+
 def _nothing(leaves: Any, place: Any, like: Part) -> Part:
   """What changes nothing, at a place beside one that is changed."""
   if "a" not in like.arrays:
     name = next(iter(like.arrays))
-    many = like.arrays[name].ndim
-    return Part({name: np.ones(place.shape[:many] if name == "inputs" else place.shape[many - len(place.shape) :], np.float32)})  # noqa: E501
+    return Part({name: np.ones(_side(place, name, like.arrays[name].ndim), np.float32)})
   reads = like.arrays["a"].ndim - 1
   arrays = {"a": like.arrays["a"],
             "b": np.zeros((like.rank, *place.shape[reads:]), np.float32)}  # fmt: skip
@@ -141,7 +143,7 @@ def _config(
   values: dict[str, Any] = {
     "base_model_name_or_path": None if told is None else told.base,
     "task_type": task, "inference_mode": True, "modules_to_save": saved or None,
-    "target_modules": names, "fan_in_fan_out": _input_first(known[names[0]]),
+    "target_modules": names, "fan_in_fan_out": any(_input_first(known[name]) for name in names),
   }  # fmt: skip
   if not ranks:
     feedforward = [name for name in names if name in reads]
@@ -163,4 +165,5 @@ def _config(
 def _input_first(module: TheirModule) -> bool:
   """Whether theirs is stored with inputs first (GPT-2's Conv1D)."""
   left = module.piece.pattern.split(" -> ")[0]
-  return not left.startswith(module.left) and not left.startswith(module.left.strip("()")) 
+  table = module.places[0].path[-1] == "table"
+  return not table and not left.lstrip("(").startswith(module.left.strip("()"))

@@ -27,7 +27,9 @@ def batch(name):
   """(tokens, what the decoder reads or None, targets)."""
   rows = theirs.tokens()
   read = rows[:, :5] if name == "t5" else None
-  targets = np.random.default_rng(1).integers(0, theirs.VOCAB, (rows if read is None else read).shape)
+  targets = np.random.default_rng(1).integers(
+    0, theirs.VOCAB, (rows if read is None else read).shape
+  )
   return rows, read, targets
 
 
@@ -42,7 +44,9 @@ def torch_loss(pm, name):
 def trained_there(pm, name):
   """(gradients of the first step by name, losses); plain AdamW."""
   trained = [p for p in pm.parameters() if p.requires_grad]
-  optimizer = theirs.torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
+  optimizer = theirs.torch.optim.AdamW(
+    trained, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0
+  )
   first, losses = {}, []
   for step in range(STEPS):
     optimizer.zero_grad()

@@ -16,8 +16,8 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import init_params
 from model.peft.attach import KEY, apart, is_adapted
-from model.vocabulary import build_tokenizer
 from model.trained import Model
+from model.vocabulary import build_tokenizer
 from train.config import Config, DataConfig, MeshConfig, OptimizerConfig, PeftConfig
 from train.loop import train
 
@@ -34,7 +34,9 @@ def world(tmp_path_factory):
   folder = tmp_path_factory.mktemp("world")
   (folder / "text.txt").write_text("\n".join(f"{i} is {i * 7} is {i * 3}" for i in range(300)))
   tokenizer = build_tokenizer("bytes", None, [])
-  params = init_params(dataclasses.replace(BODY, vocab_size=tokenizer.vocab_size), jax.random.key(5))
+  params = init_params(
+    dataclasses.replace(BODY, vocab_size=tokenizer.vocab_size), jax.random.key(5)
+  )
   config = dataclasses.replace(BODY, vocab_size=tokenizer.vocab_size)
   model.save(Model(config, params, tokenizer), folder / "base")
   return folder
@@ -146,7 +148,9 @@ def test_every_method_loads_as_it_was_trained_and_resumes(world, tmp_path, peft)
   assert train(config(world, **settings), tmp_path / "again") == 0
   m, again = model.load(tmp_path / "run"), model.load(tmp_path / "again")
   assert same(m.params, again.params)
-  losses = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  losses = [
+    json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  ]
   assert any("validation_loss" in line for line in losses)
   averaged = model.load(tmp_path / "run", ema=True)
   assert not same(m.params, averaged.params)

@@ -9,10 +9,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from model.errors import InputError
+from model.layers import ParamInfo
 from model.peft.attach import KEY
 from model.sharding import make_mesh
 from tests.train import tiny
 from train.config import MeshConfig, OptimizerConfig, PeftConfig
+from train.optim import make_optimizer
 from train.program import build_program, put_batch
 from train.report import parameter_lines
 
@@ -68,17 +70,14 @@ def test_only_what_is_trained_changes_or_has_state(name):
   _, before, after, losses = run(METHODS[name], model=model)
   assert same(before.frozen, after.frozen)
   changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before.params, after.params)
-  assert all(jax.tree.leaves(changed))
+  # What is added to all keys of a query alike, as their bias is, has no effect.
+  assert (any if name == "bitfit" else all)(jax.tree.leaves(changed))
   assert losses[-1] < losses[0] + 0.05
   trained = sum(leaf.size for leaf in jax.tree.leaves(after.params))
   moments = sum(leaf.size for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim)
   assert moments == 2 * trained
-  whole = flatten_dict(before.frozen) | flatten_dict(before.params)
-  if "method" in METHODS[name] and name not in ("freeze", "bitfit"):
+  if name not in ("freeze", "bitfit"):
     assert all(KEY in path for path in flatten_dict(after.params))
-    assert len(whole) == len(flatten_dict(before.frozen)) + len(flatten_dict(before.params)) - (
-      3 * 2 if name == "some_layers" else 0
-    ) or name == "some_layers"  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["dora", "pissa", "orthogonal", "ia3", "lora"])
@@ -145,20 +144,20 @@ def test_every_optimizer_trains_adapters(optimizer):
   assert same(before.frozen, after.frozen) and not np.array_equal(b(before), b(after))
 
 
-def test_lora_plus_moves_b_by_its_own_rate():
+def test_lora_plus_moves_b_by_its_own_rate_and_not_that_of_tables():
+  matrix, table = (
+    ParamInfo(("embed", "rank"), "matrix", 1),
+    ParamInfo(("vocab", "rank"), "matrix", 1),
+  )
+  info = {"q_proj": {KEY: {"a": matrix, "b": matrix}}, "embed": {KEY: {"a": table, "b": table}}}
+  params = jax.tree.map(lambda _: jnp.ones((2, 3)), info)
+  settings = OptimizerConfig(warmup_steps=0, schedule="constant", learning_rate=0.5)
   moved = {}
   for ratio in (None, 16.0):
-    sgd = dict(optimizer="sgd", steps=2)
-    _, before, after, _ = run(PLAIN | dict(learning_rate_ratio=ratio), **sgd)
-    leaf = lambda s, n: s.params["decoder"]["layers"][0]["attn"]["q_proj"][KEY][n]
-    moved[ratio] = leaf(after, "b") - leaf(before, "b")
-  first = {}
-  for ratio in (None, 16.0):
-    _, before, after, _ = run(PLAIN | dict(learning_rate_ratio=ratio), optimizer="sgd", steps=1)
-    leaf = lambda s, n: s.params["decoder"]["layers"][0]["attn"]["q_proj"][KEY][n]
-    first[ratio] = leaf(after, "b") - leaf(before, "b")
-  np.testing.assert_allclose(first[16.0], 16 * first[None], rtol=1e-12)
-  assert np.abs(moved[16.0]).max() > np.abs(moved[None]).max()
+    tx = make_optimizer(settings, 10, info, ratio=ratio)
+    moved[ratio], _ = tx.update(params, tx.init(params), params, step=jnp.zeros((), jnp.int32))
+  faster = jax.tree.map(lambda a, b: float((a / b)[0, 0]), moved[16.0], moved[None])
+  assert faster == {"q_proj": {KEY: {"a": 1, "b": 16}}, "embed": {KEY: {"a": 1, "b": 1}}}
 
 
 @pytest.mark.slow
