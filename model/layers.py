@@ -88,6 +88,8 @@ class Linear(nnx.Module):
   changes what it computes.
   """
 
+  adapter: Any
+
   def __init__(
     self,
     cfg: ModelConfig,
@@ -194,6 +196,8 @@ class Norm(nnx.Module):
 
 class Embed(nnx.Module):
   """A table of `rows` vectors; `attend` scores vectors against all of them (tied embeddings)."""
+
+  adapter: Any
 
   def __init__(self, cfg: ModelConfig, rows: int, row_axis: str | None, *, rngs: nnx.Rngs):
     self.dtype, self.row_axis = cfg.compute_dtype, row_axis

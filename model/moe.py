@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,8 @@ class Router(nnx.Module):
 
 class ExpertMatrix(nnx.Module):
   """The same matrix of every expert: `w` (E, in, out) and, where asked for, `b` (E, out)."""
+
+  adapter: Any
 
   def __init__(
     self,

@@ -45,7 +45,7 @@ class Model:
   family: str | None = None  # As what kind of models Hugging Face has it, where it came from there.
   end_ids: tuple[int, ...] = ()  # Tokens that end what it writes; (): the tokenizer's.
   text_limit: int | None = None  # Tokens of the longest text to embed; None: as many as positions.
-  adapted: Adapted | None = None  # Of its adapter, which lies among the parameters; None: it has none.
+  adapted: Adapted | None = None  # Of its adapter, which lies among the parameters.
 
   @functools.cached_property
   def graphdef(self) -> nnx.GraphDef:
@@ -54,7 +54,7 @@ class Model:
 
   @functools.cached_property
   def _unstacked(self) -> tuple[nnx.GraphDef, dict]:
-    params = jax.jit(functools.partial(unstack, self.config))(self.params)
+    params = _separate(self.config, self.params)
     net = attached(abstract(self.config, stacked=False), params)
     params = turn(net, params)
     return nnx.split(net, nnx.Param)[0], params
@@ -323,6 +323,7 @@ def _apply(graphdef, cfg: ModelConfig, params, inputs: Inputs, source: Inputs | 
 
 
 _logits = jax.jit(_apply, static_argnums=(0, 1, 5))
+_separate = jax.jit(unstack, static_argnums=0)  # One program for all models of a config.
 
 
 @functools.partial(jax.jit, static_argnums=0)

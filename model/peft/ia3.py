@@ -10,7 +10,9 @@ from model.peft.parameter import adapter_param
 
 
 class IA3(nnx.Module):
-  """`outputs` (outputs) scales what its owner gives, bias included; `inputs` (inputs) what it reads."""
+  """`outputs` scales what its owner gives, bias included, or `inputs` what it reads; both have the
+  axes of these.
+  """
 
   def __init__(self, owner: Linear, leaves: dict[str, Any]):
     axes, many = owner.w.axes, owner.inputs

@@ -43,8 +43,8 @@ def merged(m: Model) -> Model:
       new[weight] = _merged(owner, leaves[weight])
       _check(path, owner, leaves[weight], new[weight])
       if isinstance(owner.adapter, IA3) and (*path, "b") in leaves:
-        new[(*path, "b")] = jax.vmap(IA3.bias)(owner.adapter, leaves[(*path, "b")]) if (
-          _stacked(owner, leaves[weight])) else owner.adapter.bias(leaves[(*path, "b")])  # fmt: skip
+        scale = jax.vmap(IA3.bias) if _stacked(owner, leaves[weight]) else IA3.bias
+        new[(*path, "b")] = scale(owner.adapter, leaves[(*path, "b")])
       untied = weight if path == (_scored(m),) and m.config.tie_embeddings else untied
   config = m.config
   if untied is not None:
@@ -109,11 +109,10 @@ def _check(path: Path, owner: Owner, before: jax.Array, after: jax.Array) -> Non
 
   def both(owner, after, x):
     x = x.astype(after.dtype)
-    bias = owner.b[...].astype(owner.dtype) if hasattr(owner, "b") else 0
-    scaled = (
-      owner.adapter.bias(bias) if isinstance(owner.adapter, IA3) and hasattr(owner, "b") else bias
-    )
-    return owner(x), jnp.tensordot(x.astype(owner.dtype), after.astype(owner.dtype), many) + scaled
+    bias = owner.b[...].astype(owner.dtype) if hasattr(owner, "b") else jnp.zeros((), owner.dtype)
+    if isinstance(owner.adapter, IA3) and hasattr(owner, "b"):
+      bias = owner.adapter.bias(bias)
+    return owner(x), jnp.tensordot(x.astype(owner.dtype), after.astype(owner.dtype), many) + bias
 
   lead = before.ndim - len(owner.w.axes)
   x = jax.random.normal(jax.random.key(0), (_PROBES, *before.shape[lead : lead + many]))

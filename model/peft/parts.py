@@ -53,7 +53,7 @@ def trainable(config: PeftConfig, model: ModelConfig) -> Trainable:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """Which parameters are trained: None, whole; else rows of their leading layer axis, () for none."""
+  """Which parameters are trained: None, whole; else rows of the axis of layers, () for none."""
 
   rows: Mapping[Path, tuple[int, ...] | None]
 
@@ -80,7 +80,8 @@ class Parts:
 
   def join(self, params: dict, frozen: dict) -> dict:
     """The tree that `split` took apart."""
-    trained, others = flatten_dict(params), flatten_dict(frozen)
+    trained: Any = flatten_dict(params)
+    others: Any = flatten_dict(frozen)
     out = {**others, **trained}
     for path in trained.keys() & others.keys():
       pair = (trained[path], others[path])

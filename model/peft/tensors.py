@@ -17,7 +17,7 @@ import numpy as np
 from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import abstract
-from model.hf.engine import Layout, Piece, Place, _axes
+from model.hf.engine import Layout, Piece, Place, groups_of
 from model.layers import param_info
 
 PREFIX = "base_model.model."
@@ -161,7 +161,7 @@ def modules(layout: Layout, cfg: ModelConfig) -> dict[str, TheirModule]:
 
 
 def _module(name: str, piece: Piece, inputs: int) -> TheirModule | None:
-  left, right = (_axes(side) for side in piece.pattern.split(" -> "))
+  left, right = (groups_of(side) for side in piece.pattern.split(" -> "))
   axes = [a for group in right for a in group]
   if axes[0] == "c" and not piece.joined:
     axes = axes[1:]

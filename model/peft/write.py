@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path as File
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -114,7 +115,7 @@ def _nothing(leaves: Any, place: Any, like: Part) -> Part:
   arrays = {"a": like.arrays["a"],
             "b": np.zeros((like.rank, *place.shape[reads:]), np.float32)}  # fmt: skip
   if "magnitude" in like.arrays:
-    weight = np.asarray(leaves[place.path])[place.index].astype(np.float32)
+    weight = jnp.asarray(leaves[place.path][place.index], jnp.float32)
     norms = np.asarray(magnitude(weight, 0, reads))
     arrays["magnitude"] = norms[tuple(slice(0, n) for n in place.shape[reads:])]
   return Part(arrays, like.scale)
@@ -150,7 +151,7 @@ def _config(
     return values | {"peft_type": "IA3", "feedforward_modules": feedforward}
   rslora = told is not None and told.rslora
   alphas = {n: scales[n] * (r**0.5 if rslora else r) for n, r in ranks.items()}
-  alphas = {n: int(round(a)) if abs(a - round(a)) < 1e-5 * abs(a) else a for n, a in alphas.items()}
+  alphas = {n: round(a) if abs(a - round(a)) < 1e-5 * abs(a) else a for n, a in alphas.items()}
   rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
   leaves: Any = flatten_dict(m.params)
   return values | {

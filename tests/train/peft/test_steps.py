@@ -1,4 +1,4 @@
-"""Training of a part: what is frozen stays, what is trained has state, on any mesh and any stack."""
+"""Training of a part: what is frozen stays, and only what is trained has state, on any mesh."""
 
 import dataclasses
 
