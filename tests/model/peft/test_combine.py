@@ -37,6 +37,7 @@ def adapted(seed, base=None, **settings):
   return Model(BODY, together(params, new), TOKENIZER)
 
 
+@pytest.mark.slow
 def test_the_sum_of_two_adapters_adds_what_both_add():
   one, two = adapted(1, rank=2), adapted(2, rank=3, targets=("attn", "embed"))
   both = combined([one, two], [0.5, -2.0])
@@ -50,6 +51,7 @@ def test_the_sum_of_two_adapters_adds_what_both_add():
   np.testing.assert_allclose(both.merged()(TOKENS), both(TOKENS), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_by_turns_change_answers_and_compile_nothing():
   one, two = adapted(1, rank=2), adapted(2, rank=3, targets=("attn",))
   first, second = alike([one, two])
@@ -66,6 +68,7 @@ def test_adapters_by_turns_change_answers_and_compile_nothing():
   assert other == generate(two, ["ab"], **settings)[0].tokens != said
 
 
+@pytest.mark.slow
 def test_what_was_merged_is_taken_out_again():
   m = adapted(1, rank=2)
   back = unmerged(merged(m), m)

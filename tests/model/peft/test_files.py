@@ -15,7 +15,7 @@ from model.peft.files import CONFIG, WEIGHTS
 from tests.model.peft import theirs
 
 KINDS = ("lora", "rslora", "dora", "ia3", "patterns")
-QUICK = {("llama", "patterns"), ("gpt2", "dora")}
+QUICK = {("llama", "patterns")}
 CASES = [
   pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow)
   for name in theirs.TARGETS

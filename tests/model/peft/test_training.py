@@ -16,7 +16,7 @@ from tests.model.peft import theirs
 KINDS = ("lora", "rslora", "dora", "ia3", "patterns")
 # Fused matrices learn one A there, and one for each of theirs here.
 CASES = [
-  pytest.param(name, kind, marks=() if (name, kind) == ("t5", "lora") else pytest.mark.slow)
+  pytest.param(name, kind, marks=pytest.mark.slow)
   for name in ("llama", "bert", "t5")
   for kind in KINDS
 ]

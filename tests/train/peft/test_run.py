@@ -18,6 +18,7 @@ from model.heads import init_params
 from model.peft.attach import KEY, apart, is_adapted
 from model.trained import Model
 from model.vocabulary import build_tokenizer
+from tests import commands
 from train.config import Config, DataConfig, MeshConfig, OptimizerConfig, PeftConfig
 from train.loop import train
 
@@ -93,6 +94,13 @@ def test_an_adapter_is_trained_resumed_loaded_merged_and_writes(world, capfd):
   assert got == [c.tokens for c in generate(merged, prompts, **settings)]
   beams = [c.tokens for c in generate(m, prompts, num_beams=2, **settings)]
   assert beams == [c.tokens for c in generate(merged, prompts, num_beams=2, **settings)]
+
+  done = commands.run(
+    "infer", f"--checkpoint={world / 'base'}", f"--adapter={world / 'run'}", "--prompt=1 is 7",
+    "--max_new_tokens=12", "--json", f"--cache_dir={world / 'cache'}",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert json.loads(done.stdout)["tokens"] == got[0]
 
   model.save(m, world / "folder", format="peft")
   told = json.loads((world / "folder" / "adapter_config.json").read_text())

@@ -63,7 +63,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-  "name", [n if n in ("lora", "freeze") else pytest.param(n, marks=slow) for n in METHODS]
+  "name", [n if n == "lora" else pytest.param(n, marks=slow) for n in METHODS]
 )
 def test_only_what_is_trained_changes_or_has_state(name):
   model = tiny.MODELS["learned_layer_norm"] if name == "bitfit" else tiny.ROTARY
@@ -96,11 +96,9 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize(
-  ("name", "mesh"),
-  [("lora", "mix"), *(pytest.param(n, m, marks=slow)
-   for n in ("lora", "dora", "ia3", "pissa") for m in MESHES if (n, m) != ("lora", "mix"))],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "pissa"])
 def test_eight_devices_equal_one(name, mesh):
   model = tiny.ROTARY
   if mesh == "stage":
