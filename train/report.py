@@ -69,7 +69,7 @@ def parameter_lines(config: Config, program: Program) -> list[str]:
       totals[kind] = [totals[kind][0] + count, totals[kind][1] + size]
   everything = sum(counts.values())
   row = lambda name, count, size: (
-    f"  {name:<20}{count:>20,}{count / everything:>8.1%}{byte_text(size):>12}"
+    f"  {name:<20}{count:>20,}{_share(count / everything):>8}{byte_text(size):>12}"
   )
   lines = [f"  {'parameters':<20}{'count':>20}{'share':>8}{'memory':>12}"]
   lines += [row(part, counts[part], sizes[part]) for part in PARTS if counts[part]]
@@ -82,6 +82,11 @@ def parameter_lines(config: Config, program: Program) -> list[str]:
       f"  each token is multiplied with {sum(matmul_params(config.model).values()):,.0f} of them"
     )
   return lines
+
+
+def _share(part: float) -> str:
+  """As per cent; a small one, such as an adapter's, with a further digit."""
+  return f"{part:.2%}" if 0 < part < 0.01 else f"{part:.1%}"
 
 
 def run_lines(config: Config, program: Program, data: Data, mesh: Mesh, start: int) -> list[str]:

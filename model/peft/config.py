@@ -95,7 +95,8 @@ class PeftConfig:
 
   def numbers(self, name: str) -> tuple[tuple[str, float], ...]:
     """(pattern, number) of `ranks` or `alphas`, in order."""
-    return tuple(_number(name, one) for one in getattr(self, name))
+    given = {"ranks": self.ranks, "alphas": self.alphas}[name]
+    return tuple(_number(name, one) for one in given)
 
 
 def _number(name: str, text: str) -> tuple[str, float]:

@@ -190,7 +190,7 @@ def _with_head(
   cfg = dataclasses.replace(m.config, **{**plain, **settings})
   wanted: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract(cfg), nnx.Param)))
   leaves: Any = flatten_dict(m.params)
-  kind = next(iter(leaves.values())).dtype
+  kind = m.config.param_dtype
   kept = {p for p, like in wanted.items() if p in leaves and leaves[p].shape == like.shape}
   empty = {p: jnp.zeros(like.shape, kind) for p, like in wanted.items() if p not in kept}
   params = unflatten_dict({p: leaves[p] for p in kept} | empty)

