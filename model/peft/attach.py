@@ -46,7 +46,7 @@ def attached(net: nnx.Module, params: dict) -> nnx.Module:
     return net
   for path, owner in owners(net):
     if path in found:
-      kind = LoRA if "a" in found[path] else IA3
+      kind: Any = LoRA if "a" in found[path] else IA3
       owner.adapter = kind(owner, found.pop(path))
   if found:
     name = ".".join(map(str, next(iter(found))))

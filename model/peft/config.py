@@ -71,7 +71,8 @@ class PeftConfig:
     for name in ("targets", "freeze", "also"):
       if any(not pattern for pattern in getattr(self, name) or ()):
         raise InputError(f"peft.{name} has an empty pattern: name modules, or leave it out.")
-    self.numbers("ranks"), self.numbers("alphas")
+    for name in ("ranks", "alphas"):
+      self.numbers(name)
     self._check_effects()
 
   def _check_effects(self):
@@ -116,6 +117,6 @@ def _number(name: str, text: str) -> tuple[str, float]:
 
 def from_dict(values: dict[str, Any]) -> PeftConfig:
   """A config as it is stored with a run."""
-  made = {k: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v
+  made: dict[str, Any] = {k: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v
           for k, v in values.items()}  # fmt: skip
   return PeftConfig(**made)

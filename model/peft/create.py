@@ -118,10 +118,11 @@ def _site(config: PeftConfig, path: Path, owner: Owner, names: list[str], rows) 
   if len(ranks) > 1 or len(alphas) > 1:
     what, values = ("ranks", ranks) if len(ranks) > 1 else ("alphas", alphas)
     raise InputError(
-      f"peft.{what} gives {names[0]} and {names[-1]} the {what} {sorted(values)}: equal layers are "
-      f"one stack and have one of them. Leave the number of the layer out of the pattern."
+      f"peft.{what} gives {names[0]} to {names[-1]} the {what} "
+      f"{', '.join(sorted(map(str, values)))}: equal layers are one stack and have one of them. "
+      "Leave the number of the layer out of the pattern."
     )
-  rank = int(ranks.pop())
+  rank = int(ranks.pop() or config.rank)
   weight = owner.table if isinstance(owner, Embed) else owner.w
   experts, inputs, outputs = map(len, sides(owner))
   shape = tuple(weight.shape)
@@ -190,7 +191,7 @@ def _low_rank(config: PeftConfig, site: Site, key: jax.Array, leaves: Any) -> di
   made = {"a": a, "b": b, "scale": jnp.full(site.stacked, site.scale)}
   if config.init == "pissa":
     made |= {"start_a": a, "start_b": b}
-  if config.method == "dora":
+  if config.method == "dora" and w is not None:
     # What begins at nothing leaves the norms of the base.
     made["magnitude"] = magnitude(w, len(site.stacked), len(site.inputs))
   return made

@@ -215,10 +215,11 @@ def _placed(m: Model, found: Mapping[Path, dict[tuple[int, ...], Part]]) -> dict
 
 def _where(sample: jax.Array, axes: tuple, shape: tuple[int, ...]) -> Any:
   """Where an array of these axes goes, beside one that is somewhere."""
-  there = sample.sharding
+  there: Any = sample.sharding
   if not isinstance(there, jax.sharding.NamedSharding):
     return there
-  return jax.sharding.NamedSharding(there.mesh, spec(axes, shape, there.mesh))
+  mesh: Any = there.mesh
+  return jax.sharding.NamedSharding(mesh, spec(axes, shape, mesh))
 
 
 def stacked(

@@ -125,13 +125,13 @@ def _check_base(shapes: dict, there: dict, parts: Parts, path: str) -> None:
 def _wanted(net: nnx.Module, parts: Parts, m: Model) -> tuple[dict, dict]:
   """Shapes and places of (what was trained, what an adapter has besides)."""
   infos, kind = param_info(net), m.config.param_dtype
-  sample = next(a for a in jax.tree.leaves(m.params) if isinstance(a, jax.Array)).sharding
+  sample: Any = next(a for a in jax.tree.leaves(m.params) if isinstance(a, jax.Array)).sharding
 
   def like(path: Path, leaf: Any, axes: tuple) -> jax.ShapeDtypeStruct:
     where = sample
     if isinstance(sample, jax.sharding.NamedSharding):
-      spec = sharding.spec(axes, leaf.shape, sample.mesh)
-      where = jax.sharding.NamedSharding(sample.mesh, spec)
+      mesh: Any = sample.mesh
+      where = jax.sharding.NamedSharding(mesh, sharding.spec(axes, leaf.shape, mesh))
     dtype = jnp.float32 if path[-1] == "scale" else kind
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where)
 
@@ -139,6 +139,7 @@ def _wanted(net: nnx.Module, parts: Parts, m: Model) -> tuple[dict, dict]:
   shapes = jax.eval_shape(parts.split, tree)
   out = []
   for trees in zip(shapes, parts.kinds(infos), strict=True):
-    leaves, kinds = map(flatten_dict, trees)
+    leaves: Any = flatten_dict(trees[0])
+    kinds: Any = flatten_dict(trees[1])
     out.append(unflatten_dict({p: like(p, leaves[p], kinds[p].axes) for p in leaves}))
   return out[0], apart(out[1])[1]

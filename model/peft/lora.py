@@ -36,8 +36,10 @@ class LoRA(nnx.Module):
   `a` (inputs, R) and `b` (R, outputs) are trained, with experts or stacked layers in front. `scale`
   [] stays. `start_a` and `start_b`, where they are, are what A and B began as when the update was
   to begin at nothing: A B - start_a start_b counts (PiSSA, whose base would else change).
-  `magnitude` (outputs) makes it DoRA.
+  `magnitude` (outputs) makes it DoRA. In training, `key` is of the dropout of what it reads.
   """
+
+  key: nnx.Param
 
   def __init__(self, owner: Owner, leaves: dict[str, Any]):
     experts, inputs, outputs = sides(owner)
