@@ -20,7 +20,7 @@ CASES = [
   for name in ("llama", "bert", "t5")
   for kind in KINDS
 ]
-STEPS, RATE = 20, 3e-3
+STEPS, RATE = 20, 1e-3
 
 
 def batch(name):
