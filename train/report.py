@@ -22,7 +22,7 @@ from train.program import Program
 
 PARTS: tuple[str, ...] = (
   "token embedding", "position embedding", "type embedding", "attention", "MLP", "experts",
-  "norms", "head", "generator", "other",
+  "norms", "head", "adapters", "generator", "other",
 )  # fmt: skip
 PLAIN_SECONDS = 15.0  # Between lines where the output is no terminal.
 REDRAW_SECONDS = 0.1
@@ -69,7 +69,7 @@ def parameter_lines(config: Config, program: Program) -> list[str]:
       totals[kind] = [totals[kind][0] + count, totals[kind][1] + size]
   everything = sum(counts.values())
   row = lambda name, count, size: (
-    f"  {name:<20}{count:>20,}{count / everything:>8.1%}{byte_text(size):>12}"
+    f"  {name:<20}{count:>20,}{_share(count / everything):>8}{byte_text(size):>12}"
   )
   lines = [f"  {'parameters':<20}{'count':>20}{'share':>8}{'memory':>12}"]
   lines += [row(part, counts[part], sizes[part]) for part in PARTS if counts[part]]
@@ -82,6 +82,11 @@ def parameter_lines(config: Config, program: Program) -> list[str]:
       f"  each token is multiplied with {sum(matmul_params(config.model).values()):,.0f} of them"
     )
   return lines
+
+
+def _share(part: float) -> str:
+  """As per cent; a small one, such as an adapter's, with a further digit."""
+  return f"{part:.2%}" if 0 < part < 0.01 else f"{part:.1%}"
 
 
 def run_lines(config: Config, program: Program, data: Data, mesh: Mesh, start: int) -> list[str]:
@@ -245,6 +250,8 @@ def _part(path: tuple[str, ...], info: ParamInfo) -> str:
   """The part of the model that a parameter belongs to."""
   if path[0] == "generator":
     return "generator"
+  if "adapter" in path:
+    return "adapters"
   if "attn" in path or "cross_attn" in path:
     return "attention"
   if "mlp" in path:
