@@ -227,17 +227,19 @@ class Embed(nnx.Module):
     self.table = param(cfg, rngs, shape, axes, role="embedding", init=init)
 
   def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    table, ids = self.table.get_value(), constrain(ids, ("rows", "seq"))
+    ids = constrain(ids, ("rows", "seq"))
+    x = constrain(self._looked_up(ids), ("rows", "seq", None))
+    return x + self.adapter.embedded(ids, x.dtype, self.row_axis) if hasattr(self, "adapter") else x
+
+  def _looked_up(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    table = self.table.get_value()
     if isinstance(table, Quantized):
-      vectors = quant.rows(table, ids, self.dtype, axis=self.row_axis)
-      return constrain(vectors, ("rows", "seq", None))
+      return quant.rows(table, ids, self.dtype, axis=self.row_axis)
     table = constrain(table.astype(self.dtype), (self.row_axis, None))
     if len(table) > _FEW_VECTORS:
-      x = constrain(table[ids], ("rows", "seq", None))
-    else:
-      chosen = jax.nn.one_hot(ids, len(table), dtype=table.dtype)
-      x = constrain(jnp.matmul(chosen, table, precision="highest"), ("rows", "seq", None))
-    return x + self.adapter.embedded(ids, x.dtype, self.row_axis) if hasattr(self, "adapter") else x
+      return table[ids]
+    chosen = jax.nn.one_hot(ids, len(table), dtype=table.dtype)
+    return jnp.matmul(chosen, table, precision="highest")
 
   def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Scores in at least float32; an adapter changes only the vectors that are looked up."""

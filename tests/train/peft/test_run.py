@@ -63,6 +63,7 @@ def same(a, b):
 TOKENS = np.random.default_rng(0).integers(0, 250, (2, 12))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_resumed_loaded_merged_and_writes(world, capfd):
   assert train(config(world), world / "run") == 0
   said = capfd.readouterr().err
@@ -118,25 +119,31 @@ def refused(call, *words):
   assert "\n" not in str(error.value)
 
 
-def test_what_cannot_be_loaded_saved_or_trained_is_refused(world, tmp_path):
+@pytest.mark.slow
+def test_an_adapter_is_not_taken_for_a_model_nor_put_on_another_base(world, tmp_path):
   run = world / "run"
   if not run.exists():
     train(config(world), run)
   m, base = model.load(run), world / "base"
   refused(lambda: model.save(m, tmp_path / "hf", format="hf"), "m.merged()")
   refused(lambda: model.save(m, tmp_path / "orbax"), "m.merged()")
+  refused(lambda: model.load(base, adapter=run, base=base), "name the base as the checkpoint")
+  refused(lambda: model.load(run, adapter=run), "is an adapter itself")
+  plain = model.load(base)
+  other = Model(plain.config, init_params(plain.config, jax.random.key(9)), plain.tokenizer)
+  model.save(other, tmp_path / "other")
+  refused(lambda: model.load(run, base=tmp_path / "other"), "another hash", "base=")
+  refused(lambda: train(config(world, init_from=str(run)), tmp_path / "b"), "holds an adapter")
+
+
+def test_what_has_no_adapter_or_would_not_learn_is_refused(world, tmp_path):
+  base = world / "base"
   plain = model.load(base)
   refused(lambda: model.save(plain, tmp_path / "peft", format="peft"), "has no adapter")
   refused(plain.merged, "has no adapter")
   refused(lambda: model.load(base, base=base), "is no adapter, and needs none")
   refused(lambda: model.load(base, adapter=base), "is no adapter")
-  refused(lambda: model.load(base, adapter=run, base=base), "name the base as the checkpoint")
-  refused(lambda: model.load(run, adapter=run), "is an adapter itself")
-  other = Model(plain.config, init_params(plain.config, jax.random.key(9)), plain.tokenizer)
-  model.save(other, tmp_path / "other")
-  refused(lambda: model.load(run, base=tmp_path / "other"), "another hash", "base=")
   refused(lambda: train(config(world, init_from=None), tmp_path / "a"), "init_from is not set")
-  refused(lambda: train(config(world, init_from=str(run)), tmp_path / "b"), "holds an adapter")
   tiny = OptimizerConfig(warmup_steps=1, learning_rate=1e-30)
   frozen = dict(peft=PeftConfig(method="full", targets=("mlp",)), optimizer=tiny)
   refused(lambda: train(config(world, **frozen), tmp_path / "c"), "after the first update")
