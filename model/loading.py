@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def load(
     quantize: the format of matrices in fewer bits, as `quant.Format` parses it: each is read and
       quantized for itself, so that the others are never held in float. `dtype` is then that of the
       other parameters, an adapter's with them, and of computation. None: as they are stored,
-      quantized or not.
+      quantized or not; of the base that an adapter at `path` names, as it was trained on.
     adapter: PATH of an adapter for the model.
     base: PATH of the base of the adapter at `path`; None: the one that it names.
     ema: the moving average of the parameters instead of the parameters.
@@ -73,6 +74,7 @@ def load(
 
 def _adapted(path: Any, adapter: Any, base: Any, *, ema: bool, **how: Any) -> Model:
   if adapter is None:
+    how["quantize"] = how["quantize"] or peft.format_of(path)
     adapter, path = path, peft.base_of(path) if base is None else base
   elif base is not None:
     raise InputError(
@@ -111,6 +113,15 @@ def source(path: str | Path, *, dtype: str | None = None) -> Source:
   leaf = lambda path: found.leaf(path, shapes[path].dtype)
   told = (found.tokenizer, found.labels, found.family, found.end_ids, found.text_limit)
   return Source(cfg, leaf, *told)
+
+
+def leaf_reader(path: str | Path) -> Callable[[tuple[str | int, ...], Any, int | None], np.ndarray]:
+  """Reads parameters of a float checkpoint PATH in a dtype, whole or one layer of a stacked one.
+
+  Raises:
+    InputError: as `source` does.
+  """
+  return hf.Folder(path).leaf if hf.is_folder(path) else by_layer(source(path).leaf)
 
 
 def tokenizer_path(path: str | Path) -> Path | None:

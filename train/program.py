@@ -26,6 +26,7 @@ from train.objectives import make_objective
 from train.objectives.loss import Loss
 from train.objectives.objective import Objective, batch_fields
 from train.optim import make_optimizer, state_axes
+from train.packed_base import packed_shardings, packing_of
 from train.schedules import make_schedule
 from train.step import (
   Aware,
@@ -86,8 +87,10 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   objective = make_objective(config)
   net = nnx.eval_shape(lambda: objective.build(config.model, nnx.Rngs(0)))
   plain = nnx.to_pure_dict(nnx.state(net, nnx.Param))
-  places = placed(plain, param_info(net), mesh)
+  own = param_info(net)
   adapt, parts, net = _adaptation(config, net, plain)
+  pack = packing_of(config.peft, parts, plain, own)
+  places = pack.placed(placed(plain, own, mesh), mesh)
   graphdef, _ = nnx.split(net, nnx.Param)
   info = param_info(net)
   trained, rest = (info, {}) if parts is None else parts.kinds(info)
@@ -101,7 +104,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
 
   def init() -> TrainState:
     fresh = objective.build(config.model, nnx.Rngs(params=jax.random.key(config.seed)))
-    return begin(nnx.to_pure_dict(nnx.state(fresh, nnx.Param)))
+    return begin(pack(nnx.to_pure_dict(nnx.state(fresh, nnx.Param))))
 
   shapes = jax.eval_shape(init)
   where = _state_shardings(shapes, trained, rest, tx, mesh)
@@ -264,11 +267,7 @@ def _abstract_batch(
 
 def placed(shapes: dict, info: dict, mesh: Mesh) -> dict:
   """Abstract parameters with their shardings."""
-  return jax.tree.map(_placed, shapes, _where(shapes, info, mesh))
-
-
-def _where(shapes: dict, info: dict, mesh: Mesh) -> dict:
-  return shardings(shapes, jax.tree.map(lambda i: i.axes, info), mesh)
+  return jax.tree.map(_placed, shapes, packed_shardings(shapes, info, mesh))
 
 
 def _state_shardings(
@@ -278,11 +277,11 @@ def _state_shardings(
   is trained and of the rest.
   """
   whole: Any = replicated(mesh)
-  params = _where(shapes.params, info, mesh)
+  params = packed_shardings(shapes.params, info, mesh)
   return TrainState(
     step=whole,
     params=params,
-    frozen=_where(shapes.frozen, frozen, mesh),
+    frozen=packed_shardings(shapes.frozen, frozen, mesh),
     opt_state=shardings(shapes.opt_state, state_axes(tx, shapes.params, info), mesh),
     ema=params if shapes.ema else {},
     bad_steps=whole,

@@ -16,6 +16,8 @@ from model.flops import matmul_params
 from model.hardware import hardware, peak_flops
 from model.layers import ParamInfo
 from model.pipeline import plan
+from model.quant import Quantized
+from model.quant_tree import resident_bytes
 from train.config import Config
 from train.data.pipeline import Data
 from train.program import Program
@@ -63,7 +65,7 @@ def parameter_lines(config: Config, program: Program) -> list[str]:
   infos = dict(_leaves(program.info))
   for kind, tree in (("trained", program.state.params), ("frozen", program.state.frozen)):
     for path, leaf in _leaves(tree):
-      part, size = _part(path, infos[path]), math.prod(leaf.shape) * leaf.dtype.itemsize
+      part, size = _part(path, infos[path]), resident_bytes(leaf)
       count = infos[path].count(leaf.shape, config.model.real_vocab)
       counts[part], sizes[part] = counts[part] + count, sizes[part] + size
       totals[kind] = [totals[kind][0] + count, totals[kind][1] + size]
@@ -242,7 +244,8 @@ def _count_text(count: int, noun: str) -> str:
 
 
 def _leaves(tree: dict) -> list[tuple[tuple[str, ...], Any]]:
-  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  whole = lambda leaf: isinstance(leaf, Quantized)
+  flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole)[0]
   return [(tuple(str(k.key) for k in path), leaf) for path, leaf in flat]
 
 

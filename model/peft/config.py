@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from model.errors import InputError, nearest
+from model.quant_formats import Format
 
 METHODS = ("full", "bitfit", "lora", "dora", "ia3")
 ADAPTERS = ("lora", "dora", "ia3")  # Methods that add parameters to a model.
@@ -15,7 +16,8 @@ DTYPES = ("float32", "bfloat16", "float64")
 # Which methods read a field; those that are not here are read by all.
 _READERS = {
   **dict.fromkeys(("rank", "dropout", "rslora", "init", "ranks", "alpha", "alphas"), LOW_RANK),
-  "learning_rate_ratio": LOW_RANK, "dtype": ADAPTERS, "freeze": ("full",),
+  "learning_rate_ratio": LOW_RANK, "dtype": ADAPTERS, "base_format": ADAPTERS,
+  "freeze": ("full",),
   "also": ("bitfit", *ADAPTERS),
 }  # fmt: skip
 
@@ -50,6 +52,9 @@ class PeftConfig:
   init: str = "default"
   learning_rate_ratio: float | None = None  # Of B's to A's (LoRA+, Hayou et al., arXiv:2402.12354).
   dtype: str = "float32"  # Of an adapter's parameters.
+  # The frozen matrices in fewer bits: int8, int4, int4:GROUP, nf4 or fp8 (QLoRA, Dettmers et al.,
+  # arXiv:2305.14314); None: as they are.
+  base_format: str | None = None
 
   def __post_init__(self):
     for name, allowed in (("method", METHODS), ("init", INITS), ("dtype", DTYPES)):
@@ -74,6 +79,8 @@ class PeftConfig:
     for name in ("ranks", "alphas"):
       self.numbers(name)
     self._check_effects()
+    if self.base_format is not None:
+      _check_format(self.base_format)
 
   def _check_effects(self):
     default: Any = type(self).__dataclass_fields__
@@ -98,6 +105,18 @@ class PeftConfig:
     """(pattern, number) of `ranks` or `alphas`, in order."""
     given = {"ranks": self.ranks, "alphas": self.alphas}[name]
     return tuple(_number(name, one) for one in given)
+
+
+def _check_format(name: str) -> None:
+  try:
+    format = Format.parse(name)
+  except InputError as error:
+    raise InputError(str(error).replace("quantize=", "peft.base_format=", 1)) from error
+  if format.dynamic:
+    raise InputError(
+      f"peft.base_format={name!r} rounds activations, which lets no gradient through: use "
+      f"{format.kind!r}."
+    )
 
 
 def _number(name: str, text: str) -> tuple[str, float]:

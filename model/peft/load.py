@@ -52,6 +52,15 @@ def base_of(path: str | File) -> str:
   return named
 
 
+def format_of(path: str | File) -> str | None:
+  """The format that an adapter's base was kept in while it was trained; None: in float, or it does
+  not say.
+  """
+  if files.is_folder(path):
+    return None
+  return checkpoint.describe(str(path)).meta["config"]["peft"].get("base_format")
+
+
 def adapted(m: Model, path: str | File, base: str, *, ema: bool) -> Model:
   """`m`, which was loaded from `base`, with the adapter at `path`.
 
