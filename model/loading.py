@@ -116,12 +116,21 @@ def source(path: str | Path, *, dtype: str | None = None) -> Source:
 
 
 def leaf_reader(path: str | Path) -> Callable[[tuple[str | int, ...], Any, int | None], np.ndarray]:
-  """Reads parameters of a float checkpoint PATH in a dtype, whole or one layer of a stacked one.
+  """Reads parameters of a float checkpoint PATH in a dtype, whole or one layer of a stacked one,
+  whatever mesh is in use.
 
   Raises:
     InputError: as `source` does.
   """
-  return hf.Folder(path).leaf if hf.is_folder(path) else by_layer(source(path).leaf)
+  if hf.is_folder(path):
+    return hf.Folder(path).leaf
+  leaf = source(path).leaf
+
+  def alone(path: tuple[str | int, ...]) -> np.ndarray:
+    with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
+      return leaf(path)
+
+  return by_layer(alone)
 
 
 def tokenizer_path(path: str | Path) -> Path | None:

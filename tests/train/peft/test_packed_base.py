@@ -135,12 +135,12 @@ def test_a_run_begins_from_float_goes_on_and_is_loaded_over_the_base_that_it_saw
   base = Model(body, init_params(body, jax.random.key(5)), tokenizer)
   model.save(base, tmp_path / "base", format=format)
   (tmp_path / "text.txt").write_text("\n".join(f"{i} is {i * 7} is {i * 3}" for i in range(300)))
-  tokens = {} if format == "orbax" else dict(tokenizer="bytes")
+  told = {} if format == "orbax" else dict(vocab_multiple=128)
   config = Config(
     steps=4, batch_size=4, seq_len=32, checkpoint_every=2, eval_every=4, keep_checkpoints=4,
     init_from=str(tmp_path / "base"), cache_dir=str(tmp_path / "cache"),
-    model=dataclasses.replace(BODY, vocab_size=None), mesh=MIX,
-    data=DataConfig(source=str(tmp_path / "text.txt"), documents="line", **tokens),
+    model=dataclasses.replace(BODY, vocab_size=None, **told), mesh=MIX,
+    data=DataConfig(source=str(tmp_path / "text.txt"), documents="line"),
     optimizer=OptimizerConfig(warmup_steps=1, learning_rate=0.03),
     peft=PeftConfig(**LORA, alpha=4.0, base_format="nf4"),
   )  # fmt: skip
