@@ -97,8 +97,8 @@ def _check_plain(path: Path, weight: Any) -> None:
   if not isinstance(weight, jax.Array):
     name = ".".join(map(str, path))
     raise InputError(
-      f"{name} is quantized, and an adapter is merged into floats: load the base unquantized, "
-      "merge, and quantize what comes of it."
+      f"{name} is quantized, and an adapter is merged into floats: load the float base with "
+      "adapter=, merge, and quantize what comes of it."
     )
 
 

@@ -77,15 +77,16 @@ def test_what_was_merged_is_taken_out_again():
 
 
 def test_what_does_not_add_up_is_refused():
-  one = adapted(1, rank=2)
+  some = dict(targets=("q_proj",))
+  one = adapted(1, rank=2, **some)
   other = dataclasses.replace(one, config=dataclasses.replace(BODY, norm_eps=1e-3))
   cases = {
     "one for each": lambda: combined([one], [1.0, 2.0]),
     "at least one": lambda: alike([]),
-    "not LoRA's": lambda: combined([one, adapted(2, method="ia3", alpha=None)], [1.0, 1.0]),
+    "not LoRA's": lambda: combined([one, adapted(2, method="ia3", alpha=None, **some)], [1.0, 1.0]),
     "different bases": lambda: alike([one, other]),
     "has no adapter": lambda: alike([dataclasses.replace(one, params=apart(one.params)[0])]),
-    "load the base": lambda: unmerged(one, adapted(2, method="dora")),
+    "load the base": lambda: unmerged(one, adapted(2, method="dora", **some)),
   }
   for words, call in cases.items():
     with pytest.raises(InputError, match=words) as error:

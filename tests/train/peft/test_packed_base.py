@@ -25,12 +25,15 @@ from train.loop import train
 from train.objectives import make_objective
 from train.program import build_program, make_loss, put_batch
 
-WIDE = dataclasses.replace(tiny.ROTARY, d_model=64, d_ff=128, head_dim=16)
+WIDE = dataclasses.replace(
+  tiny.ROTARY, num_layers=2, d_model=64, d_ff=128, head_dim=16, layer_pattern=("global",),
+  window=None,
+)  # fmt: skip
 MODELS = {
   "plain": WIDE,
   "experts": dataclasses.replace(
-    WIDE, layer_pattern=("global+experts",), window=None, num_layers=2, num_experts=4,
-    balance_loss=0.0, router_z_loss=0.0, shared_experts=1,
+    WIDE, layer_pattern=("global+experts",), num_experts=4, balance_loss=0.0, router_z_loss=0.0,
+    shared_experts=1,
   ),
   "latent": dataclasses.replace(
     tiny.MODELS["latent_grouped_experts"], d_model=64, d_ff=128, kv_latent_dim=64, v_head_dim=16
@@ -57,9 +60,10 @@ def started(peft, body="plain", mesh=None, **changes):
 
 
 CASES = [
-  (LORA, "nf4", "plain", None), (LORA, "int4", "plain", MIX),
+  (LORA, "nf4", "plain", MIX),
   *(pytest.param(*case, marks=slow) for case in (
-    (LORA, "nf4", "plain", MIX), (LORA, "int8", "plain", None), (LORA, "fp8", "plain", None),
+    (LORA, "nf4", "plain", None), (LORA, "int4", "plain", MIX),
+    (LORA, "int8", "plain", None), (LORA, "fp8", "plain", None),
     (LORA, "nf4", "plain", MeshConfig(data=1, fsdp=8)),
     (LORA, "nf4", "plain", MeshConfig(data=1, seq=4, tensor=2)),
     (LORA, "int4", "experts", None), (LORA, "int8", "latent", None),
