@@ -23,12 +23,10 @@ from model.quant_tree import dequantize_params, quantize_params, quantized_leave
 from model.sharding import make_mesh
 from tests.infer import tiny
 
+SIZES = dict(d_model=64, d_ff=128, head_dim=16, layer_pattern=("global",), window=None)
 BODIES = {
-  "decoder": dict(d_model=64, d_ff=128, head_dim=16),
-  "experts": dict(
-    d_model=64, d_ff=128, head_dim=16, layer_pattern=("global+experts",), window=None,
-    num_experts=4,
-  ),
+  "decoder": SIZES,
+  "experts": SIZES | dict(layer_pattern=("global+experts",), num_experts=4),
   "latent": dict(
     d_model=64, d_ff=128, head_dim=None, num_kv_heads=None, kv_latent_dim=16, q_latent_dim=16,
     rope_head_dim=4, v_head_dim=8,

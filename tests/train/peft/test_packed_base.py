@@ -60,9 +60,9 @@ def started(peft, body="plain", mesh=None, **changes):
 
 
 CASES = [
-  (LORA, "nf4", "plain", MIX),
+  (LORA, "nf4", "plain", None),
   *(pytest.param(*case, marks=slow) for case in (
-    (LORA, "nf4", "plain", None), (LORA, "int4", "plain", MIX),
+    (LORA, "nf4", "plain", MIX), (LORA, "int4", "plain", MIX),
     (LORA, "int8", "plain", None), (LORA, "fp8", "plain", None),
     (LORA, "nf4", "plain", MeshConfig(data=1, fsdp=8)),
     (LORA, "nf4", "plain", MeshConfig(data=1, seq=4, tensor=2)),
