@@ -44,6 +44,9 @@ _CHECKPOINT = flags.DEFINE_string(
 _QUANTIZE = flags.DEFINE_string(
   "quantize", None, f"Keep matrices in fewer bits: {', '.join(NAMES)} or int4:GROUP."
 )
+_ADAPTER = flags.DEFINE_string(
+  "adapter", None, "Adapter for the checkpoint: a folder of PEFT's, or the workdir of its run."
+)
 _TASK = flags.DEFINE_enum("task", "generate", list(TASKS.values()), "What the model is asked for.")
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "Text to continue or to judge, or question; again for more prompts."
@@ -99,7 +102,7 @@ def main(argv: list[str]) -> int:
   else:
     answer = functools.partial(_tell, task_flags.asked(_TASK.value, prompts, as_json=_JSON.value))
   use_compilation_cache(_CACHE_DIR.value)  # What is impossible was said before the load.
-  m = load(_CHECKPOINT.value, quantize=_QUANTIZE.value)
+  m = load(_CHECKPOINT.value, quantize=_QUANTIZE.value, adapter=_ADAPTER.value)
   if is_quantized(m.params):
     print(report(m.params), file=sys.stderr)
   if _TASK.value != "embed":

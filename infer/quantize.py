@@ -20,6 +20,7 @@ from infer.calibrate.run import Report, check
 from model import load, save
 from model.compilation import use_compilation_cache
 from model.errors import InputError, run
+from model.peft.attach import is_adapted
 from model.quant_tree import resident_bytes
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
   text = None if _DATA.value is None else _text(_DATA.value)
   use_compilation_cache(_CACHE_DIR.value)
   m = load(_CHECKPOINT.value or "")
+  m = m.merged() if is_adapted(m.params) else m
   made, report = calibrated(m, text, **chosen)
   save(made, target)
   tell(report, resident_bytes(m.params), resident_bytes(made.params))

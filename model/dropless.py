@@ -40,7 +40,7 @@ class Layout:
 
   def place(self, axes: tuple[str, ...]) -> P:
     """Where an array of these logical axes is."""
-    return P(*(getattr(self, axis) or None for axis in axes))
+    return P(*(None if axis == "rank" else getattr(self, axis) or None for axis in axes))
 
 
 def ragged_experts(
@@ -171,6 +171,9 @@ def _grouped(
 
   def through(h, name):
     y = jax.lax.ragged_dot(h, matrices[name]["w"], sizes)
+    if "lora_a" in matrices[name]:
+      low = jax.lax.ragged_dot(h, matrices[name]["lora_a"], sizes)
+      y += jax.lax.ragged_dot(low, matrices[name]["lora_b"], sizes)
     if "b" in matrices[name]:
       expert = (jnp.arange(len(h))[:, None] >= jnp.cumsum(sizes)).sum(axis=1)
       y += matrices[name]["b"].at[expert].get(mode="fill", fill_value=0)

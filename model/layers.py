@@ -87,8 +87,11 @@ class Linear(nnx.Module):
 
   The first `inputs` axes of `shape` are contracted with the last ones of what it is called with.
   While it is `turned` (see `turn`), its weights have these axes last. What it is called with is
-  rounded first as a dynamic format of the kind `rounds` does, while a model is trained for one.
+  rounded first as a dynamic format of the kind `rounds` does, while a model is trained for one. An
+  `adapter` (model.peft) changes what it computes.
   """
+
+  adapter: Any
 
   def __init__(
     self,
@@ -109,6 +112,10 @@ class Linear(nnx.Module):
       self.b = param(cfg, rngs, shape[inputs:], axes[inputs:], role="vector", init=zeros)
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return self.adapter.linear(self, x) if hasattr(self, "adapter") else self.plain(x)
+
+  def plain(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What it computes without an adapter."""
     x, w = x.astype(self.dtype), self.w.get_value()
     x = x if self.rounds is None else quant.rounded(x, self.inputs, self.rounds)
     if isinstance(w, Quantized):
@@ -128,11 +135,21 @@ class Linear(nnx.Module):
     or not.
     """
     x, stored = quant.beside(x, self.w.get_value())
+    w = self._shaped(stored)
+    return x, self.adapter.matrix(w) if hasattr(self, "adapter") else w
+
+  def plain_matrix(self) -> Float[Array, "..."]:
+    """The weights without an adapter, dequantized: in the compute dtype, with the axes of `shape`,
+    turned or not.
+    """
+    return self._shaped(self.w.get_value())
+
+  def _shaped(self, stored: Any) -> Float[Array, "..."]:
     w = quant.dense(stored, self.dtype)
     if not self.turned or isinstance(stored, Quantized):
-      return x, w
+      return w
     last = tuple(range(w.ndim - self.inputs, w.ndim))
-    return x, jnp.moveaxis(w, last, tuple(range(self.inputs)))
+    return jnp.moveaxis(w, last, tuple(range(self.inputs)))
 
 
 def turn(module: Any, params: dict) -> dict:
@@ -200,6 +217,8 @@ class Norm(nnx.Module):
 class Embed(nnx.Module):
   """A table of `rows` vectors; `attend` scores vectors against all of them (tied embeddings)."""
 
+  adapter: Any
+
   def __init__(self, cfg: ModelConfig, rows: int, row_axis: str | None, *, rngs: nnx.Rngs):
     self.dtype, self.row_axis = cfg.compute_dtype, row_axis
     shape, axes = (rows, cfg.embed_width), (row_axis, "embed")
@@ -208,18 +227,22 @@ class Embed(nnx.Module):
     self.table = param(cfg, rngs, shape, axes, role="embedding", init=init)
 
   def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    table, ids = self.table.get_value(), constrain(ids, ("rows", "seq"))
+    ids = constrain(ids, ("rows", "seq"))
+    x = constrain(self._looked_up(ids), ("rows", "seq", None))
+    return x + self.adapter.embedded(ids, x.dtype, self.row_axis) if hasattr(self, "adapter") else x
+
+  def _looked_up(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    table = self.table.get_value()
     if isinstance(table, Quantized):
-      vectors = quant.rows(table, ids, self.dtype, axis=self.row_axis)
-      return constrain(vectors, ("rows", "seq", None))
+      return quant.rows(table, ids, self.dtype, axis=self.row_axis)
     table = constrain(table.astype(self.dtype), (self.row_axis, None))
     if len(table) > _FEW_VECTORS:
-      return constrain(table[ids], ("rows", "seq", None))
+      return table[ids]
     chosen = jax.nn.one_hot(ids, len(table), dtype=table.dtype)
-    return constrain(jnp.matmul(chosen, table, precision="highest"), ("rows", "seq", None))
+    return jnp.matmul(chosen, table, precision="highest")
 
   def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Scores in at least float32."""
+    """Scores in at least float32; an adapter changes only the vectors that are looked up."""
     wide = jnp.promote_types(self.dtype, jnp.float32)
     table, x = self.table.get_value(), x.astype(self.dtype)
     if isinstance(table, Quantized):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from model.errors import InputError
 from model.heads import abstract
 from model.hf.source import Source
 from model.layers import param_info
+from model.peft import load as peft
+from model.peft import write
+from model.peft.attach import is_adapted
 from model.quant import Format
 from model.quant_load import as_stored, by_layer, main_format, read_params
 from model.quant_tree import quantized_leaves
@@ -25,23 +29,28 @@ from model.trained import Model
 
 __all__ = ["Model", "convert", "load", "save"]
 
-FORMATS = ("orbax", "hf")
+FORMATS = ("orbax", "hf", "peft")
 TRAINED_BESIDE = ("generator",)  # Parameters that a checkpoint may hold and no model has.
 
 
 def load(
   path: str | Path, *, dtype: str | None = "float32", mesh: jax.sharding.Mesh | None = None,
-  quantize: str | None = None, ema: bool = False,
+  quantize: str | None = None, adapter: str | Path | None = None, base: str | Path | None = None,
+  ema: bool = False,
 ) -> Model:  # fmt: skip
   """The model at a checkpoint PATH: a workdir (newest good step), a step in it, `WORKDIR@best`, or
-  a Hugging Face folder, or a GGUF file.
+  a Hugging Face folder, or a GGUF file. Of an adapter, a folder of PEFT's or the workdir of its
+  run, the base with the adapter.
 
   Args:
     dtype: of parameters and computation; None: what they are stored in.
     mesh: where the parameters go, straight from disk; None: JAX's default device.
     quantize: the format of matrices in fewer bits, as `quant.Format` parses it: each is read and
       quantized for itself, so that the others are never held in float. `dtype` is then that of the
-      other parameters and of computation. None: as they are stored, quantized or not.
+      other parameters, an adapter's with them, and of computation. None: as they are stored,
+      quantized or not; of the base that an adapter at `path` names, as it was trained on.
+    adapter: PATH of an adapter for the model.
+    base: PATH of the base of the adapter at `path`; None: the one that it names.
     ema: the moving average of the parameters instead of the parameters.
 
   Raises:
@@ -51,11 +60,33 @@ def load(
   """
   _check_dtype(dtype)
   format = None if quantize is None else Format.parse(quantize)
+  if adapter is not None or peft.is_adapter(path):
+    how: Any = {"dtype": dtype, "mesh": mesh, "quantize": quantize}
+    return _adapted(path, adapter, base, ema=ema, **how)
+  if base is not None:
+    raise InputError(f"base={str(base)!r}: {path} is no adapter, and needs none.")
   if hf.is_folder(path):
     if ema:
       raise InputError(f"ema=True: {path} is no workdir and holds no average.")
     return _from_folder(path, dtype, mesh, format)
   return _from_workdir(str(path), dtype, mesh, "ema" if ema else "params", format)
+
+
+def _adapted(path: Any, adapter: Any, base: Any, *, ema: bool, **how: Any) -> Model:
+  if adapter is None:
+    how["quantize"] = how["quantize"] or peft.format_of(path)
+    adapter, path = path, peft.base_of(path) if base is None else base
+  elif base is not None:
+    raise InputError(
+      f"base={str(base)!r} and adapter= were given: name the base as the checkpoint."
+    )
+  elif not peft.is_adapter(adapter):
+    raise InputError(
+      f"adapter={str(adapter)!r} is no adapter: a PEFT folder or an adapter's workdir."
+    )
+  if peft.is_adapter(path):
+    raise InputError(f"{path} is an adapter itself: name a base.")
+  return peft.adapted(load(path, **how), adapter, str(path), ema=ema)
 
 
 def source(path: str | Path, *, dtype: str | None = None) -> Source:
@@ -82,6 +113,24 @@ def source(path: str | Path, *, dtype: str | None = None) -> Source:
   leaf = lambda path: found.leaf(path, shapes[path].dtype)
   told = (found.tokenizer, found.labels, found.family, found.end_ids, found.text_limit)
   return Source(cfg, leaf, *told)
+
+
+def leaf_reader(path: str | Path) -> Callable[[tuple[str | int, ...], Any, int | None], np.ndarray]:
+  """Reads parameters of a float checkpoint PATH in a dtype, whole or one layer of a stacked one,
+  whatever mesh is in use.
+
+  Raises:
+    InputError: as `source` does.
+  """
+  if hf.is_folder(path):
+    return hf.Folder(path).leaf
+  leaf = source(path).leaf
+
+  def alone(path: tuple[str | int, ...]) -> np.ndarray:
+    with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
+      return leaf(path)
+
+  return by_layer(alone)
 
 
 def tokenizer_path(path: str | Path) -> Path | None:
@@ -141,6 +190,8 @@ def _workdir(path: str, dtype: str | None, part: str = "params") -> tuple[Source
   workdir, step = checkpoint.resolve(path)
   folder = workdir / "checkpoints" / str(step)
   found = checkpoint.describe(folder)
+  if "base" in found.meta:
+    raise InputError(f"{path} is an adapter: load it with its base, and save what is merged.")
   config = found.meta["config"]
   formats = config.get("quantized", {})
   table = found.state["params"]["embed"]["table"]
@@ -193,13 +244,19 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
     folder: a new or empty folder.
     format: `orbax`, a workdir with config.json, tokenizer/ and checkpoints/0; `hf`, a folder that
       Transformers reads, which has no quantized matrices: written in float again, it would pass for
-      the model that they were made of.
+      the model that they were made of; `peft`, the adapter alone as torch PEFT reads it, whatever
+      its base is kept in.
     family: `model_type` of such a folder; None: what it came from, or the first that fits.
 
   Raises:
     InputError: for an unknown format, a folder that holds something, or a model that is quantized
       or of no family of Hugging Face's, where it goes there.
   """
+  if is_adapted(m.params) and format in ("orbax", "hf"):
+    raise InputError(
+      f"the model has an adapter, and format={format!r} holds whole models: save m.merged() of a "
+      "float base, or the adapter with format='peft'."
+    )
   kept = {".".join(map(str, k)): w.format.name for k, w in quantized_leaves(m.params).items()}
   if kept and format == "hf":
     raise InputError(
@@ -208,6 +265,9 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
       "format='orbax'."
     )
   folder = _new(folder, format)
+  if format == "peft":
+    write.save(m, folder)
+    return
   if format == "hf":
     leaves: Any = flatten_dict(m.params)
     kind = next(iter(leaves.values())).dtype.name
@@ -245,8 +305,11 @@ def convert(
   Raises:
     InputError: as `load` and `save` do.
   """
-  if format == "orbax":
+  if format == "peft":
+    raise InputError("format='peft' holds adapters, and whole models are converted.")
+  if format == "orbax" or peft.is_adapter(path):
     m = load(path, dtype=dtype)
+    m = m.merged() if is_adapted(m.params) else m
     save(m, folder, format=format, family=family)
     return m.config
   found = source(path, dtype=dtype)

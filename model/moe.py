@@ -82,6 +82,8 @@ class Router(nnx.Module):
 class ExpertMatrix(nnx.Module):
   """The same matrix of every expert: `w` (E, in, out) and, where asked for, `b` (E, out)."""
 
+  adapter: Any
+
   def __init__(
     self,
     cfg: ModelConfig,
@@ -98,12 +100,17 @@ class ExpertMatrix(nnx.Module):
       self.b = param(cfg, rngs, (E, O), ("expert", axes[1]), role="vector", init=zeros)
 
   def stored(self) -> dict[str, Any]:
-    """The parameters as they are kept."""
+    """The parameters as they are kept, without an adapter's."""
     return {name: getattr(self, name).get_value() for name in "wb" if hasattr(self, name)}
+
+  def added(self, dtype: jnp.dtype) -> dict[str, Array]:
+    """An adapter's arrays in the compute dtype."""
+    return self.adapter.arrays(dtype) if hasattr(self, "adapter") else {}
 
   def axes(self) -> dict[str, tuple[str, ...]]:
     """Their logical axes."""
-    return {name: getattr(self, name).axes for name in "wb" if hasattr(self, name)}
+    own = {name: getattr(self, name).axes for name in "wb" if hasattr(self, name)}
+    return own | self.adapter.axes() if hasattr(self, "adapter") else own
 
 
 class Experts(nnx.Module):
@@ -143,7 +150,9 @@ class Experts(nnx.Module):
     names = [n for n in ("gate_proj", "up_proj", "down_proj") if hasattr(self, n)]
     x, stored = beside(x, {name: getattr(self, name).stored() for name in names})
     matrices = {
-      name: {part: dense(a, self.dtype) for part, a in own.items()} for name, own in stored.items()
+      name: {part: dense(a, self.dtype) for part, a in own.items()}
+      | getattr(self, name).added(self.dtype)
+      for name, own in stored.items()
     }
     act = functools.partial(activated, self.cfg)
     if self.kernel == "dense":
@@ -169,7 +178,12 @@ def dense_experts(
   """The reference: every token through every expert, weighted by 0 where it was not chosen."""
 
   def through(h, name, equation):
-    y = jnp.einsum(equation, h, matrices[name]["w"])
+    own = matrices[name]
+    y = jnp.einsum(equation, h, own["w"])
+    if "lora_a" in own:
+      reads, back = equation.split(",")[0], equation.split("->")[1]
+      low = jnp.einsum(f"{reads},E{reads[-1]}R->EBTR", h, own["lora_a"])
+      y += jnp.einsum(f"EBTR,ER{back[-1]}->{back}", low, own["lora_b"])
     return y + matrices[name]["b"][:, None, None] if "b" in matrices[name] else y
 
   into = "BTD,EDF->EBTF"

@@ -33,6 +33,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
   "expert": "expert",
   "position": None,
   "label": None,
+  "rank": None,
 }
 
 

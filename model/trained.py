@@ -17,11 +17,21 @@ from model.errors import InputError
 from model.heads import TEXT_HEADS, abstract, pool, unstack
 from model.layers import turn
 from model.mask import positions_of
+from model.peft.attach import attached
 from model.tokenizer import Tokenizer
 from model.transformer import Inputs
 
 _TEXTS = 64  # Texts that `embed` reads at a time.
 _LEAST_LENGTH = 16  # Lengths are rounded up to powers of two from here, so that few are compiled.
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+  """What is known of a model's adapter beside its parameters."""
+
+  base: str | None  # PATH of what it was trained on, where that is known.
+  rslora: bool  # Whether its updates are scaled by alpha / sqrt(rank), as a file says it.
+  whole: tuple[tuple[str | int, ...], ...] = ()  # Paths of the base's parameters trained with it.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,21 +45,33 @@ class Model:
   family: str | None = None  # As what kind of models Hugging Face has it, where it came from there.
   end_ids: tuple[int, ...] = ()  # Tokens that end what it writes; (): the tokenizer's.
   text_limit: int | None = None  # Tokens of the longest text to embed; None: as many as positions.
+  adapted: Adapted | None = None  # Of its adapter, which lies among the parameters.
 
   @functools.cached_property
   def graphdef(self) -> nnx.GraphDef:
     """The network without parameters: `nnx.merge(m.graphdef, m.params)`."""
-    return nnx.split(abstract(self.config), nnx.Param)[0]
+    return nnx.split(attached(abstract(self.config), self.params), nnx.Param)[0]
 
   @functools.cached_property
   def _unstacked(self) -> tuple[nnx.GraphDef, dict]:
-    net = abstract(self.config, stacked=False)
-    params = turn(net, jax.jit(functools.partial(unstack, self.config))(self.params))
+    params = _separate(self.config, self.params)
+    net = attached(abstract(self.config, stacked=False), params)
+    params = turn(net, params)
     return nnx.split(net, nnx.Param)[0], params
 
   def unstacked(self) -> tuple[nnx.GraphDef, dict]:
     """(graphdef, params) with separate, turned arrays for each layer, which decodes faster."""
     return self._unstacked
+
+  def merged(self) -> "Model":
+    """The model with its adapter merged into its parameters: the same function, and no adapter.
+
+    Raises:
+      InputError: if it has none, or its dtype is too narrow to hold what the adapter adds.
+    """
+    from model.peft.merge import merged  # It makes models.
+
+    return merged(self)
 
   def __call__(
     self, tokens: Int[Array, "B T"], *, segments: Int[Array, "B T"] | None = None,
@@ -301,6 +323,7 @@ def _apply(graphdef, cfg: ModelConfig, params, inputs: Inputs, source: Inputs | 
 
 
 _logits = jax.jit(_apply, static_argnums=(0, 1, 5))
+_separate = jax.jit(unstack, static_argnums=0)  # One program for all models of a config.
 
 
 @functools.partial(jax.jit, static_argnums=0)

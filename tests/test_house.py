@@ -25,8 +25,8 @@ MAY_IMPORT = {
   "launch": {"launch", "train", "model"},
 }
 NNX_NAMES = {
-  "Module", "Param", "Rngs", "List", "State", "GraphDef", "split", "merge", "state", "eval_shape",
-  "to_pure_dict",
+  "Module", "Param", "LoRAParam", "Rngs", "List", "State", "GraphDef", "split", "merge", "state",
+  "eval_shape", "to_pure_dict",
 }  # fmt: skip
 PUBLISHED = {
   "gpt_small": 124_439_808,

@@ -7,6 +7,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.errors import InputError, nearest
+from model.peft.config import PeftConfig
 from model.quant import Format
 from train.config_objective import ObjectiveConfig
 from train.config_optimizer import OptimizerConfig
@@ -129,6 +130,7 @@ class Config:
   objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  peft: PeftConfig = dataclasses.field(default_factory=PeftConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   quantize: QuantizeConfig = dataclasses.field(default_factory=QuantizeConfig)
 
@@ -170,6 +172,11 @@ class Config:
       raise InputError(
         f"quantize.start_step={self.quantize.start_step} is not below steps={self.steps}: no step "
         "would learn to be quantized."
+      )
+    if self.quantize.format is not None and not self.peft.trains_all:
+      raise InputError(
+        f"quantize.format={self.quantize.format!r} learns all of a model for fewer bits, and peft."
+        f"method={self.peft.method!r} trains a part of it: leave one of them out."
       )
     if not self.cache_gib > 0:
       raise InputError(f"cache_gib={self.cache_gib} must be positive.")

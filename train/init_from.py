@@ -14,9 +14,12 @@ from model.architecture import HEAD_FIELDS, architecture
 from model.errors import InputError
 from model.heads import abstract as network
 from model.hf.source import Source
+from model.layers import param_info
+from model.quant import Quantized
 from model.tokenizer import Tokenizer
 from train.config import Config, DataConfig
 from train.data.pipeline import Data
+from train.packed_base import read_packed
 from train.workdir import read_config
 
 # What is left of a network without its heads.
@@ -67,17 +70,23 @@ def initial_params(config: Config, fresh: dict, abstract: dict, data: Data) -> d
 def _read(path: str, found: Source, abstract: dict, *, whole: bool) -> dict:
   """Parameters where they belong: of the body, or with `whole` all that the checkpoint has."""
   folder = hf.is_folder(path)
-  there = nnx.state(network(found.config), nnx.Param).keys()
+  net = network(found.config)
+  there = nnx.state(net, nnx.Param).keys()
   parts = there if folder else checkpoint.describe(path).state["params"].keys()
   kept = set(BODY) & abstract.keys() | (abstract.keys() & parts if whole else set())
   wanted = {name: part for name, part in abstract.items() if name in kept}
-  if not folder:
-    others = tuple(name for name in parts if name not in kept)
-    read = checkpoint.restore_params(path, {"params": wanted}, cast=True, leave_out=others)
-    return read.state["params"]
   likes: Any = flatten_dict(wanted)
-  place = lambda leaf, like: jax.device_put(found.leaf(leaf).astype(like.dtype), like.sharding)
-  return unflatten_dict({leaf: place(leaf, like) for leaf, like in likes.items()})
+  packed = {leaf: like for leaf, like in likes.items() if isinstance(like, Quantized)}
+  plain = {leaf: like for leaf, like in likes.items() if leaf not in packed}
+  if folder:
+    place = lambda leaf, like: jax.device_put(found.leaf(leaf).astype(like.dtype), like.sharding)
+    read: Any = {leaf: place(leaf, like) for leaf, like in plain.items()}
+  else:
+    others = None if packed else tuple(name for name in parts if name not in kept)
+    some = {"params": unflatten_dict(plain)}
+    state = checkpoint.restore_params(path, some, cast=True, leave_out=others).state
+    read = flatten_dict(state["params"])
+  return unflatten_dict(read | read_packed(path, packed, param_info(net)))
 
 
 def check_init(path: str, found: Source, config: Config, tokenizer: Tokenizer) -> None:

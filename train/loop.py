@@ -12,6 +12,14 @@ from model.compilation import use_compilation_cache
 from model.errors import DONE, NON_FINITE, PREEMPTED, Stop
 from model.sharding import make_mesh
 from train import report
+from train.adapter_run import (
+  FirstUpdate,
+  about_base,
+  first_state,
+  restored_state,
+  with_pinned_base,
+  without_base,
+)
 from train.agreement import check_same_config, check_same_fingerprint, check_seen_by_all
 from train.analysis.exhausted import explained
 from train.config import Config
@@ -74,7 +82,7 @@ def train(config: Config, workdir: Path) -> int:
 def prepared(config: Config, workdir: Path, group: Group) -> Config:
   """The config with the tokenizer of `init_from`; makes the workdir that process 0 writes to."""
   with group.turn("the workdir"):
-    config = with_its_tokenizer(config, workdir)
+    config = with_its_tokenizer(with_pinned_base(config, workdir), workdir)
     check_workdir(workdir, config)
     if group.index == 0:
       workdir.mkdir(parents=True, exist_ok=True)
@@ -105,6 +113,7 @@ def run_steps(
   saved = start
   with contextlib.closing(checkpoints), contextlib.closing(log), group.telling():
     train_step, batches = program.train_step, data.batches(start)
+    first, base = FirstUpdate(config, state), about_base(config)
     group.share("the first step", None)  # Collectives of the CPU wait for half a minute only.
     for step in range(start + 1, config.steps + 1):
       group.at(f"the rows of step {step}")
@@ -114,6 +123,7 @@ def run_steps(
       with jax.transfer_guard("disallow"):
         state, metrics = train_step(state, batch)
       log.step(step, metrics | counted)
+      first.check(state, metrics)
       if log.bad_steps >= config.max_bad_steps:
         raise Stop(_non_finite(config, step - 1, log), NON_FINITE)
       last, validation = step == config.steps, {}
@@ -126,8 +136,9 @@ def run_steps(
         group.at(f"saving step {step}")
         log.flush()
         with log.paused():
-          meta = {"config": as_dict(config), "data": data.fingerprint}
-          checkpoints.save(step, state, meta, validation_loss=validation.get("loss"))
+          meta = {"config": as_dict(config), "data": data.fingerprint} | base
+          kept = without_base(state) if base else state
+          checkpoints.save(step, kept, meta, validation_loss=validation.get("loss"))
         saved = step
       if stopping:
         break
@@ -137,7 +148,8 @@ def run_steps(
       print(f"stopped: step {saved} is saved; the same command goes on.", file=sys.stderr)
     return PREEMPTED
   group.at("the sample", patient=True)
-  text = sample(config, data, state)
+  whole = program.tree(state.params, state.frozen)
+  text = sample(config, data, dataclasses.replace(state, params=whole))
   if group.index == 0:
     print(f"curves: {workdir / 'curves.png'}", file=sys.stderr)
     if text is not None:
@@ -149,6 +161,9 @@ def restore_or_init(
   config: Config, program: Program, checkpoints: Checkpoints, data: Data
 ) -> tuple[TrainState, int]:
   """The newest good state of the workdir and its step, or a fresh state and 0."""
+  if not config.peft.trains_all:
+    found = restored_state(config, program, checkpoints, data)
+    return (first_state(config, program, data), 0) if found is None else found
   restored = checkpoints.restore_latest(program.state)
   if restored is not None:
     check_same_data(restored.meta["data"], data.fingerprint)

@@ -50,7 +50,7 @@ class OptimizerState(NamedTuple):
 
 
 def make_optimizer(
-  config: OptimizerConfig, steps: int, info: dict
+  config: OptimizerConfig, steps: int, info: dict, *, ratio: float | None = None
 ) -> optax.GradientTransformationExtraArgs:
   """The optimizer of a run of `steps` steps, for parameters described by the ParamInfo in `info`.
 
@@ -62,12 +62,15 @@ def make_optimizer(
   Moments and updates are at least float32: bfloat16 parameters are widened first, and
   `optax.apply_updates` rounds each new parameter once. Float64 stays float64.
 
+  `ratio` is the learning rate of LoRA's B by that of all else (LoRA+); embeddings have one rate.
+
   Raises:
     InputError: if warm-up or decay do not fit into `steps`.
   """
   schedule = make_schedule(config, steps)
   direction = _direction(config, info)
   factor = config.skip_spikes
+  faster = 1.0 if ratio is None else ratio
 
   def init(params: PyTree) -> OptimizerState:
     wide = _widened(params)
@@ -78,7 +81,9 @@ def make_optimizer(
     grads, params = _widened(updates), _widened(params)
     moves, inner = direction.update(grads, state.inner, params)
     rate = schedule(step)
-    updates = jax.tree.map(lambda u: -jnp.asarray(rate, u.dtype) * u, moves)
+    of = lambda path: rate * faster if _is_lora_b(path) else rate
+    scaled = lambda path, u: -jnp.asarray(of(path), u.dtype) * u
+    updates = tree_map_with_path(scaled, moves)
     if factor is None:
       return updates, OptimizerState(inner, ())
     take, spikes = _judged(optax.tree.norm(grads), state.spikes, factor)
@@ -87,6 +92,11 @@ def make_optimizer(
     return updates, OptimizerState(inner, spikes)
 
   return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _is_lora_b(path: tuple) -> bool:
+  names = [key.key for key in path if isinstance(key, DictKey)]
+  return names[-2:] == ["adapter", "b"] and not str(names[-3]).endswith("embed")
 
 
 def skipped_steps(state: OptimizerState) -> Int[Array, ""]:

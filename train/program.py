@@ -14,6 +14,9 @@ from jaxtyping import Array
 from model.context import check_lengths
 from model.errors import InputError
 from model.layers import param_info
+from model.peft.attach import attached, together, with_dropout
+from model.peft.create import Site, new_adapters, sites
+from model.peft.parts import Parts, parts_of
 from model.pipeline import check_pipeline
 from model.quant import Format
 from model.sharding import batch_sharding, mesh_parts, replicated, shardings, shown_axes
@@ -23,6 +26,7 @@ from train.objectives import make_objective
 from train.objectives.loss import Loss
 from train.objectives.objective import Objective, batch_fields
 from train.optim import make_optimizer, state_axes
+from train.packed_base import packed_shardings, packing_of
 from train.schedules import make_schedule
 from train.step import (
   Aware,
@@ -48,6 +52,9 @@ class Program:
   state: TrainState  # Abstract, with shardings.
   batch: dict[str, jax.ShapeDtypeStruct]  # Abstract and global, with shardings.
   init: Callable[[], TrainState]
+  base: dict  # Parameters without adapters, abstract, with shardings.
+  begin: Callable[[dict], TrainState]  # The first state, from parameters like `base`, donated.
+  parts: Parts | None  # None: all parameters are trained.
   _train: jax.stages.Wrapped = dataclasses.field(repr=False)
   _evaluate: jax.stages.Wrapped = dataclasses.field(repr=False)
 
@@ -55,6 +62,10 @@ class Program:
   def train_step(self) -> jax.stages.Compiled:
     """(state, batch) -> (state, metrics); the state is donated."""
     return self._train.lower(self.state, self.batch).compile()
+
+  def tree(self, params: dict, frozen: dict) -> dict:
+    """All parameters of the network."""
+    return params if self.parts is None else self.parts.join(params, frozen)
 
   @functools.cached_property
   def eval_step(self) -> jax.stages.Compiled:
@@ -75,40 +86,78 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   check_precision(config)
   objective = make_objective(config)
   net = nnx.eval_shape(lambda: objective.build(config.model, nnx.Rngs(0)))
+  plain = nnx.to_pure_dict(nnx.state(net, nnx.Param))
+  own = param_info(net)
+  adapt, parts, net = _adaptation(config, net, plain)
+  pack = packing_of(config.peft, parts, plain, own)
+  places = pack.placed(placed(plain, own, mesh), mesh)
   graphdef, _ = nnx.split(net, nnx.Param)
   info = param_info(net)
-  tx = make_optimizer(config.optimizer, config.steps, info)
+  trained, rest = (info, {}) if parts is None else parts.kinds(info)
+  ratio = config.peft.learning_rate_ratio
+  tx = make_optimizer(config.optimizer, config.steps, trained, ratio=ratio)
+
+  def begin(base: dict) -> TrainState:
+    tree = adapt(base)
+    params, frozen = (tree, {}) if parts is None else parts.split(tree)
+    return init_state(params, frozen, tx, ema=config.ema_decay is not None)
 
   def init() -> TrainState:
     fresh = objective.build(config.model, nnx.Rngs(params=jax.random.key(config.seed)))
-    params = nnx.to_pure_dict(nnx.state(fresh, nnx.Param))
-    return init_state(params, {}, tx, ema=config.ema_decay is not None)
+    return begin(pack(nnx.to_pure_dict(nnx.state(fresh, nnx.Param))))
 
   shapes = jax.eval_shape(init)
-  where = _state_shardings(shapes, info, tx, mesh)
+  where = _state_shardings(shapes, trained, rest, tx, mesh)
   state = jax.tree.map(_placed, shapes, where)
   batch = _abstract_batch(config, objective, mesh)
-  loss_fn = make_loss(graphdef, objective)
+  loss_fn = make_loss(graphdef, objective, parts, config.peft.dropout)
   aware = _aware(config, objective, info, where.params, shapes.params)
   model = config.model
-  dropout = max(model.dropout, model.attention_dropout, model.mlp_dropout) > 0
+  rates = (model.dropout, model.attention_dropout, model.mlp_dropout, config.peft.dropout)
   step = make_train_step(
     loss_fn, objective.weights, tx, make_schedule(config.optimizer, config.steps),
     seed=config.seed, accumulation=config.accumulation, ema_decay=config.ema_decay,
-    random=dropout or objective.samples, aware=aware,
+    random=max(rates) > 0 or objective.samples, aware=aware,
   )  # fmt: skip
   return Program(
-    graphdef, info, state, batch, jax.jit(init, out_shardings=where),
+    graphdef, info, state, batch, jax.jit(init, out_shardings=where), places,
+    jax.jit(begin, donate_argnums=0, out_shardings=where), parts,
     jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh))),
     jax.jit(make_eval_step(aware or loss_fn), out_shardings=replicated(mesh)),
   )  # fmt: skip
 
 
-def make_loss(graphdef: nnx.GraphDef, objective: Objective) -> LossFn:
-  """The loss of an objective as a function of parameters and a batch."""
+def _adaptation(
+  config: Config, net: nnx.Module, plain: dict
+) -> tuple[Callable[[dict], dict], Parts | None, nnx.Module]:
+  """(base parameters -> those with adapters, what of them is trained, the adapted network)."""
+  if config.peft.trains_all:
+    return lambda base: base, None, net
+  found: list[Site] = sites(config.peft, config.model, net) if config.peft.adds else []
+
+  def adapt(base: dict) -> dict:
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return together(base, new_adapters(config.peft, found, base, key))
+
+  net = attached(net, jax.eval_shape(adapt, plain))
+  return adapt, parts_of(config.peft, config.model, net), net
+
+
+def make_loss(
+  graphdef: nnx.GraphDef, objective: Objective, parts: Parts | None = None, dropout: float = 0.0
+) -> LossFn:
+  """The loss of an objective as a function of parameters and a batch.
+
+  Args:
+    parts: which parameters are trained; None: all.
+    dropout: of what adapters read.
+  """
 
   def loss(params: dict, frozen: dict, batch: Batch, key: Array | None) -> Loss:
-    net = nnx.merge(graphdef, params, frozen) if frozen else nnx.merge(graphdef, params)
+    net = nnx.merge(graphdef, params if parts is None else parts.join(params, frozen))
+    if dropout and key is not None:
+      key, own = jax.random.split(key)
+      with_dropout(net, dropout, own)
     return objective.loss(net, batch, key)
 
   return loss
@@ -216,14 +265,23 @@ def _abstract_batch(
   }
 
 
-def _state_shardings(shapes: TrainState, info: dict, tx: Any, mesh: Mesh) -> TrainState:
-  """A state with a sharding in the place of each array."""
+def placed(shapes: dict, info: dict, mesh: Mesh) -> dict:
+  """Abstract parameters with their shardings."""
+  return jax.tree.map(_placed, shapes, packed_shardings(shapes, info, mesh))
+
+
+def _state_shardings(
+  shapes: TrainState, info: dict, frozen: dict, tx: Any, mesh: Mesh
+) -> TrainState:
+  """A state with a sharding in the place of each array; `info` and `frozen` are ParamInfo of what
+  is trained and of the rest.
+  """
   whole: Any = replicated(mesh)
-  params = shardings(shapes.params, jax.tree.map(lambda i: i.axes, info), mesh)
+  params = packed_shardings(shapes.params, info, mesh)
   return TrainState(
     step=whole,
     params=params,
-    frozen={},
+    frozen=packed_shardings(shapes.frozen, frozen, mesh),
     opt_state=shardings(shapes.opt_state, state_axes(tx, shapes.params, info), mesh),
     ema=params if shapes.ema else {},
     bad_steps=whole,

@@ -16,13 +16,15 @@ from model.flops import matmul_params
 from model.hardware import hardware, peak_flops
 from model.layers import ParamInfo
 from model.pipeline import plan
+from model.quant import Quantized
+from model.quant_tree import resident_bytes
 from train.config import Config
 from train.data.pipeline import Data
 from train.program import Program
 
 PARTS: tuple[str, ...] = (
   "token embedding", "position embedding", "type embedding", "attention", "MLP", "experts",
-  "norms", "head", "generator", "other",
+  "norms", "head", "adapters", "generator", "other",
 )  # fmt: skip
 PLAIN_SECONDS = 15.0  # Between lines where the output is no terminal.
 REDRAW_SECONDS = 0.1
@@ -63,13 +65,13 @@ def parameter_lines(config: Config, program: Program) -> list[str]:
   infos = dict(_leaves(program.info))
   for kind, tree in (("trained", program.state.params), ("frozen", program.state.frozen)):
     for path, leaf in _leaves(tree):
-      part, size = _part(path, infos[path]), math.prod(leaf.shape) * leaf.dtype.itemsize
+      part, size = _part(path, infos[path]), resident_bytes(leaf)
       count = infos[path].count(leaf.shape, config.model.real_vocab)
       counts[part], sizes[part] = counts[part] + count, sizes[part] + size
       totals[kind] = [totals[kind][0] + count, totals[kind][1] + size]
   everything = sum(counts.values())
   row = lambda name, count, size: (
-    f"  {name:<20}{count:>20,}{count / everything:>8.1%}{byte_text(size):>12}"
+    f"  {name:<20}{count:>20,}{_share(count / everything):>8}{byte_text(size):>12}"
   )
   lines = [f"  {'parameters':<20}{'count':>20}{'share':>8}{'memory':>12}"]
   lines += [row(part, counts[part], sizes[part]) for part in PARTS if counts[part]]
@@ -82,6 +84,11 @@ def parameter_lines(config: Config, program: Program) -> list[str]:
       f"  each token is multiplied with {sum(matmul_params(config.model).values()):,.0f} of them"
     )
   return lines
+
+
+def _share(part: float) -> str:
+  """As per cent; a small one, such as an adapter's, with a further digit."""
+  return f"{part:.2%}" if 0 < part < 0.01 else f"{part:.1%}"
 
 
 def run_lines(config: Config, program: Program, data: Data, mesh: Mesh, start: int) -> list[str]:
@@ -237,7 +244,8 @@ def _count_text(count: int, noun: str) -> str:
 
 
 def _leaves(tree: dict) -> list[tuple[tuple[str, ...], Any]]:
-  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+  whole = lambda leaf: isinstance(leaf, Quantized)
+  flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole)[0]
   return [(tuple(str(k.key) for k in path), leaf) for path, leaf in flat]
 
 
@@ -245,6 +253,8 @@ def _part(path: tuple[str, ...], info: ParamInfo) -> str:
   """The part of the model that a parameter belongs to."""
   if path[0] == "generator":
     return "generator"
+  if "adapter" in path:
+    return "adapters"
   if "attn" in path or "cross_attn" in path:
     return "attention"
   if "mlp" in path:

@@ -14,6 +14,7 @@ from infer.calibrate.texts import batches_of, rows_of
 from model.errors import InputError, nearest
 from model.heads import abstract
 from model.layers import param_info
+from model.peft.attach import is_adapted
 from model.quant import NAMES, Format, Quantized
 from model.quant_tree import quantize_params
 
@@ -77,6 +78,8 @@ def calibrated(
 ) -> tuple["Model", Report]:  # fmt: skip
   """The same, with a report. `plain` needs no text; with some, its errors are told."""
   check(format, method, alpha, texts is not None, samples, length)
+  if is_adapted(m.params):
+    raise InputError("the model has an adapter: quantize m.merged(), or load it with quantize=.")
   rows = None if texts is None else rows_of(m, texts, samples, length)
   with _told_as_format():
     plain = quantize_params(m.params, param_info(abstract(m.config)), format)

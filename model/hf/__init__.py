@@ -178,6 +178,15 @@ def layout(m: Model) -> Layout:
   return _written(m.config, m.family)[2]
 
 
+def family_of(m: Model) -> str:
+  """`model_type` of the family that a model came from, or the first that fits.
+
+  Raises:
+    InputError: if it is of none.
+  """
+  return _written(m.config, m.family)[0].model_type
+
+
 def _written(cfg: ModelConfig, family: str | None) -> tuple[Family, dict[str, Any], Layout]:
   reasons = []
   for one in FAMILIES.values() if family is None else [_family(family)]:

@@ -50,7 +50,7 @@ class Piece:
   @property
   def shape(self) -> tuple[int, ...]:
     """Of theirs."""
-    left, right = (_axes(side) for side in self.pattern.split(" -> "))
+    left, right = (groups_of(side) for side in self.pattern.split(" -> "))
     shapes = []
     for place in self.places if self.joined else self.places[:1]:
       sizes = self._sizes(right, place)
@@ -62,7 +62,7 @@ class Piece:
   @property
   def fits(self) -> bool:
     """Whether the places have the pattern's axes: an MLP's row is none of experts."""
-    names = [a for group in _axes(self.pattern.split(" -> ")[1]) for a in group]
+    names = [a for group in groups_of(self.pattern.split(" -> ")[1]) for a in group]
     inner = len(names) - ("c" in names and not self.joined)
     return all(len(place.shape) == inner for place in self.places)
 
@@ -74,7 +74,7 @@ class Piece:
 
   def to_ours(self, array: np.ndarray, which: int) -> np.ndarray:
     """The part of theirs that lies at `places[which]`."""
-    place, right = self.places[which], _axes(self.pattern.split(" -> ")[1])
+    place, right = self.places[which], groups_of(self.pattern.split(" -> ")[1])
     if self.joined:
       alone = [dataclasses.replace(self, places=(p,)).shape[0] for p in self.places]
       lengths = [length // self.parts for length in alone]
@@ -93,7 +93,7 @@ class Piece:
       alone = [einops.rearrange(a, back) for a in arrays]
       parts = [a.reshape(self.parts, -1, *a.shape[1:]) for a in alone]
       return np.concatenate(parts, axis=1).reshape(-1, *alone[0].shape[1:])
-    if "c" in [a for group in _axes(right) for a in group]:
+    if "c" in [a for group in groups_of(right) for a in group]:
       return einops.rearrange(np.stack(arrays), back)
     return einops.rearrange(arrays[0], back)
 
@@ -138,7 +138,7 @@ def under(theirs: str, ours: str, *rows: Row) -> tuple[Row, ...]:
   return tuple(map(join, rows))
 
 
-def _axes(side: str) -> list[tuple[str, ...]]:
+def groups_of(side: str) -> list[tuple[str, ...]]:
   """`(n h) d` -> [("n", "h"), ("d",)]."""
   return [tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", side)]
 

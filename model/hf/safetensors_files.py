@@ -162,6 +162,12 @@ def write_folder(
     (folder / INDEX).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes a file of tensors that are all at hand."""
+  shapes = {name: (array.dtype, array.shape) for name, array in tensors.items()}
+  _write_file(path, shapes, iter(tensors.items()))
+
+
 def _write_file(
   path: Path, shapes: dict[str, tuple[np.dtype, tuple[int, ...]]],
   stream: Iterator[tuple[str, np.ndarray]],

@@ -28,6 +28,7 @@ from train.config import (
   MeshConfig,
   ObjectiveConfig,
   OptimizerConfig,
+  PeftConfig,
   QuantizeConfig,
   checked,
 )
@@ -248,6 +249,8 @@ def test_wrong_values_are_one_error_that_names_them():
     QuantizeConfig(start_step=3)
   with pytest.raises(InputError, match=r"quantize\.start_step=50 is not below steps=50"):
     aware("int4", start_step=50)
+  with pytest.raises(InputError, match=r"quantize\.format='int4' learns .* peft\.method='lora'"):
+    aware("int4", peft=PeftConfig(method="lora"))
   mesh = make_mesh(data=1, devices=jax.devices()[:1])
   with jax.set_mesh(mesh), pytest.raises(InputError, match="groups of 48 do not divide"):
     build_program(aware("int4:48"), mesh)

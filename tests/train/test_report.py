@@ -207,6 +207,7 @@ def test_the_report_before_a_run_counts_every_parameter_once(capsys):
   data = types.SimpleNamespace(
     tokenizer=types.SimpleNamespace(vocab_size=61), rows_per_epoch=100, tokens_per_epoch=1600,
     validation_tokens=0, num_validation_batches=0, truncated_documents=0, truncated_tokens=0,
+    dropped_documents=0,
   )  # fmt: skip
   mesh = make_mesh(data=2, fsdp=2, tensor=2)
   report.before(cfg, program(cfg.model), data, mesh, start=5)

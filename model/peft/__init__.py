@@ -1,0 +1,1 @@
+"""Adapters and what else is fine-tuned with the rest frozen: see config.PeftConfig."""
