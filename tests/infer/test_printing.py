@@ -148,7 +148,7 @@ def test_probabilities_are_refused_where_they_cannot_be_seen(workdir, m, tmp_pat
 
 
 def test_results_come_in_order_a_window_at_a_time_and_are_those_of_generate(m, monkeypatch):
-  monkeypatch.setattr(infer.batch, "PROMPT_TOKENS", 20)
+  monkeypatch.setattr(infer.batch, "PASS_TOKENS", 16)
   prompts = [f"{'long ' * (i % 3)}{i}" for i in range(24)]
   settings = dict(max_new_tokens=4, temperature=1.2, seed=list(range(24)), num_return_sequences=2)
   calls, plain = [], Batch.__init__

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import infer
+from infer import reading
 from infer.settings import Settings
 from tests import commands
 from tests.infer import tiny
@@ -46,6 +47,7 @@ def often(tokens: list[int]) -> int:
   return max(set(tokens), key=tokens.count)
 
 
+READ: list[tuple[int, ...]] = []  # Shapes of the tokens of each pass over prompts.
 # A callable value is asked for one with the tokens of plain greedy decoding.
 BEAMS = dict(num_beams=4, num_return_sequences=4)
 GROUPS = dict(BEAMS, num_beam_groups=2, diversity_penalty=0.01)
@@ -81,6 +83,12 @@ PROBES = {
   ),
   "draft": Probe("lookup", shows=attribute("acceptance"), slow=True),
   "speculate": Probe(1, dict(draft="layers:1"), attribute("acceptance"), slow=True),
+  "json_schema": Probe({"type": "integer"}),
+  "regex": Probe("[abc]*"),
+  "grammar": Probe('start: "yes"'),
+  "prefill_chunk": Probe(4, shows=lambda _: list(READ)),
+  "cache_dtype": Probe("int8", shows=attribute("logprobs")),
+  "prefix_cache": Probe(infer.PrefixCache, shows=attribute("cached_tokens")),
   "logprobs": Probe(2, shows=attribute("top_logprobs")),
   "echo": Probe(True, shows=attribute("prompt_logprobs")),
 }
@@ -105,13 +113,24 @@ def marked(name: str, probe: Probe):
 
 
 @pytest.mark.parametrize("name", [marked(*item) for item in PROBES.items()])
-def test_each_setting_changes_what_it_is_to_change(m, plain, name):
+def test_each_setting_changes_what_it_is_to_change(m, plain, name, monkeypatch):
+  if name in ("json_schema", "regex", "grammar"):
+    pytest.importorskip("llguidance")
+  read = reading.read_chunk
+  watched = lambda net, params, behind, tokens, *rest, **more: (
+    READ.append(tokens.shape), read(net, params, behind, tokens, *rest, **more)
+  )[1]  # fmt: skip
+  monkeypatch.setattr(reading, "read_chunk", watched)
+  READ.clear()
   probe = PROBES[name]
-  settle = lambda value: value(plain) if callable(value) else value
+  given = lambda make: make(m) if make is infer.PrefixCache else make(plain)
+  settle = lambda value: given(value) if callable(value) else value
   base = {"max_new_tokens": 16} | {k: settle(v) for k, v in probe.base.items()}
   before = infer.generate(m, TEXT, **base)
+  seen = probe.shows(before)
+  READ.clear()
   after = infer.generate(m, TEXT, **base | {name: settle(probe.value)})
-  assert probe.shows(after) != probe.shows(before)
+  assert probe.shows(after) != seen
 
 
 NAN, INF = math.nan, math.inf
