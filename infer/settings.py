@@ -86,9 +86,7 @@ class Settings:
     None, "What guesses tokens ahead: a model, 'lookup' or 'layers:N' (early layers)."
   )
   speculate: int | None = told(None, "Tokens that draft guesses at a time; none: 4.")
-  prefill_chunk: int | None = told(
-    None, "Tokens of a prompt that are read at a time; none: 256."
-  )
+  prefill_chunk: int | None = told(None, "Tokens of a prompt that are read at a time; none: 256.")
   cache_dtype: str = told(
     "auto", "Of keys and values that are kept; auto: what is computed in.",
     choices=tuple(CACHE_DTYPES),
