@@ -4,7 +4,7 @@ which adapters of rank 16 are trained.
     python -m train --config=configs/sft_smollm2.py --workdir=runs/sft \
         --config.init_from=MODEL --config.data.source=instructions.jsonl
 
-where MODEL is the checkpoint's folder or its .gguf file, and the rows of the source hold `messages`,
+where MODEL is the checkpoint's folder or .gguf file, and the rows of the source hold `messages`,
 `prompt` and `completion`, or `instruction`, `input` and `output`. Answers alone are learned, in the
 model's own chat template. The workdir holds the adapter:
 
