@@ -17,6 +17,7 @@ from absl import flags
 from infer.calibrate import calibrated
 from infer.calibrate.methods import METHODS
 from infer.calibrate.run import Report, check
+from infer.text import text_of_file
 from model import load, save
 from model.compilation import use_compilation_cache
 from model.errors import InputError, run
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
   target = Path(_TARGET.value or "").expanduser()
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise InputError(f"{target} holds something already: name a new or empty folder.")
-  text = None if _DATA.value is None else _text(_DATA.value)
+  text = None if _DATA.value is None else text_of_file(_DATA.value)
   use_compilation_cache(_CACHE_DIR.value)
   m = load(_CHECKPOINT.value or "")
   m = m.merged() if is_adapted(m.params) else m
@@ -98,13 +99,6 @@ def _summary(report: Report) -> list[str]:
       "met no token, or have nothing before them that could take scales"
     )
   return lines
-
-
-def _text(path: str) -> str:
-  try:
-    return Path(path).expanduser().read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"--data={path!r} is no text in UTF-8 that can be read: {error}.") from None
 
 
 if __name__ == "__main__":

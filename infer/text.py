@@ -117,3 +117,15 @@ def text_or_file(name: str, value: str | None) -> str | None:
   if name == "json_schema" and value not in ("true", "false"):
     raise InputError(f"--json_schema={value} is no file, and no JSON object.")
   return value
+
+
+def text_of_file(path: str) -> str:
+  """The text that a command is given as --data.
+
+  Raises:
+    InputError: for a file that cannot be read, or is not UTF-8.
+  """
+  try:
+    return Path(path).expanduser().read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(f"--data={path!r} is no text in UTF-8 that can be read: {error}.") from None

@@ -10,11 +10,11 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from infer.evaluate.perplexity import perplexity
+from infer.text import text_of_file
 from model import load
 from model.compilation import use_compilation_cache
 from model.errors import InputError, run
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
   for name, what in (("checkpoint", "a checkpoint"), ("task", "perplexity"), ("data", "a file")):
     if not flags.FLAGS[name].value:
       raise InputError(f"--{name} is missing: give {what}.")
-  text = _text(_DATA.value or "")
+  text = text_of_file(_DATA.value or "")
   use_compilation_cache(_CACHE_DIR.value)
   m = load(_CHECKPOINT.value or "", quantize=_QUANTIZE.value)
   if is_quantized(m.params):
@@ -63,13 +63,6 @@ def main(argv: list[str]) -> int:
   print(f"perplexity {found.byte_perplexity:.4f} per byte, {found.bits_per_byte:.4f} bits per byte")
   print(f"protocol: {found.protocol()}")
   return 0
-
-
-def _text(path: str) -> str:
-  try:
-    return Path(path).expanduser().read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"--data={path!r} is no text in UTF-8 that can be read: {error}.") from None
 
 
 if __name__ == "__main__":

@@ -60,13 +60,11 @@ def _turn(
   render: Render, text: str, messages: Sequence[Message], i: int, special: list[str]
 ) -> Span:
   """The characters of message i."""
-  before = _rendered_or_empty(render, messages[:i], add_generation_prompt=True) if i else ""
   content = messages[i].get("content")
   if isinstance(content, str) and content.strip():
-    led = before != (_rendered_or_empty(render, messages[:i]) if i else "")
-    begin, end = _content(render, text, messages, i, _shared(text, before) if led else None)
+    begin, end = _content(render, text, messages, i)
     return begin, end + _closing(render, text, messages, i, end, special)
-  whole = _rendered_or_empty(render, messages[: i + 1])
+  before, whole = _asked(render, messages, i), _rendered_or_empty(render, messages[: i + 1])
   # Calls of tools, or a list of parts: what the message adds to the text.
   if not before or not (text.startswith(whole) and whole.startswith(before) and whole != before):
     raise _unclear(text, f"message {i} has no text that could be looked for")
@@ -74,25 +72,33 @@ def _turn(
   return len(before), max(len(kept), len(before))
 
 
-def _content(
-  render: Render, text: str, messages: Sequence[Message], i: int, prompt: int | None
-) -> Span:  # fmt: skip
-  """The characters that the template makes of the content of message i.
+def _asked(render: Render, messages: Sequence[Message], i: int) -> str:
+  """What the model reads when it is to write message i."""
+  return _rendered_or_empty(render, messages[:i], add_generation_prompt=True) if i else ""
 
-  Args:
-    prompt: where the template says that the assistant begins to write; None: it does not say.
-  """
+
+def _content(render: Render, text: str, messages: Sequence[Message], i: int) -> Span:
+  """The characters that the template makes of the content of message i."""
   word = _word(text)
   parts = render([*messages[:i], messages[i] | {"content": word}, *messages[i + 1 :]]).split(word)
   if len(parts) != 2:
     raise _unclear(text, f"message {i} stands in it {len(parts) - 1} times")
   before, after = parts
   begin, end = _shared(before, text), len(text) - len(after)
-  # A template may write thoughts before a content that has none: then less of it is common.
-  led = prompt is not None and begin >= prompt
-  if (begin < len(before) and not led) or not text.endswith(after) or begin > end:
+  alike = begin == len(before) or _led(render, text, messages, i, begin)
+  if not alike or not text.endswith(after) or begin > end:
     raise _unclear(text, f"message {i} changes what stands around it")
   return begin, end
+
+
+def _led(render: Render, text: str, messages: Sequence[Message], i: int, begin: int) -> bool:
+  """Whether a place lies behind where the template says that the assistant begins to write.
+
+  A template may write thoughts before a content that has none: then less of the text is common.
+  """
+  asked = _asked(render, messages, i)
+  led = asked != (_rendered_or_empty(render, messages[:i]) if i else "")
+  return led and begin >= _shared(text, asked)
 
 
 def _shared(first: str, second: str) -> int:
