@@ -124,7 +124,7 @@ def _gpt2_tensors(folder: Path, layers: int):
 
 
 def _requantized(source: Path, path: Path, bits: str) -> None:
-  import llama_cpp
+  import llama_cpp  # pyright: ignore[reportMissingImports]
 
   settings: Any = llama_cpp.llama_model_quantize_default_params()
   settings.ftype, settings.allow_requantize = GGUF_TYPES[bits], True
@@ -137,7 +137,7 @@ def _requantized(source: Path, path: Path, bits: str) -> None:
 
 def quiet_llama() -> None:
   """Keeps llama.cpp from telling all that it does."""
-  import llama_cpp
+  import llama_cpp  # pyright: ignore[reportMissingImports]
 
   llama_cpp.llama_log_set(_silent(), ctypes.c_void_p(0))
 
@@ -145,12 +145,12 @@ def quiet_llama() -> None:
 @functools.cache
 def _silent():
   """A callback that lives as long as the process."""
-  import llama_cpp
+  import llama_cpp  # pyright: ignore[reportMissingImports]
 
   return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 def _ct2(folder: Path, path: Path, bits: str) -> None:
-  from ctranslate2.converters import TransformersConverter
+  from ctranslate2.converters import TransformersConverter  # pyright: ignore[reportMissingImports]
 
   TransformersConverter(str(folder)).convert(str(path), quantization=CT2_TYPES[bits])

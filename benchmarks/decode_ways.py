@@ -109,7 +109,7 @@ def _theirs(found, cache: str) -> Way:
 def llama_cpp(folder: Path, bits: str) -> Way:
   """llama.cpp through its own calls: rows of a batch are sequences that are decoded together."""
   import gguf
-  import llama_cpp as library
+  import llama_cpp as library  # pyright: ignore[reportMissingImports]
 
   quiet_llama()
   library.llama_backend_init()
@@ -192,7 +192,7 @@ class _LlamaContext:
 
 def ctranslate2(folder: Path, bits: str) -> Way:
   """CTranslate2's Generator. It knows tokens as words."""
-  import ctranslate2 as library
+  import ctranslate2 as library  # pyright: ignore[reportMissingImports]
   import tokenizers
 
   path = folder / f"ct2 {bits}"
