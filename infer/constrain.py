@@ -181,7 +181,7 @@ def _vocabulary(tokenizer: Tokenizer, size: int, ends: frozenset[int]) -> Vocabu
     import llguidance
   except ImportError:
     raise InputError(
-      "json_schema, regex and grammar need the package llguidance: pip install llguidance."
+      "json_schema, regex and grammar need the package llguidance: pip install -e '.[constrain]'."
     ) from None
   tokens = token_bytes(tokenizer)
   words = -(-size // _BITS)

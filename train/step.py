@@ -72,28 +72,7 @@ def make_train_step(
   which are rounded once a step, and it is applied to those of the state.
   """
 
-  def learned(loss_fn: LossFn, state: TrainState, batch: Batch, key, weights):
-    def total(params, frozen, batch, key, weights):
-      loss, parts = loss_fn(params, frozen, batch, key), weigh(batch)
-      first = next(iter(weights))
-      value = sum(loss.terms[name] / weights[name] for name in weights)
-      return value + loss.penalty * parts[first] / weights[first], loss
-
-    gradient = jax.value_and_grad(total, has_aux=True)
-    return _accumulated(gradient, state, batch, key, weights, accumulation)
-
-  def through(aware: Aware, state: TrainState, *inputs):
-    rounded = dataclasses.replace(state, params=aware.rounded(state.params))
-    return learned(aware.loss_fn, rounded, *inputs)
-
-  def gradients(state: TrainState, *inputs):
-    plain = functools.partial(learned, loss_fn)
-    if aware is None:
-      return plain(state, *inputs)
-    later = functools.partial(through, aware)
-    if aware.start == 0:
-      return later(state, *inputs)
-    return jax.lax.cond(state.step >= aware.start, later, plain, state, *inputs)
+  gradients = _gradients(loss_fn, weigh, accumulation, aware)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state.step) if random else None
@@ -107,14 +86,9 @@ def make_train_step(
     new = dataclasses.replace(
       new, step=state.step + 1, bad_steps=jnp.where(finite, 0, state.bad_steps + 1)
     )
-    metrics: dict[str, Array] = dict(
-      {name: total / jnp.where(w > 0, w, 1) for name, (total, w) in loss.means.items()},
-      minimized=value, grad_norm=grad_norm,
-      learning_rate=jnp.asarray(schedule(state.step)), target_tokens=loss.means["loss"][1],
-      bad_steps=new.bad_steps, skipped_steps=skipped_steps(new.opt_state),
-      **{f"tokens.{name}": n for name, n in loss.tokens.items()},
-      **{f"pairs.{name}": n for name, n in loss.pairs.items()},
-    )  # fmt: skip
+    metrics = _metrics(loss, new)
+    metrics |= dict(minimized=value, grad_norm=grad_norm)
+    metrics |= dict(learning_rate=jnp.asarray(schedule(state.step)))
     return new, metrics
 
   return train_step
@@ -127,6 +101,49 @@ def make_eval_step(loss_fn: LossFn) -> Callable[[dict, dict, Batch], dict[str, M
     return loss_fn(params, frozen, batch, None).means
 
   return eval_step
+
+
+def _gradients(
+  loss_fn: LossFn, weigh: Weigh, accumulation: int, aware: Aware | None
+) -> Callable[..., tuple[dict, Loss, Array]]:
+  """Returns (state, batch, key, weights) -> (gradient, loss, what is minimized)."""
+
+  def of(loss_fn: LossFn, state: TrainState, batch: Batch, key, weights):
+    def total(params, frozen, batch, key, weights):
+      loss, parts = loss_fn(params, frozen, batch, key), weigh(batch)
+      first = next(iter(weights))
+      value = sum(loss.terms[name] / weights[name] for name in weights)
+      return value + loss.penalty * parts[first] / weights[first], loss
+
+    gradient = jax.value_and_grad(total, has_aux=True)
+    return _accumulated(gradient, state, batch, key, weights, accumulation)
+
+  plain = functools.partial(of, loss_fn)
+  if aware is None:
+    return plain
+
+  def rounded(state: TrainState, *inputs):
+    return of(
+      aware.loss_fn, dataclasses.replace(state, params=aware.rounded(state.params)), *inputs
+    )
+
+  if aware.start == 0:
+    return rounded
+  return lambda state, *inputs: jax.lax.cond(
+    state.step >= aware.start, rounded, plain, state, *inputs
+  )
+
+
+def _metrics(loss: Loss, new: TrainState) -> dict[str, Array]:
+  """What a step reports of its loss and of the state after it."""
+  return {
+    **{name: total / jnp.where(w > 0, w, 1) for name, (total, w) in loss.means.items()},
+    "target_tokens": loss.means["loss"][1],
+    "bad_steps": new.bad_steps,
+    "skipped_steps": skipped_steps(new.opt_state),
+    **{f"tokens.{name}": n for name, n in loss.tokens.items()},
+    **{f"pairs.{name}": n for name, n in loss.pairs.items()},
+  }
 
 
 def _positive(weights: dict[str, Array]) -> dict[str, Array]:

@@ -422,7 +422,7 @@ def test_models_that_cannot_be_held_to_anything_are_refused(m, monkeypatch):
   with pytest.raises(InputError, match="generate"):
     infer.generate(tiny.model(shape="encoder"), "x", regex="a")
   monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
-  with pytest.raises(InputError, match="pip install llguidance"):
+  with pytest.raises(InputError, match="pip install -e"):
     infer.generate(tiny.model(), "x", regex="a")  # With a tokenizer that is not known yet.
 
 
