@@ -57,7 +57,8 @@ METHODS = {
   "pissa": PLAIN | dict(init="pissa"),
   "orthogonal": PLAIN | dict(init="orthogonal", rslora=True),
   "some_layers": PLAIN | dict(targets=("layers.1.attn", "embed"), ranks=("embed=3",)),
-  "houlsby": dict(method="houlsby", bottleneck=3, dtype="float64"),
+  # Of ReLU's few units some may stay silent for a step.
+  "houlsby": dict(method="houlsby", bottleneck=3, activation="silu", dtype="float64"),
   "parallel": dict(method="parallel", bottleneck=3, activation="gelu", dtype="float64"),
   "pfeiffer_layer": dict(method="pfeiffer", targets=("layers.1",), dtype="float64"),
   "freeze": dict(method="full", freeze=("embed", "layers.0")),
