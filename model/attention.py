@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,8 @@ class Attention(nnx.Module):
   attends to an encoder's tokens, all of those of the query's segment: there positions, windows and
   relative biases say nothing.
   """
+
+  adapter: Any  # Of model.peft: what is added around all of it.
 
   def __init__(self, cfg: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs, cross: bool = False):
     D, N, K = cfg.d_model, cfg.num_heads, cfg.kv_heads

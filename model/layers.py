@@ -278,6 +278,8 @@ def activated(
 class MLP(nnx.Module):
   """Two matrices, or three with a gate (SwiGLU, GeGLU: Shazeer, arXiv:2002.05202)."""
 
+  adapter: Any  # Of model.peft: what is added around all of it.
+
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, width: int | None = None):
     D, F = cfg.d_model, cfg.d_ff if width is None else width
     into = ((D, F), ("embed", "mlp"))

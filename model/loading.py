@@ -19,13 +19,14 @@ from model.hf.source import Source
 from model.layers import param_info
 from model.peft import load as peft
 from model.peft import write
-from model.peft.attach import is_adapted
+from model.peft.attach import apart, attached, is_adapted, together
+from model.peft.bottleneck import has_bottlenecks
 from model.quant import Format
 from model.quant_load import as_stored, by_layer, main_format, read_params
 from model.quant_tree import quantized_leaves
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import holds_tokenizer
-from model.trained import Model
+from model.trained import Adapted, Model
 
 __all__ = ["Model", "convert", "load", "save"]
 
@@ -101,6 +102,11 @@ def source(path: str | Path, *, dtype: str | None = None) -> Source:
   _check_dtype(dtype)
   if not hf.is_folder(path):
     found, formats = _workdir(str(path), dtype)
+    if _adapters(str(path)):
+      raise InputError(
+        f"{path} has bottleneck adapters, which nothing but the model that it holds can have: use "
+        "the checkpoint of its base."
+      )
     if formats:
       raise InputError(
         f"{path} is quantized ({main_format(formats.values())}), and training, or a folder of "
@@ -175,12 +181,27 @@ def _from_workdir(
       "or load the checkpoint that it was made of."
     )
   cfg = _here(source.config, dtype or source.config.param_dtype)
+  own = apart(_wanted(cfg, mesh, _adapters(path, part)))[1]
   if format is not None and not formats:
     leaf = by_layer(source.leaf)
-    return _model(source, cfg, read_params(leaf, _wanted(cfg, mesh), _info(cfg), mesh, format))
-  wanted = {part: as_stored(_wanted(cfg, mesh), _info(cfg), formats, mesh)}
-  state = checkpoint.restore_params(path, wanted, cast=True, leave_out=TRAINED_BESIDE).state
-  return _model(source, cfg, state[part])
+    params = read_params(leaf, _wanted(cfg, mesh), _info(cfg), mesh, format)
+    if own:
+      read = checkpoint.restore_params(path, {part: own}, cast=True, leave_out=None).state[part]
+      params = together(params, read)
+  else:
+    base = as_stored(_wanted(cfg, mesh), _info(cfg), formats, mesh)
+    wanted = {part: together(base, own)}
+    params = checkpoint.restore_params(path, wanted, cast=True, leave_out=TRAINED_BESIDE).state[
+      part
+    ]
+  m = _model(source, cfg, params)
+  return dataclasses.replace(m, adapted=Adapted(None, False)) if own else m
+
+
+def _adapters(path: str, part: str = "params") -> dict:
+  """Shapes of the adapters that a workdir holds together with their base; {} for none."""
+  workdir, step = checkpoint.resolve(path)
+  return apart(checkpoint.describe(workdir / "checkpoints" / str(step)).state.get(part, {}))[1]
 
 
 def _workdir(path: str, dtype: str | None, part: str = "params") -> tuple[Source, dict[str, str]]:
@@ -224,9 +245,9 @@ def _info(cfg: ModelConfig) -> dict:
   return param_info(abstract(cfg))
 
 
-def _wanted(cfg: ModelConfig, mesh: jax.sharding.Mesh | None) -> dict:
-  """Shapes, dtypes and shardings of the parameters."""
-  net = abstract(cfg)
+def _wanted(cfg: ModelConfig, mesh: jax.sharding.Mesh | None, adapters: dict | None = None) -> dict:
+  """Shapes, dtypes and shardings of the parameters, and of adapters of the given shapes."""
+  net = attached(abstract(cfg), adapters or {})
   shapes = nnx.to_pure_dict(nnx.state(net, nnx.Param))
   if mesh is None:
     where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
@@ -242,7 +263,8 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
 
   Args:
     folder: a new or empty folder.
-    format: `orbax`, a workdir with config.json, tokenizer/ and checkpoints/0; `hf`, a folder that
+    format: `orbax`, a workdir with config.json, tokenizer/ and checkpoints/0, and the only one that
+      holds bottleneck adapters, with their base; `hf`, a folder that
       Transformers reads, which has no quantized matrices: written in float again, it would pass for
       the model that they were made of; `peft`, the adapter alone as torch PEFT reads it, whatever
       its base is kept in.
@@ -252,7 +274,13 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
     InputError: for an unknown format, a folder that holds something, or a model that is quantized
       or of no family of Hugging Face's, where it goes there.
   """
-  if is_adapted(m.params) and format in ("orbax", "hf"):
+  if has_bottlenecks(m.params):
+    if format == "hf":
+      raise InputError(
+        "the model has bottleneck adapters, which folders of Hugging Face's have no place for: use "
+        "format='orbax'."
+      )
+  elif is_adapted(m.params) and format in ("orbax", "hf"):
     raise InputError(
       f"the model has an adapter, and format={format!r} holds whole models: save m.merged() of a "
       "float base, or the adapter with format='peft'."
@@ -309,7 +337,7 @@ def convert(
     raise InputError("format='peft' holds adapters, and whole models are converted.")
   if format == "orbax" or peft.is_adapter(path):
     m = load(path, dtype=dtype)
-    m = m.merged() if is_adapted(m.params) else m
+    m = m.merged() if is_adapted(m.params) and not has_bottlenecks(m.params) else m
     save(m, folder, format=format, family=family)
     return m.config
   found = source(path, dtype=dtype)

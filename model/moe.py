@@ -121,6 +121,8 @@ class Experts(nnx.Module):
   Mixtral, arXiv:2401.04088; shared experts: DeepSeekMoE, arXiv:2401.06066.
   """
 
+  adapter: Any  # Of model.peft: what is added around all of it.
+
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
     self.cfg, self.kernel, self.dtype = cfg, cfg.expert_kernel, cfg.compute_dtype
     self.router = Router(cfg, rngs=rngs)

@@ -87,17 +87,19 @@ class Block(nnx.Module):
     y, own = self.attn(normed, where, cache=own, key=keys[0])
     cache = None if own is None else LayerCache(own, cross)
     if self.cfg.residual == "serial":
-      x = self._add(x, y, "attn_post_norm", keys[1])
+      x = self._add("attn", x, normed, y, keys[1])
       if hasattr(self, "cross_attn"):
-        y, _ = self.cross_attn(self._read("cross_attn_norm", x), where, cache=cross, key=keys[3])
-        x = self._add(x, y, "cross_attn_post_norm", keys[4])
-      y, aux = self._mlp(self._read("mlp_norm", x), where, keys[5])
-      x = self._add(x, y, "mlp_post_norm", keys[2])
+        normed = self._read("cross_attn_norm", x)
+        y, _ = self.cross_attn(normed, where, cache=cross, key=keys[3])
+        x = self._add("cross_attn", x, normed, y, keys[4])
+      normed = self._read("mlp_norm", x)
+      y, aux = self._mlp(normed, where, keys[5])
+      x = self._add("mlp", x, normed, y, keys[2])
       return self._beside(start, x, where, key), cache, aux
     both = normed if self.cfg.residual == "parallel" else self._read("mlp_norm", x)
     z, aux = self._mlp(both, where, keys[5])
-    x = self._add(x, y, "attn_post_norm", keys[1])
-    x = self._add(x, z, "mlp_post_norm", keys[2])
+    x = self._add("attn", x, normed, y, keys[1])
+    x = self._add("mlp", x, both, z, keys[2])
     return self._beside(start, x, where, key), cache, aux
 
   def _beside(self, x: Array, y: Array, where: Where, key: jax.Array | None) -> Array:
@@ -120,10 +122,16 @@ class Block(nnx.Module):
       return self.mlp(x, where.pos >= 0)
     return self.mlp(x, key), {}
 
-  def _add(self, x: Array, y: Array, norm: str, key: jax.Array | None) -> Float[Array, "B T D"]:
-    post = self.cfg.norm_placement == "post"
+  def _add(
+    self, part: str, x: Array, read: Array, y: Array, key: jax.Array | None
+  ) -> Float[Array, "B T D"]:
+    """The residual stream with what a part of the block gives, `y`, for what it has read; an
+    adapter of the part (model.peft.bottleneck) changes that first.
+    """
+    post, norm, owner = self.cfg.norm_placement == "post", f"{part}_post_norm", getattr(self, part)
     # First what a product gives, whole: asked for parts of it, XLA gathers what is multiplied.
     y = constrain_residual(constrain_tokens(y))
+    y = owner.adapter(read, y) if hasattr(owner, "adapter") else y
     y = dropout(y if post else self._norm(norm, y), self.cfg.dropout, key)
     if self.cfg.residual_scale is not None:
       y *= jnp.asarray(self.cfg.residual_scale, y.dtype)

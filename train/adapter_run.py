@@ -95,7 +95,9 @@ def _with_base(state: TrainState, base: dict, program: Program) -> TrainState:
   parts = program.parts
   if parts is None:
     return state
-  rest = jax.jit(parts.split, donate_argnums=0)(base)[1]
+  frozen = apart(program.state.frozen)[0]
+  where = jax.tree.map(lambda a: a.sharding, frozen)
+  rest = parts.consuming(lambda base: parts.split(base)[1], out_shardings=where)(base)
   return dataclasses.replace(state, frozen=together(rest, state.frozen))
 
 

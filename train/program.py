@@ -15,7 +15,7 @@ from model.context import check_lengths
 from model.errors import InputError
 from model.layers import param_info
 from model.peft.attach import attached, together, with_dropout
-from model.peft.create import Site, new_adapters, sites
+from model.peft.create import new_adapters, sites
 from model.peft.parts import Parts, parts_of
 from model.pipeline import check_pipeline
 from model.quant import Format
@@ -102,9 +102,12 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     params, frozen = (tree, {}) if parts is None else parts.split(tree)
     return init_state(params, frozen, tx, ema=config.ema_decay is not None)
 
-  def init() -> TrainState:
+  def draw() -> dict:
     fresh = objective.build(config.model, nnx.Rngs(params=jax.random.key(config.seed)))
-    return begin(pack(nnx.to_pure_dict(nnx.state(fresh, nnx.Param))))
+    return pack(nnx.to_pure_dict(nnx.state(fresh, nnx.Param)))
+
+  def init() -> TrainState:
+    return begin(draw())
 
   shapes = jax.eval_shape(init)
   where = _state_shardings(shapes, trained, rest, tx, mesh)
@@ -119,9 +122,15 @@ def build_program(config: Config, mesh: Mesh) -> Program:
     seed=config.seed, accumulation=config.accumulation, ema_decay=config.ema_decay,
     random=max(rates) > 0 or objective.samples, aware=aware,
   )  # fmt: skip
+  first = jax.jit(init, out_shardings=where)
+  begun: Any = jax.jit(begin, donate_argnums=0, out_shardings=where)
+  if parts is not None:
+    # Apart: adapters that read weights would change how, and in which last bits, these are drawn.
+    drawn = jax.jit(draw, out_shardings=jax.tree.map(lambda a: a.sharding, places))
+    begun = parts.consuming(begin, out_shardings=where)
+    first = lambda: begun(drawn())
   return Program(
-    graphdef, info, state, batch, jax.jit(init, out_shardings=where), places,
-    jax.jit(begin, donate_argnums=0, out_shardings=where), parts,
+    graphdef, info, state, batch, first, places, begun, parts,
     jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh))),
     jax.jit(make_eval_step(aware or loss_fn), out_shardings=replicated(mesh)),
   )  # fmt: skip
@@ -133,7 +142,7 @@ def _adaptation(
   """(base parameters -> those with adapters, what of them is trained, the adapted network)."""
   if config.peft.trains_all:
     return lambda base: base, None, net
-  found: list[Site] = sites(config.peft, config.model, net) if config.peft.adds else []
+  found = sites(config.peft, config.model, net) if config.peft.adds else []
 
   def adapt(base: dict) -> dict:
     key = jax.random.fold_in(jax.random.key(config.seed), 1)

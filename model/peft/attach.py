@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from model.errors import InputError
 from model.layers import Embed, Linear
 from model.moe import ExpertMatrix
+from model.peft.bottleneck import Bottleneck, parts
 from model.peft.ia3 import IA3
 from model.peft.lora import LoRA
 from model.peft.names import Path
@@ -38,25 +39,30 @@ def attached(net: nnx.Module, params: dict) -> nnx.Module:
     InputError: for an adapter of what the network does not have.
   """
   leaves: Any = flatten_dict(params)
-  found: dict[Path, dict[str, Any]] = {}
+  found: dict[Path, dict[Path, Any]] = {}
   for path, leaf in leaves.items():
     if KEY in path:
-      found.setdefault(path[: path.index(KEY)], {})[path[-1]] = leaf
+      at = path.index(KEY)
+      found.setdefault(path[:at], {})[path[at + 1 :]] = leaf
   if not found:
     return net
   for path, owner in owners(net):
     if path in found:
-      kind: Any = LoRA if "a" in found[path] else IA3
-      owner.adapter = kind(owner, found.pop(path))
+      own = unflatten_dict(found.pop(path))
+      kind: Any = LoRA if "a" in own else IA3
+      owner.adapter = kind(owner, own)
+  for path, part in parts(net):
+    if path in found:
+      part.adapter = Bottleneck(unflatten_dict(found.pop(path)))
   if found:
     name = ".".join(map(str, next(iter(found))))
     raise InputError(f"{len(found)} adapters belong to nothing in this model, as that of {name}.")
   return net
 
 
-def adapters(module: Any) -> Iterator[tuple[Path, LoRA | IA3]]:
+def adapters(module: Any) -> Iterator[tuple[Path, LoRA | IA3 | Bottleneck]]:
   """The adapters of a network, each with its owner's path."""
-  for path, owner in owners(module):
+  for path, owner in (*owners(module), *parts(module)):
     if hasattr(owner, KEY):
       yield path, owner.adapter
 
@@ -91,7 +97,7 @@ def together(*trees: dict) -> dict:
 def with_dropout(net: nnx.Module, rate: float, key: jax.Array) -> None:
   """Lets the adapters of `net` drop what they read, each and in each layer by a key of its own."""
   for number, (_, adapter) in enumerate(adapters(net)):
-    if isinstance(adapter, LoRA):
+    if isinstance(adapter, LoRA | Bottleneck):
       own, lead = jax.random.fold_in(key, number), adapter.scale.shape
       adapter.rate = rate
       keys = jax.random.split(own, lead) if lead else own

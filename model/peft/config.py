@@ -4,18 +4,22 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from model.config import ACTIVATIONS
 from model.errors import InputError, nearest
 from model.quant_formats import Format
 
-METHODS = ("full", "bitfit", "lora", "dora", "ia3")
-ADAPTERS = ("lora", "dora", "ia3")  # Methods that add parameters to a model.
+METHODS = ("full", "bitfit", "lora", "dora", "ia3", "houlsby", "pfeiffer", "parallel")
+BOTTLENECKS = ("houlsby", "pfeiffer", "parallel")
+ADAPTERS = ("lora", "dora", "ia3", *BOTTLENECKS)  # Methods that add parameters to a model.
 LOW_RANK = ("lora", "dora")
 INITS = ("default", "gaussian", "pissa", "orthogonal")
 DTYPES = ("float32", "bfloat16", "float64")
 
 # Which methods read a field; those that are not here are read by all.
 _READERS = {
-  **dict.fromkeys(("rank", "dropout", "rslora", "init", "ranks", "alpha", "alphas"), LOW_RANK),
+  **dict.fromkeys(("rank", "rslora", "init", "ranks", "alpha", "alphas"), LOW_RANK),
+  **dict.fromkeys(("bottleneck", "activation", "scale"), BOTTLENECKS),
+  "dropout": (*LOW_RANK, *BOTTLENECKS),
   "learning_rate_ratio": LOW_RANK, "dtype": ADAPTERS, "base_format": ADAPTERS,
   "freeze": ("full",),
   "also": ("bitfit", *ADAPTERS),
@@ -32,12 +36,15 @@ class PeftConfig:
 
   Methods: full, everything, or with `targets` or `freeze` a part of it; bitfit, biases (Ben Zaken
   et al., arXiv:2106.10199); lora (Hu et al., arXiv:2106.09685); dora (Liu et al.,
-  arXiv:2402.09353); ia3 (Liu et al., arXiv:2205.05638).
+  arXiv:2402.09353); ia3 (Liu et al., arXiv:2205.05638); bottleneck adapters: houlsby, behind
+  attention and MLPs (Houlsby et al., arXiv:1902.00751), pfeiffer, behind MLPs (Pfeiffer et al.,
+  arXiv:2005.00247), parallel, beside MLPs (He et al., arXiv:2110.04366).
   """
 
   method: str = "full"
   # Where; (): full, all; bitfit, all biases; lora and dora, every matrix of attention, MLPs and
-  # experts; ia3, keys, values and what MLPs read last.
+  # experts; ia3, keys, values and what MLPs read last. Of bottlenecks, parts of layers: attn,
+  # cross_attn, mlp; (): as the method has it.
   targets: tuple[str, ...] = ()
   freeze: tuple[str, ...] = ()  # full: what stays as it is, also where it is a target.
   also: tuple[str, ...] | None = None  # Trained besides; None: a head that tells labels.
@@ -51,13 +58,18 @@ class PeftConfig:
   # al., arXiv:2404.02948); orthogonal: A and B of orthogonal rows.
   init: str = "default"
   learning_rate_ratio: float | None = None  # Of B's to A's (LoRA+, Hayou et al., arXiv:2402.12354).
+  bottleneck: int | None = None  # Width of bottlenecks; None: a sixteenth of the model's.
+  activation: str = "relu"  # Inside bottlenecks; as model.activation.
+  # Of what bottlenecks add; None: 1, and 4 of parallel ones.
+  scale: float | None = None
   dtype: str = "float32"  # Of an adapter's parameters.
   # The frozen matrices in fewer bits: int8, int4, int4:GROUP, nf4 or fp8 (QLoRA, Dettmers et al.,
   # arXiv:2305.14314); None: as they are.
   base_format: str | None = None
 
   def __post_init__(self):
-    for name, allowed in (("method", METHODS), ("init", INITS), ("dtype", DTYPES)):
+    for name, allowed in (("method", METHODS), ("init", INITS), ("dtype", DTYPES),
+                          ("activation", ACTIVATIONS)):  # fmt: skip
       value = getattr(self, name)
       if value not in allowed:
         raise InputError(
@@ -66,8 +78,12 @@ class PeftConfig:
         )
     if self.rank < 1:
       raise InputError(f"peft.rank={self.rank} must be at least 1.")
-    if self.alpha is not None and not 0 < self.alpha < float("inf"):
-      raise InputError(f"peft.alpha={self.alpha} must be a positive number, or None.")
+    if self.bottleneck is not None and self.bottleneck < 1:
+      raise InputError(f"peft.bottleneck={self.bottleneck} must be at least 1, or None.")
+    for name in ("alpha", "scale"):
+      value = getattr(self, name)
+      if value is not None and not 0 < value < float("inf"):
+        raise InputError(f"peft.{name}={value} must be a positive number, or None.")
     if not 0 <= self.dropout < 1:
       raise InputError(f"peft.dropout={self.dropout} must be at least 0 and below 1.")
     ratio = self.learning_rate_ratio

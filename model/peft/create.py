@@ -15,7 +15,8 @@ from model.errors import InputError
 from model.layers import Embed
 from model.moe import ExpertMatrix
 from model.peft.attach import KEY, Owner, owners
-from model.peft.config import LOW_RANK, PeftConfig
+from model.peft.bottleneck import Place, places
+from model.peft.config import BOTTLENECKS, LOW_RANK, PeftConfig
 from model.peft.lora import begin, magnitude, sides
 from model.peft.names import Names, Path, any_matches, check_used, matches
 from model.quant import Quantized
@@ -55,13 +56,15 @@ def scale_of(alpha: float | None, rank: int, *, rslora: bool) -> float:
   return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-def sites(config: PeftConfig, model: ModelConfig, net: nnx.Module) -> list[Site]:
+def sites(config: PeftConfig, model: ModelConfig, net: nnx.Module) -> list[Site | Place]:
   """Where the adapters of `config` go in `net`, which may be abstract.
 
   Raises:
     InputError: for a pattern that matches nothing, what the method cannot adapt, or ranks that
       differ among layers that are stacked.
   """
+  if config.method in BOTTLENECKS:
+    return [*places(config, model, net)]
   names, all_owners = Names(model), list(owners(net))
   known = [name for path, _ in all_owners for name in names.of(path)]
   for field in ("targets", "ranks", "alphas"):
@@ -81,7 +84,7 @@ def sites(config: PeftConfig, model: ModelConfig, net: nnx.Module) -> list[Site]
   chosen = [name for site in found for name in names.of(site.path)]
   for field in ("ranks", "alphas"):
     check_used(field, [p for p, _ in config.numbers(field)], chosen)
-  return found
+  return [*found]
 
 
 def _wanted(config: PeftConfig, name: str, path: Path, owner: Owner) -> bool:
@@ -156,7 +159,7 @@ def _check_rank(config: PeftConfig, site: Site, name: str) -> None:
     raise InputError(f"peft.init='orthogonal' needs an even rank; {name} has {site.rank}.")
 
 
-def new_adapters(config: PeftConfig, found: list[Site], base: dict, key: jax.Array) -> dict:
+def new_adapters(config: PeftConfig, found: list[Site | Place], base: dict, key: jax.Array) -> dict:
   """What the adapters at `found` begin as: a nested dict, to be put beside `base`.
 
   Args:
@@ -166,10 +169,14 @@ def new_adapters(config: PeftConfig, found: list[Site], base: dict, key: jax.Arr
   out = {}
   for site in found:
     own = jax.random.fold_in(key, zlib.crc32(".".join(map(str, site.path)).encode()) % 2**31)
-    made = _ia3(site) if config.method == "ia3" else _low_rank(config, site, own, leaves)
+    if isinstance(site, Place):
+      made = site.begin(own)
+    else:
+      plain = _ia3(site) if config.method == "ia3" else _low_rank(config, site, own, leaves)
+      made = {(name,): value for name, value in plain.items()}
     for name, value in made.items():
-      dtype = jnp.float32 if name == "scale" else config.dtype
-      out[(*site.path, KEY, name)] = value.astype(dtype)
+      dtype = jnp.float32 if name[-1] == "scale" else config.dtype
+      out[(*site.path, KEY, *name)] = value.astype(dtype)
   return unflatten_dict(out)
 
 

@@ -12,6 +12,7 @@ from model.errors import InputError
 from model.layers import Embed
 from model.moe import ExpertMatrix
 from model.peft.attach import Owner, adapters, apart, is_adapted, owners
+from model.peft.bottleneck import Bottleneck, check_none
 from model.peft.ia3 import IA3
 from model.peft.lora import sides
 from model.peft.names import Path
@@ -32,6 +33,7 @@ def merged(m: Model) -> Model:
   """
   if not is_adapted(m.params):
     raise InputError("the model has no adapter that could be merged.")
+  check_none(m.params, "no matrix of it can hold merged")
   base = apart(m.params)[0]
   leaves: Any = flatten_dict(base)
   net = nnx.merge(m.graphdef, m.params)
@@ -67,7 +69,7 @@ def unmerged(m: Model, adapted: Model) -> Model:
   leaves: Any = flatten_dict(m.params)
   new = dict(leaves)
   for path, adapter in adapters(net):
-    if isinstance(adapter, IA3) or hasattr(adapter, "magnitude"):
+    if isinstance(adapter, IA3 | Bottleneck) or hasattr(adapter, "magnitude"):
       raise InputError("only what LoRA has added can be taken off again: load the base.")
     owner = dict(owners(net))[path]
     weight = (*path, "table" if isinstance(owner, Embed) else "w")

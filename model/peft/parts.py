@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from model.config import ModelConfig
 from model.errors import InputError
-from model.peft.attach import KEY, of_adapter
+from model.peft.attach import KEY, of_adapter, together
 from model.peft.config import PeftConfig
 from model.peft.names import Names, Path, any_matches, check_used
 
@@ -89,6 +89,21 @@ class Parts:
       order = np.argsort([*(self.rows[path] or ()), *self._others(path, both)])
       out[path] = both if list(order) == list(range(len(order))) else both[order]
     return unflatten_dict(out)
+
+  def consuming(self, function: Callable[[dict], Any], **options: Any) -> Callable[[dict], Any]:
+    """`jax.jit` of a function of a whole tree, which is donated but for parameters of which some
+    layers are trained: cut in two, they leave no room that a result could take.
+    """
+    run = jax.jit(lambda whole, cut: function(together(whole, cut)), donate_argnums=0, **options)
+
+    def call(tree: dict) -> Any:
+      leaves: Any = flatten_dict(tree)
+      parts: tuple[dict, dict] = ({}, {})
+      for path, leaf in leaves.items():
+        parts[bool(self.rows[path])][path] = leaf
+      return run(*map(unflatten_dict, parts))
+
+    return call
 
   def _others(self, path: Path, leaf: Any) -> np.ndarray:
     return np.setdiff1d(np.arange(leaf.shape[0]), self.rows[path] or ())

@@ -12,6 +12,7 @@ from model import hf
 from model.errors import InputError
 from model.hf.safetensors_files import write_file
 from model.peft.attach import KEY, is_adapted
+from model.peft.bottleneck import check_none
 from model.peft.create import dense
 from model.peft.files import CONFIG, WEIGHTS
 from model.peft.lora import magnitude
@@ -32,6 +33,7 @@ def save(m: Model, folder: File) -> None:
   """
   if not is_adapted(m.params):
     raise InputError("the model has no adapter: format='peft' holds nothing else.")
+  check_none(m.params, "torch PEFT has no method for")
   leaves: Any = flatten_dict(m.params)
   layout = hf.layout(m)
   known = modules(layout, m.config)

@@ -57,6 +57,10 @@ METHODS = {
   "pissa": PLAIN | dict(init="pissa"),
   "orthogonal": PLAIN | dict(init="orthogonal", rslora=True),
   "some_layers": PLAIN | dict(targets=("layers.1.attn", "embed"), ranks=("embed=3",)),
+  # Of ReLU's few units some may stay silent for a step.
+  "houlsby": dict(method="houlsby", bottleneck=3, activation="silu", dtype="float64"),
+  "parallel": dict(method="parallel", bottleneck=3, activation="gelu", dtype="float64"),
+  "pfeiffer_layer": dict(method="pfeiffer", targets=("layers.1",), dtype="float64"),
   "freeze": dict(method="full", freeze=("embed", "layers.0")),
   "bitfit": dict(method="bitfit", also=("final_norm",)),
 }
@@ -80,7 +84,9 @@ def test_only_what_is_trained_changes_or_has_state(name):
     assert all(KEY in path for path in flatten_dict(after.params))
 
 
-@pytest.mark.parametrize("name", ["dora", "pissa", "orthogonal", "ia3", "lora"])
+@pytest.mark.parametrize(
+  "name", ["dora", "pissa", "orthogonal", "ia3", "lora", "houlsby", "parallel"]
+)
 @pytest.mark.slow
 def test_new_adapters_change_nothing(name):
   _, _, _, adapted = run(METHODS[name], steps=1)
@@ -98,7 +104,7 @@ MESHES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "pissa"])
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "pissa", "houlsby", "parallel"])
 def test_eight_devices_equal_one(name, mesh):
   model = tiny.ROTARY
   if mesh == "stage":
@@ -122,14 +128,16 @@ def test_adapters_of_experts_on_split_experts_equal_one_device(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "houlsby", "parallel"])
 @pytest.mark.parametrize(
-  "changes", [dict(scan_layers=False), dict(remat="full"), dict(accumulation=4)]
+  "changes",
+  [dict(scan_layers=False), dict(remat="full"), dict(remat="dots"), dict(accumulation=4)],
 )
-def test_unrolled_rematerialized_and_accumulated_equal_plain(changes):
+def test_unrolled_rematerialized_and_accumulated_equal_plain(name, changes):
   own = {k: changes[k] for k in changes if k == "accumulation"}
   model = dataclasses.replace(tiny.ROTARY, **{k: v for k, v in changes.items() if k not in own})
-  _, _, want, want_losses = run(PLAIN)
-  _, _, got, losses = run(PLAIN, model=model, **own)
+  _, _, want, want_losses = run(METHODS[name])
+  _, _, got, losses = run(METHODS[name], model=model, **own)
   np.testing.assert_allclose(losses, want_losses, rtol=0, atol=1e-9)
   near(got.params, want.params)
 
@@ -159,13 +167,14 @@ def test_lora_plus_moves_b_by_its_own_rate_and_not_that_of_tables():
 
 
 @pytest.mark.slow
-def test_dropout_of_adapters_draws_anew_in_each_step_and_layer():
-  _, _, plain, _ = run(PLAIN)
-  _, _, dropped, losses = run(PLAIN | dict(dropout=0.5))
-  _, _, again, same_losses = run(PLAIN | dict(dropout=0.5))
+@pytest.mark.parametrize("name", ["lora", "houlsby", "parallel"])
+def test_dropout_of_adapters_draws_anew_in_each_step_and_layer(name):
+  _, _, plain, _ = run(METHODS[name])
+  _, _, dropped, losses = run(METHODS[name] | dict(dropout=0.5))
+  _, _, again, same_losses = run(METHODS[name] | dict(dropout=0.5))
   assert losses == same_losses and same(dropped.params, again.params)
-  a = lambda s: s.params["decoder"]["layers"][0]["attn"]["q_proj"][KEY]["b"]
-  assert np.abs(a(plain) - a(dropped)).max() > 1e-6
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), plain.params, dropped.params)
+  assert all(most > 1e-6 for most in jax.tree.leaves(moved))
 
 
 def test_the_report_tells_how_much_is_trained():
