@@ -12,9 +12,9 @@ from model.layers import Embed, Linear
 from model.moe import ExpertMatrix
 from model.peft.ia3 import IA3
 from model.peft.lora import LoRA
-from model.peft.names import Path
+from model.peft.names import KEY, Path
+from model.peft.written import attach_virtual
 
-KEY = "adapter"  # In the path of a parameter: it is one of an adapter.
 Owner = Linear | Embed | ExpertMatrix
 
 
@@ -44,6 +44,7 @@ def attached(net: nnx.Module, params: dict) -> nnx.Module:
       found.setdefault(path[: path.index(KEY)], {})[path[-1]] = leaf
   if not found:
     return net
+  attach_virtual(net, found)
   for path, owner in owners(net):
     if path in found:
       kind: Any = LoRA if "a" in found[path] else IA3
