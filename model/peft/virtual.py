@@ -79,11 +79,6 @@ class Prefix(nnx.Module):
     return cache.update(own(self.prefix_k[...]), own(self.prefix_v[...]), pos)
 
 
-def is_virtual(leaves: Mapping[Any, Any]) -> bool:
-  """Whether there are virtual tokens among flat parameters."""
-  return any(path[-1] in (PROMPT, *PREFIX) for path in leaves)
-
-
 def has_prompt(params: Mapping[str, Any]) -> bool:
   """Whether the parameters have virtual tokens that a first layer reads."""
   return any(virtual_tokens(params, stack, (PROMPT,)) for stack in params)
