@@ -14,7 +14,7 @@ from model.errors import InputError
 from model.peft.config import PeftConfig
 from model.peft.names import KEY
 from model.peft.virtual import PROMPT
-from model.peft.written import new_prefix_writer, new_prompt_writer, placed_prefix
+from model.peft.written import TABLE, new_prefix_writer, new_prompt_writer, placed_prefix
 from model.quant import Quantized
 
 
@@ -108,4 +108,6 @@ def _prefix(config: PeftConfig, cfg: ModelConfig, key: jax.Array) -> dict:
     return {(stack, KEY, name): leaf for name, leaf in made.items()}
   shape = (config.virtual_tokens, size["layers"], 2, size["heads"], size["head_width"])
   table = jnp.zeros(shape) if zero else jax.random.normal(key, shape)
+  if cfg.shape == "encoder_decoder":  # Layers share rows there.
+    return {(stack, KEY, TABLE): table}
   return placed_prefix(table, cfg)

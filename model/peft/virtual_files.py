@@ -14,7 +14,7 @@ from model.errors import InputError
 from model.peft.create_virtual import refusal
 from model.peft.names import KEY, Names, Path
 from model.peft.virtual import PREFIX, PROMPT
-from model.peft.written import placed_prefix
+from model.peft.written import placed_prefix, rows_of_layers
 
 TENSOR, BEFORE = "prompt_embeddings", "base_model."
 PREFIX_KIND = "PREFIX_TUNING"
@@ -56,6 +56,12 @@ def parameters(
       f"{folder}: {TENSOR} has shape {list(table.shape)}, and num_virtual_tokens={count} with "
       f"{what} of this model make [{rows}, {width}]: is it of another base?"
     )
+  stacks = config.get("num_transformer_submodules")
+  if prefix and (stacks == 2) != (cfg.shape == "encoder_decoder"):
+    raise InputError(
+      f"{folder}: num_transformer_submodules={stacks} of a prefix must be 2 for an encoder–decoder "
+      "and 1 for other models."
+    )
   limit = cfg.max_positions
   if limit is not None and count >= limit:
     raise InputError(f"{folder} has {count} virtual tokens, and this model {limit} positions.")
@@ -77,7 +83,15 @@ def table_of(leaves: Mapping[Path, Any], cfg: ModelConfig) -> tuple[str, np.ndar
       for row, number in enumerate(names.layers(path) or ()):
         layers[number] = np.stack([a[row] for a in pair], axis=1)  # (V, 2, K, H)
   table = np.stack([layers[i] for i in sorted(layers)], axis=1)
-  return PREFIX_KIND, table.reshape(len(table), -1).astype(np.float32)
+  rows = rows_of_layers(cfg)
+  theirs = np.zeros_like(table)
+  theirs[:, rows] = table
+  if not np.array_equal(theirs[:, rows], table):
+    raise InputError(
+      "PEFT gives two layers of a decoder behind an encoder one prefix, and here they have others: "
+      "keep the workdir of the run instead."
+    )
+  return PREFIX_KIND, theirs.reshape(len(theirs), -1).astype(np.float32)
 
 
 def described(kind: str, table: np.ndarray, cfg: ModelConfig, task: str | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
@@ -31,8 +32,9 @@ class Writer(nnx.Module):
   def __init__(self, leaves: Leaves):
     for name, leaf in leaves.items():
       vector, axes = name.endswith("_b"), (None,) * len(leaf.shape)
-      if len(axes) > 2:  # The last matrix of a prefix, and its bias.
-        axes = (*("embed",) * (not vector), None, None, "kv_heads", "head_dim")
+      if len(axes) > 2:  # Keys and values, or the last matrix that writes them and its bias.
+        first = {TABLE: (None,), f"{LAST}_w": ("embed",)}.get(name, ())
+        axes = (*first, None, None, "kv_heads", "head_dim")
       role = "vector" if vector else "embedding" if name == TABLE else "matrix"
       setattr(self, name, adapter_param(leaf, axes, role=role))
 
@@ -114,15 +116,27 @@ def written_out(params: dict, cfg: ModelConfig) -> dict:
     return params
   (place,) = places
   own = {path[-1]: leaves.pop(path) for path in list(leaves) if path[:-1] == place}
+  if own[TABLE].ndim == 5:
+    return unflatten_dict(leaves | placed_prefix(own[TABLE], cfg))
   if own[f"{LAST}_w"].ndim == 2:
     return unflatten_dict(leaves | {(*place, PROMPT): _prompt(own)})
   return unflatten_dict(leaves | placed_prefix(_prefix(own), cfg))
 
 
+def rows_of_layers(cfg: ModelConfig) -> np.ndarray:
+  """The row of PEFT's table that each layer of the last stack has.
+
+  It is the layer's own, but behind an encoder: there PEFT lays the table twice and deals out every
+  fourth pair, so that of an even number of layers every second row is read, and by two layers.
+  """
+  layers = np.arange(cfg.depth(cfg.stacks[-1]))
+  return layers * 2 % len(layers) if cfg.shape == "encoder_decoder" else layers
+
+
 def placed_prefix(table: Float[Array, "V L 2 K H"], cfg: ModelConfig) -> dict[Path, Array]:
-  """Flat parameters of the prefixes of all layers of the last stack."""
+  """Flat parameters of the prefixes of all layers of the last stack, from PEFT's table."""
   stack, out = cfg.stacks[-1], {}
-  names = Names(cfg)
+  names, table = Names(cfg), table[:, rows_of_layers(cfg)]
   for place in range(sum(len(pattern) for pattern, _ in cfg.groups(stack))):
     path = (stack, "layers", place, "attn", KEY)
     rows = jnp.moveaxis(table[:, jnp.array(names.layers(path))], 0, 2)  # (layers, 2, V, K, H)
