@@ -69,16 +69,16 @@ def gradient(config, batch):
 
 
 CASES = [
-  ("classification", "encoder", "prompt"),
-  pytest.param("span_qa", "encoder", "prompt", marks=slow),
-  pytest.param("seq2seq", "encoder_decoder", "prompt", marks=slow),
+  ("classification", "encoder", "vocabulary"),
+  pytest.param("span_qa", "encoder", "vocabulary", marks=slow),
+  pytest.param("seq2seq", "encoder_decoder", "vocabulary", marks=slow),
   pytest.param("seq2seq", "encoder_decoder", "prefix", marks=slow),
-  pytest.param("classification", "encoder_decoder", "prompt", marks=slow),
-  pytest.param("classification", "decoder", "prompt", marks=slow),
+  pytest.param("classification", "encoder_decoder", "vocabulary", marks=slow),
+  pytest.param("classification", "decoder", "vocabulary", marks=slow),
   pytest.param("classification", "encoder", "prefix", marks=slow),
-  pytest.param("tagging", "encoder", "prompt", marks=slow),
-  pytest.param("contrastive", "encoder", "prompt", marks=slow),
-  pytest.param("sft", "decoder", "prompt", marks=slow),
+  pytest.param("tagging", "encoder", "vocabulary", marks=slow),
+  pytest.param("contrastive", "encoder", "vocabulary", marks=slow),
+  pytest.param("sft", "decoder", "vocabulary", marks=slow),
   pytest.param("sft", "decoder", "prefix", marks=slow),
 ]
 
@@ -86,7 +86,8 @@ CASES = [
 @pytest.mark.parametrize(("objective", "shape", "method"), CASES)
 def test_packed_equals_separate_in_loss_and_gradients(tmp_path, objective, shape, method):
   tasks.write(tmp_path / "rows.jsonl", tasks.rows(12))
-  made = tasks.config(tmp_path, objective, shape, peft=peft(method), init_from="base")
+  made = tasks.config(tmp_path, objective, shape, peft=peft(method), init_from="base",
+                      max_positions=112)  # fmt: skip
   packed, _, batch = tasks.epoch(made)
   apart = dataclasses.replace(made, data=dataclasses.replace(made.data, packing=False))
   separate, _, single = tasks.epoch(apart)
@@ -96,8 +97,8 @@ def test_packed_equals_separate_in_loss_and_gradients(tmp_path, objective, shape
   assert weight == want_weight and np.isfinite(want) and want > 0
   np.testing.assert_allclose(got, want, rtol=2e-5)
   largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(want_grads))
-  assert largest > 1e-3
-  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * max(1.0, largest))
+  assert largest > 1e-4
+  near = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * min(1.0, largest))
   jax.tree.map(near, means, want_means)
   jax.tree.map(near, grads, want_grads)
 
@@ -106,7 +107,8 @@ def test_packed_equals_separate_in_loss_and_gradients(tmp_path, objective, shape
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_the_loss_is_that_of_the_model_called_on_each_text(tmp_path, method):
   tasks.write(tmp_path / "rows.jsonl", tasks.rows(12))
-  made = tasks.config(tmp_path, "sft", "decoder", peft=peft(method), init_from="base")
+  made = tasks.config(tmp_path, "sft", "decoder", peft=peft(method), init_from="base",
+                      max_positions=112)  # fmt: skip
   resolved_config, _, batch = tasks.epoch(made)
   m, got, *_ = gradient(resolved_config, batch)
   skip, total = (COUNT if method == "prompt" else 0), 0.0
