@@ -17,6 +17,7 @@ from model.peft.attach import attached, together
 from model.peft.create import adapter_maker
 from model.peft.names import KEY
 from model.peft.virtual import virtual_tokens
+from model.peft.written import written_out
 from model.sharding import make_mesh
 from model.trained import Model
 from tests.train import tiny
@@ -51,16 +52,17 @@ def gradient(config, batch):
   base = tasks.fresh(config)
   net = nnx.eval_shape(lambda: objective.build(config.model, nnx.Rngs(0)))
   new = adapter_maker(config.peft, config.model, net)(base, jax.random.key(1))
-  net = attached(net, together(base, new))
+  whole = lambda new: written_out(together(base, new), config.model)
+  net = attached(net, whole(new))
   loss_fn = make_loss(nnx.split(net, nnx.Param)[0], objective)
 
   def total(new, batch):
-    loss = loss_fn(together(base, new), {}, batch, None)
+    loss = loss_fn(whole(new), {}, batch, None)
     return loss.terms["loss"], loss.means
 
   (value, means), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(new, batch)
   return (
-    Model(config.model, together(base, new)),
+    Model(config.model, whole(new)),
     float(value),
     objective.weights(batch),
     means,
