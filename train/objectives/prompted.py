@@ -143,5 +143,6 @@ class PromptedTask(Prompted):
 
 def prompted(objective: Objective, config: Config) -> Objective:
   """An objective of the shortened config with the virtual tokens of `config`."""
-  kind: Any = PromptedTask if isinstance(objective, TaskObjective) else Prompted
+  # A protocol would ask for all properties, some of which need a tokenizer.
+  kind: Any = PromptedTask if hasattr(objective, "fit") else Prompted
   return kind(objective, config.peft.before_texts, config.seq_len)
