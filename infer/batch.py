@@ -26,6 +26,7 @@ from infer.speculative import Tally, draft_of, speculate
 from infer.text import Transcript, continuation
 from infer.timing import Stopwatch, Timing, peak_bandwidth, step_bytes
 from model.cache import new_cache
+from model.peft.virtual import virtual_tokens
 from model.transformer import Inputs
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Batch:
         guesser = dataclasses.replace(
           self._reader, graphdef=self._draft.graphdef, params=self._draft.params,
           config=self._draft.config,
+          length=self._reader.length + virtual_tokens(self._draft.params, "decoder"),
           chunk=chunk_of(self._draft.config, settings, self._reader.length),
         )  # fmt: skip
         plain = dataclasses.replace(settings, prefix_cache=None)
@@ -124,7 +126,8 @@ class Batch:
     original = self._config.rope_original_positions
     if self._config.rope_scaling != "longrope" or original is None:
       return set()
-    return {original + 1 - len(row.prompt) for row in self.rows if not row.ended}
+    before = virtual_tokens(self._params, "decoder")
+    return {original + 1 - before - len(row.prompt) for row in self.rows if not row.ended}
 
   def _reread(self) -> None:
     texts = [[] if row.ended else row.prompt + row.tokens for row in self.rows]
@@ -250,7 +253,8 @@ def rows_at_once(m: "Model", prompts: list[list[int]], settings: Settings) -> in
   """How many sequences like the longest of these prompts a batch has room for."""
   cfg, longest = m.config, max(map(len, prompts))
   length = cache_length(m, [prefix(m, prompt) for prompt in prompts], settings)
-  source = bucket(longest, LEAST_PROMPT, cfg.max_positions)  # Kept behind an encoder only.
+  room = m.room(cfg.stacks[0])
+  source = bucket(longest, LEAST_PROMPT, room)  # Kept behind an encoder only.
   chunk, dtype = chunk_of(cfg, settings, length), kept_dtype(settings)
   row = jax.eval_shape(
     lambda: new_cache(
@@ -264,7 +268,7 @@ def rows_at_once(m: "Model", prompts: list[list[int]], settings: Settings) -> in
   budget = CACHE_SHARE * free if stats else CACHE_BYTES
   copies = settings.num_beams if not settings.penalty_alpha else settings.top_k or 1
   whole = cfg.shape == "encoder_decoder"  # An encoder reads its texts whole.
-  width = source if whole else min(chunk, bucket(longest, LEAST_PROMPT, cfg.max_positions))
+  width = source if whole else min(chunk, bucket(longest, LEAST_PROMPT, room))
   scores = 4 * cfg.num_heads * width * (source if whole else length)
   most = min(budget // row_bytes // copies, budget // 2 // scores, PASS_TOKENS // width)
   return 1 << max(0, int(most).bit_length() - 1)
@@ -276,8 +280,10 @@ def text_of(m: "Model") -> Callable[[list[int]], str]:
 
 
 def cache_length(m: "Model", prompts: list[list[int]], settings: Settings) -> int:
-  longest, most = max(map(len, prompts)), m.config.max_positions
-  return bucket(longest + settings.most_new_tokens(), LEAST_LENGTH, most)
+  """Tokens that the caches of these prompts have room for, virtual ones among them."""
+  longest, most = max(map(len, prompts)), m.room("decoder")
+  length = bucket(longest + settings.most_new_tokens(), LEAST_LENGTH, most)
+  return length + virtual_tokens(m.params, "decoder")
 
 
 def _table(
@@ -339,6 +345,6 @@ def source_of(m: "Model", prompts: list[list[int]], size: int) -> Inputs | None:
   """What an encoder reads; None where there is none."""
   if m.config.shape != "encoder_decoder":
     return None
-  tokens, lengths = _table(prompts, size, LEAST_PROMPT, m.config.max_positions)
+  tokens, lengths = _table(prompts, size, LEAST_PROMPT, m.room("encoder"))
   index: Any = np.arange(tokens.shape[1], dtype=np.int32)
   return Inputs(jnp.asarray(tokens), jnp.where(index < lengths[:, None], index, -1))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Int
 from model.cache import Cache, LayerCache
 from model.config import ModelConfig
 from model.errors import InputError
+from model.peft.virtual import virtual_tokens
 
 if TYPE_CHECKING:
   from model import Model
@@ -71,6 +72,7 @@ class PrefixCache:
     self.tokens_reused = 0
     self.bytes = 0  # Of what is kept now.
     self._config, self._params = m.config, m.params
+    self._before = virtual_tokens(m.params, "decoder")  # Caches have them at their first positions.
     self._numbers = itertools.count()
     self._roots: dict[Any, int] = {}
     self._kept: collections.OrderedDict[tuple[int, tuple[int, ...]], _Kept] = (
@@ -96,7 +98,7 @@ class PrefixCache:
 
   def trail(self, text: Sequence[int], dtype: str | None) -> "Trail":
     """Where a text leads in what is kept, in caches of a dtype; counts as a hit or a miss."""
-    regime = _regime(self._config, len(text))
+    regime = _regime(self._config, len(text) + self._before)
     root = None if regime is None else self._root((dtype, regime))
     trail = Trail(self, text, root)
     self.hits += trail.tokens > 0
@@ -166,7 +168,8 @@ class Trail:
       kept = self._cache._look(key)
       lost = self._keys and self._cache._look(self._keys[-1]) is None
       if kept is None and not lost:
-        block = take(cache, np.int32(row), np.int32(at), count=size)
+        first = np.int32(at + self._cache._before)
+        block = take(cache, np.int32(row), first, count=size)
         kept = self._cache._add(self._keys, key, block)
       if kept is None:  # What follows would have nothing before it.
         self._open = False

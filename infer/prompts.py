@@ -9,6 +9,7 @@ from infer.ranking import check_scorer
 from infer.requests import prefix_tokens, spellings
 from infer.settings import Settings
 from model.errors import InputError
+from model.peft.virtual import virtual_tokens
 from model.trained import decoder_start
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def _check_search(m: "Model", prompt: list[int], settings: Settings) -> None:
   plain = settings.num_beams == 1 and not settings.penalty_alpha and settings.draft is None
   if plain or m.config.rope_scaling != "longrope" or original is None:
     return
+  original -= virtual_tokens(m.params, "decoder")
   if len(prompt) <= original < len(prompt) + settings.most_new_tokens():
     raise InputError(
       f"a text of {len(prompt)} tokens would outgrow the {original} positions that LongRoPE began "
@@ -109,7 +111,7 @@ def by_room(m: "Model", prompts: list[list[int]], settings: Settings) -> dict[in
   """Indices of prompts by the most new tokens that each may get."""
   groups: dict[int, list[int]] = {}
   for i, prompt in enumerate(prompts):
-    room, limit = settings.most_new_tokens(), m.config.max_positions
+    room, limit = settings.most_new_tokens(), m.room("decoder")
     if settings.max_new_tokens is None and limit is not None:
       room = min(room, limit - len(prefix(m, prompt)))
     groups.setdefault(room, []).append(i)
@@ -117,25 +119,34 @@ def by_room(m: "Model", prompts: list[list[int]], settings: Settings) -> dict[in
 
 
 def _check_room(m: "Model", index: int, prompt: list[int], settings: Settings) -> None:
-  limit, read = m.config.max_positions, prefix(m, prompt)
-  if limit is None:
+  limit, read = m.room("decoder"), prefix(m, prompt)
+  longest = m.room(m.config.stacks[0])
+  if limit is None or longest is None:
     return
   asked = settings.max_new_tokens or max(1, settings.min_new_tokens)
   if read is prompt and len(prompt) + asked > limit:
     raise InputError(
       f"prompt {index} has {len(prompt)} tokens and {asked} new ones are asked for: together "
-      f"{len(prompt) + asked}, and the model has {limit} positions. Shorten the prompt or ask "
+      f"{len(prompt) + asked}, and the model has {limit} positions{_virtual(m)}. Shorten the "
+      "prompt or ask "
       "for fewer tokens (max_new_tokens)."
     )
-  if len(prompt) > limit:
+  if len(prompt) > longest:
     raise InputError(
-      f"prompt {index} has {len(prompt)} tokens, and the model has {limit} positions: shorten it."
+      f"prompt {index} has {len(prompt)} tokens, and the model has {longest} positions"
+      f"{_virtual(m)}: shorten it."
     )
   if len(read) + asked > limit:
     raise InputError(
       f"{asked} new tokens are asked for behind the decoder's first, and the model has {limit} "
       "positions: ask for fewer (max_new_tokens)."
     )
+
+
+def _virtual(m: "Model") -> str:
+  """Why a model has fewer positions than its config says; '' if it has as many."""
+  counts = [virtual_tokens(m.params, stack) for stack in m.config.stacks]
+  return f" beside {max(counts)} virtual tokens" if any(counts) else ""
 
 
 def listed(prompts: Any) -> list[Any]:

@@ -75,7 +75,7 @@ class Reader:
     # A wrong guess may not have taken the slot of a token that is still to be seen.
     written = max(self.chunk, self.ahead + 2)
     behind = begin(
-      self.graphdef, self.params, source, cfg=self.config, rows=size, length=self.length,
+      self.graphdef, self.params, source, lengths, cfg=self.config, length=self.length,
       chunk=written, dtype=self.dtype, states=states,
     )  # fmt: skip
     for block, rows in _shared(trails, size):
@@ -119,19 +119,26 @@ def kept_dtype(settings: Settings) -> str | None:
 
 
 @functools.partial(
-  jax.jit, static_argnames=("graphdef", "cfg", "rows", "length", "chunk", "dtype", "states")
+  jax.jit, static_argnames=("graphdef", "cfg", "length", "chunk", "dtype", "states")
 )
 def begin(
-  graphdef: nnx.GraphDef, params: dict, source: Inputs | None, *, cfg: ModelConfig, rows: int,
-  length: int, chunk: int, dtype: str | None, states: bool,
+  graphdef: nnx.GraphDef, params: dict, source: Inputs | None, lengths: Int[Array, "B"], *,
+  cfg: ModelConfig, length: int, chunk: int, dtype: str | None, states: bool,
 ) -> Behind:  # fmt: skip
-  """Before anything is read, but by the encoder of an encoder–decoder."""
-  kept, read = None if dtype is None else jnp.dtype(dtype), 0
+  """Before anything is read, but by the encoder of an encoder–decoder, and virtual tokens.
+
+  Args:
+    lengths: tokens of each text.
+  """
+  kept, read, rows = None if dtype is None else jnp.dtype(dtype), 0, len(lengths)
+  net = nnx.merge(graphdef, params)
   if source is not None:
-    read = source.tokens.shape[1]
+    read = source.tokens.shape[1] + net.prompt_tokens
+  chunk = max(chunk, net.decoder.prompt_tokens)
   cache = new_cache(cfg, rows, length, stacked=False, chunk=chunk, source=read, dtype=kept)
   if source is not None:
-    cache = nnx.merge(graphdef, params).read(cache, source)
+    cache = net.read(cache, source)
+  cache = net.begun(cache, lengths)
   last = jnp.zeros((rows, cfg.d_model), cfg.compute_dtype)
   return Behind(cache, last, jnp.zeros((rows, length, cfg.d_model)) if states else None)
 

@@ -48,7 +48,7 @@ def token_logprobs(
 
 def prompt_logprobs(m: "Model", prompt: list[int], top: int) -> tuple[list[float], list[Pairs]]:
   """Log-probabilities of a prompt's tokens but the first, and the `top` best in their places."""
-  tokens, pos = padded([prompt], m.config.max_positions)
+  tokens, pos = padded([prompt], m.room(m.config.stacks[0]))
   targets = np.roll(tokens, -1, axis=1)
   told = jax.device_get(token_logprobs(m.graphdef, m.params, tokens, pos, targets, top=top))
   values, ids, best = (a[0, : len(prompt) - 1].tolist() for a in told)

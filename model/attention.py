@@ -17,6 +17,7 @@ from model.disentangled import Relative, RelativeProjections, disentangled
 from model.errors import InputError
 from model.latent import LatentKeysValues, LatentQueries
 from model.layers import Linear, Norm, param, residual_init
+from model.peft.virtual import Prefix
 from model.sharding import constrain, constrain_tokens
 
 Angles = tuple[Float[Array, "B T R"], Float[Array, "B T R"]]
@@ -91,10 +92,11 @@ class Attention(nnx.Module):
   Head counts choose MHA, GQA or MQA, latents what queries, keys and values are made of; positions,
   segments, causality and the layer's window choose the mask; a cache makes it incremental. `cross`
   attends to an encoder's tokens, all of those of the query's segment: there positions, windows and
-  relative biases say nothing.
+  relative biases say nothing. An `adapter` may be a prefix of keys and values (model.peft.virtual),
+  which a cache has among its tokens.
   """
 
-  adapter: Any  # Of model.peft: what is added around all of it.
+  adapter: Any  # Of model.peft: a prefix, or what is added around all of it.
 
   def __init__(self, cfg: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs, cross: bool = False):
     D, N, K = cfg.d_model, cfg.num_heads, cfg.kv_heads
@@ -149,6 +151,9 @@ class Attention(nnx.Module):
     k, v, kv_pos, kv_seg, cache = self._seen(x, where, cache)
     if cache is None:  # Made where their tokens are, before they are gathered.
       k, v = (constrain(heads, ("batch", "seq", "kv_heads", None)) for heads in (k, v))
+    prefixed = self.prefix is not None and cache is None
+    if self.prefix is not None and prefixed:
+      k, v, kv_pos, kv_seg = self.prefix.before(k, v, kv_pos, kv_seg)
     scales = None
     if cache is not None and cache.k_scale is not None and not self.floats:
       scales = cache.k_scale, cache.v_scale
@@ -160,6 +165,8 @@ class Attention(nnx.Module):
     bias, prefix = where.bias, where.bidirectional
     if self.cross:
       bias = prefix = None
+    elif prefix is not None and prefixed:
+      prefix = jnp.pad(prefix, ((0, 0), (self.prefix_tokens, 0)))
     elif cache is not None and prefix is not None:  # Marked by place, so that slots need no flags.
       last = jnp.max(jnp.where(prefix, where.pos, -1), axis=1, keepdims=True)
       prefix = kv_pos <= last
@@ -170,10 +177,10 @@ class Attention(nnx.Module):
     run = functools.partial(
       attend, causal=causal, window=None if self.cross else self.kind.window,
       scale=cfg.score_scale, softcap=cfg.attention_softcap,
-      ordered=where.ordered and cache is None and not self.cross,
+      ordered=where.ordered and cache is None and not self.cross and not prefixed,
       balanced=1 if self.cross else where.balanced,
       kernel=cfg.attention_kernel if cache is None else "auto", dropout=cfg.attention_dropout,
-      ring=cfg.context_attention == "ring" and cache is None,
+      ring=cfg.context_attention == "ring" and cache is None and not prefixed,
     )  # fmt: skip
     if where.relative is not None:
       drops = None if key is None else jax.random.fold_in(key, 1)
@@ -217,8 +224,23 @@ class Attention(nnx.Module):
     if self.late:
       local = self.kind.window is not None
       angles = positions.rotary_angles(cache.pos, self.cfg, local=local, length=where.length)
-      keys = positions.apply_rotary(keys, angles, interleaved=self.cfg.rope_interleaved)
+      turned = positions.apply_rotary(keys, angles, interleaved=self.cfg.rope_interleaved)
+      if self.prefix_tokens:
+        own = (cache.pos < self.prefix_tokens)[..., None, None]
+        turned = jnp.where(own, keys, turned)
+      keys = turned
     return keys, values, cache.pos, None, cache
+
+  @property
+  def prefix(self) -> Prefix | None:
+    """The keys and values that stand before each text."""
+    adapter = getattr(self, "adapter", None)
+    return adapter if isinstance(adapter, Prefix) else None
+
+  @property
+  def prefix_tokens(self) -> int:
+    """How many they are."""
+    return 0 if self.prefix is None else self.prefix.tokens
 
   def _turned(self, heads: Array, where: Where | Context, norm: str) -> Float[Array, "B T N H"]:
     """Queries or keys after their norm and, in self-attention, rotation."""

@@ -10,6 +10,7 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.errors import InputError
 from model.layers import Embed, Linear, Norm, ParamInfo, activation, dropout, param, param_info
+from model.peft.virtual import in_front
 from model.sharding import constrain_rows
 from model.transformer import Aux, Inputs, Stack, join_aux
 
@@ -130,8 +131,29 @@ class Network(nnx.Module):
     self, inputs: Inputs, *, key: jax.Array | None = None
   ) -> tuple[Float[Array, "B S D"], Aux]:
     """Last hidden states of the encoder, and sums that router losses need."""
-    x, _, aux = self.encoder(self.embed, inputs, key=key)
-    return x, aux
+    x, _, aux = self.encoder(self.embed, self.prompted(inputs), key=key)
+    return _last(x, inputs), aux
+
+  @property
+  def prompt_tokens(self) -> int:
+    """Virtual tokens of each text that the first layer of the first stack reads."""
+    return getattr(self, self.cfg.stacks[0]).prompt_tokens
+
+  def prompted(self, inputs: Inputs) -> Inputs:
+    """What the first stack reads, with virtual tokens in front where they are not among them yet.
+
+    Hidden states of what they are not among have none for them either.
+    """
+    count = self.prompt_tokens
+    return in_front(inputs, count) if count and not inputs.placed else inputs
+
+  def begun(self, cache: Cache, length: Int[Array, "B"]) -> Cache:
+    """The empty cache of a decoder with the virtual tokens that stand before each text.
+
+    Args:
+      length: of the text of each row.
+    """
+    return self.decoder.begun(self._table, cache, length)
 
   def hidden(
     self, inputs: Inputs, *, source: Inputs | None = None, cache: Cache | None = None,
@@ -146,10 +168,13 @@ class Network(nnx.Module):
     """
     if len(self.cfg.stacks) == 1:
       stack = self.encoder if self.cfg.shape == "encoder" else self.decoder
-      return stack(self.embed, inputs, cache=cache, key=key)
+      whole = self.prompted(inputs) if cache is None else inputs
+      x, cache, aux = stack(self.embed, whole, cache=cache, key=key)
+      return _last(x, inputs), cache, aux
     keys = (None, None) if key is None else jax.random.split(key)
     context, auxes = None, []
     if source is not None:
+      source = self.prompted(source)
       x, aux = self.encode(source, key=keys[0])
       context, auxes = Context(x, source.pos, source.seg), [aux] if aux else []
     elif cache is None:
@@ -159,6 +184,7 @@ class Network(nnx.Module):
 
   def read(self, cache: Cache, source: Inputs) -> Cache:
     """The cache of a decoder with what the encoder makes of `source`, one text a row."""
+    source = self.prompted(source)
     x, _ = self.encode(source)
     return self.decoder.read(cache, Context(x, source.pos, None))
 
@@ -169,6 +195,11 @@ class Network(nnx.Module):
   def pair_logits(self, x: Float[Array, "... D"]) -> Float[Array, "... 2"]:
     """What the pair head says about hidden states of first tokens."""
     return self.pair(x)
+
+
+def _last(x: Float[Array, "B S D"], inputs: Inputs) -> Float[Array, "B T D"]:
+  """Hidden states of the tokens of `inputs`, which lie behind all others."""
+  return x[:, x.shape[1] - inputs.pos.shape[1] :]
 
 
 def pool(

@@ -6,6 +6,8 @@ from jaxtyping import Array, Bool, Int
 
 from model.errors import InputError
 
+EVERY = -1  # In the place of a key's segment: it is seen by every segment.
+
 
 def attention_mask(
   q_pos: Int[Array, "B T"],
@@ -22,7 +24,8 @@ def attention_mask(
   Args:
     q_pos, kv_pos: each token's position in its document; −1 is "nothing here" and neither sees nor
       is seen.
-    q_seg, kv_seg: segments from 1, 0 is nothing; tokens see their own segment only. Both or none.
+    q_seg, kv_seg: segments from 1, 0 is nothing; tokens see their own segment, and keys of EVERY
+      one. Both or none.
     causal: keys after the query are hidden.
     window: causal: a query sees this many tokens, its own included. Not causal: it sees keys at
       most window // 2 away on either side.
@@ -38,7 +41,7 @@ def attention_mask(
   seen = (q >= 0) & (k >= 0)
   if q_seg is not None and kv_seg is not None:
     q_doc, kv_doc = q_seg[:, None, :, None], kv_seg[:, None, None, :]
-    seen &= (q_doc == kv_doc) & (q_doc > 0)
+    seen &= ((q_doc == kv_doc) | (kv_doc == EVERY)) & (q_doc > 0)
   if not causal:
     return seen if window is None else seen & (jnp.abs(q - k) <= window // 2)
   visible = k <= q

@@ -18,6 +18,7 @@ from model.heads import TEXT_HEADS, abstract, pool, unstack
 from model.layers import turn
 from model.mask import positions_of
 from model.peft.attach import attached
+from model.peft.virtual import has_prompt, virtual_tokens
 from model.tokenizer import Tokenizer
 from model.transformer import Inputs
 
@@ -62,6 +63,11 @@ class Model:
   def unstacked(self) -> tuple[nnx.GraphDef, dict]:
     """(graphdef, params) with separate, turned arrays for each layer, which decodes faster."""
     return self._unstacked
+
+  def room(self, stack: str) -> int | None:
+    """Tokens of the longest text that a stack reads, or a decoder writes; None: any number."""
+    limit = self.config.max_positions
+    return None if limit is None else limit - virtual_tokens(self.params, stack)
 
   def merged(self) -> "Model":
     """The model with its adapter merged into its parameters: the same function, and no adapter.
@@ -153,7 +159,8 @@ class Model:
     if self.tokenizer is None or not texts:
       raise InputError("embed needs a tokenizer and at least one text.")
     ids = self.tokenizer.encode_batch(texts)
-    limits = [n for n in (self.text_limit, self.config.max_positions) if n is not None]
+    room = self.room(self.config.stacks[0])
+    limits = [n for n in (self.text_limit, room) if n is not None]
     limit = min(limits, default=None)
     for i, one in enumerate(ids):
       if not one or (limit is not None and len(one) > limit):
@@ -164,7 +171,7 @@ class Model:
     out: Any = np.zeros((len(ids), self.config.d_model), np.float32)
     for start in range(0, len(order), _TEXTS):
       places = order[start : start + _TEXTS]
-      rows = padded([ids[i] for i in places], self.config.max_positions)
+      rows = padded([ids[i] for i in places], room)
       vectors = _pooled(self.graphdef, self.config, self.params, *rows)
       out[places] = np.asarray(vectors)[: len(places)]
     return out
@@ -199,9 +206,7 @@ class Model:
   def _texts(self, segments: Any) -> int | None:
     if segments is None:
       return 1
-    if isinstance(segments, Tracer):
-      raise InputError("segments of a head on whole texts must be known when it is traced.")
-    return max(1, int(np.max(np.asarray(segments))))
+    return _most(segments)
 
   def _side(self, tokens: Any, segments: Any, positions: Any, types: Any, name="") -> Inputs:
     """The arrays as int32; of what is traced only the shape is checked."""
@@ -220,19 +225,20 @@ class Model:
       if not self.config.token_types:
         raise InputError("token_types were given, and this model has none.")
       self._check_ids("token type", types, self.config.token_types)
-    self._check_positions(tokens.shape[1], segments, positions)
+    stack = "decoder" if name else self.config.stacks[0]
+    self._check_positions(self.room(stack), tokens.shape[1], segments, positions)
     if positions is None and segments is not None:
       positions = positions_of(jnp.asarray(segments))
     elif positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return Inputs(tokens, positions, segments, types)
+    prompted = has_prompt(self.params) and not name and segments is not None
+    return Inputs(tokens, positions, segments, types, texts=_most(segments) if prompted else 1)
 
   def _check_ids(self, name: str, ids: Any, size: int) -> None:
     if not isinstance(ids, Tracer) and np.max(ids) >= size:
       raise InputError(f"{name} {np.max(ids)} is outside of the vocabulary of {size}.")
 
-  def _check_positions(self, length: int, segments: Any, positions: Any) -> None:
-    limit = self.config.max_positions
+  def _check_positions(self, limit: int | None, length: int, segments: Any, positions: Any) -> None:
     if limit is None or isinstance(positions, Tracer) or isinstance(segments, Tracer):
       return
     last = length - 1
@@ -243,8 +249,23 @@ class Model:
         last = int(np.max(positions_of(jnp.asarray(segments))))
     if last >= limit:
       raise InputError(
-        f"position {last} is beyond the model's max_positions={limit}: shorten the input."
+        f"position {last} is beyond the {limit} that the model has for a text "
+        f"(max_positions={self.config.max_positions}): shorten the input."
       )
+
+
+def _most(segments: Any) -> int:
+  """The most segments of a row.
+
+  Raises:
+    InputError: if they are traced.
+  """
+  if isinstance(segments, Tracer):
+    raise InputError(
+      "segments must be known when they are traced: a head on whole texts, or a prompt, has "
+      "something for each."
+    )
+  return max(1, int(np.max(np.asarray(segments))))
 
 
 def _check_decoder(tokens: Any, segments: Any, positions: Any) -> None:
@@ -312,6 +333,8 @@ def padded(rows: list[list[int]], limit: int | None) -> tuple[np.ndarray, np.nda
 
 def _apply(graphdef, cfg: ModelConfig, params, inputs: Inputs, source: Inputs | None, texts):
   net, embeds = nnx.merge(graphdef, params), cfg.text_stack != cfg.stacks[-1]
+  if texts is not None and source is None:
+    inputs = net.prompted(inputs)
   x = net.encode(inputs)[0] if embeds else net.hidden(inputs, source=source)[0]
   if texts is not None:
     x = pool(x, inputs.pos, inputs.seg, how=cfg.pooling_of(cfg.text_stack), segments=texts)
@@ -338,9 +361,10 @@ def _encoded(graphdef, params, source):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _pooled(graphdef, cfg: ModelConfig, params, tokens, pos):
-  net, inputs = nnx.merge(graphdef, params), Inputs(tokens, pos)
+  net = nnx.merge(graphdef, params)
+  inputs = net.prompted(Inputs(tokens, pos))
   x = net.encode(inputs)[0] if cfg.shape == "encoder_decoder" else net.hidden(inputs)[0]
-  x = pool(x, pos, None, how=cfg.pooling_of(cfg.stacks[0]), segments=1)[:, 0]
+  x = pool(x, inputs.pos, None, how=cfg.pooling_of(cfg.stacks[0]), segments=1)[:, 0]
   if cfg.head_kind == "embedding":
     return net.logits(x).astype(jnp.float32)
   x = x.astype(jnp.float32)

@@ -18,6 +18,7 @@ from model.convolution import Convolution
 from model.disentangled import RelativeTable
 from model.layers import MLP, Embed, Linear, Norm, dropout, noisy
 from model.moe import Experts
+from model.peft.virtual import Prefix, Prompt, later, with_positions
 from model.pipeline import Plan, current_plan, of_round, pipelined, stage_policy
 from model.sharding import constrain_residual, constrain_rows, constrain_tokens
 
@@ -33,7 +34,9 @@ class Inputs:
   tokens of prefixes, which a decoder reads in both directions. `length` is that of each row's text,
   of which these tokens may be a part. `ordered` promises, statically, that tokens lie in row order
   with positions rising by one in each segment. `noise`, static too, is what embeddings get in
-  training (`model.layers.noisy`).
+  training (`model.layers.noisy`). `placed`, static, says that where a network has a prompt, its
+  virtual tokens lie among these at the first positions of each text; else `texts`, static, are the
+  most segments of a row, before which they are put.
   """
 
   tokens: Int[Array, "B T"]
@@ -44,6 +47,8 @@ class Inputs:
   length: Int[Array, "B"] | None = None
   ordered: bool = dataclasses.field(default=False, metadata={"static": True})
   noise: float = dataclasses.field(default=0.0, metadata={"static": True})
+  placed: bool = dataclasses.field(default=False, metadata={"static": True})
+  texts: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 class Block(nnx.Module):
@@ -131,7 +136,8 @@ class Block(nnx.Module):
     post, norm, owner = self.cfg.norm_placement == "post", f"{part}_post_norm", getattr(self, part)
     # First what a product gives, whole: asked for parts of it, XLA gathers what is multiplied.
     y = constrain_residual(constrain_tokens(y))
-    y = owner.adapter(read, y) if hasattr(owner, "adapter") else y
+    if hasattr(owner, "adapter") and not isinstance(owner.adapter, Prefix):
+      y = owner.adapter(read, y)
     y = dropout(y if post else self._norm(norm, y), self.cfg.dropout, key)
     if self.cfg.residual_scale is not None:
       y *= jnp.asarray(self.cfg.residual_scale, y.dtype)
@@ -143,8 +149,11 @@ class Stack(nnx.Module):
 
   `layers` holds one stack of blocks for each place of the layer pattern (`ModelConfig.groups`),
   parameters with a leading layer axis, as long as there are sets of parameters; or, with
-  `stacked=False`, one block for each layer, which is faster to decode with.
+  `stacked=False`, one block for each layer, which is faster to decode with. An `adapter` is a
+  prompt (model.peft.virtual).
   """
+
+  adapter: Prompt
 
   def __init__(self, cfg: ModelConfig, name: str, *, rngs: nnx.Rngs, stacked: bool = True):
     self.cfg, self.name, self.stacked = cfg, name, stacked
@@ -184,6 +193,7 @@ class Stack(nnx.Module):
       context: what the encoder has read, for a decoder that attends to one; not needed with a
         cache that holds it (`read`).
     """
+    inputs = later(inputs, self.prefix_tokens + (0 if inputs.placed else self.prompt_tokens))
     parts = 1
     if self.name == "decoder" and cache is None and not self._draws(key, inputs):
       parts = balanced_parts(inputs.pos.shape[1])
@@ -198,7 +208,9 @@ class Stack(nnx.Module):
       depth = self.cfg.depth(self.name)
       if inputs.noise:
         seg = (inputs.pos >= 0).astype(jnp.int32) if inputs.seg is None else inputs.seg
-        h = noisy(h, seg, inputs.noise, jax.random.fold_in(key, depth + 1))
+        own = inputs.pos >= (self.prompt_tokens if inputs.placed else 0)  # Virtual ones get none.
+        louder = noisy(h, seg * own, inputs.noise, jax.random.fold_in(key, depth + 1))
+        h = jnp.where(own[..., None], louder, h)
       h = dropout(h, self.cfg.dropout, jax.random.fold_in(key, depth))
     if x is None and self.cfg.d_embed is not None:
       h = self.embed_proj(h)
@@ -206,6 +218,33 @@ class Stack(nnx.Module):
     h, cache, aux = run(h, where, cache, key)
     h = constrain_rows(self.final_norm(h) if self.cfg.final_norm else h)
     return sent_home(h, parts), cache, aux
+
+  @property
+  def prompt_tokens(self) -> int:
+    """Virtual tokens of each text that the first layer reads."""
+    return self.adapter.tokens if hasattr(self, "adapter") else 0
+
+  @property
+  def prefix_tokens(self) -> int:
+    """Virtual tokens of each text that are keys and values in each layer."""
+    return self.layers[0].attn.prefix_tokens
+
+  def begun(self, embed: Embed, cache: Cache, length: Int[Array, "B"]) -> Cache:
+    """An empty cache with the virtual tokens that stand before each text.
+
+    Args:
+      length: of the text of each row.
+    """
+    count, prefix = self.prompt_tokens, self.prefix_tokens
+    if count:
+      pos = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (len(length), count))
+      inputs = Inputs(jnp.zeros_like(pos), pos, length=length + count, placed=True)
+      return self(embed, inputs, cache=cache)[1] or cache
+    if not prefix:
+      return cache
+    put = lambda block, own: LayerCache(block.attn.prefix.written(own.own), own.cross)
+    put = jax.vmap(put) if self.stacked else put
+    return tuple(put(*pair) for pair in zip(tuple(self.layers), cache, strict=True))
 
   def _draws(self, key: jax.Array | None, inputs: Inputs) -> bool:
     """Whether dropout or noise draws by place: tokens then stay where they are, so that any mesh
@@ -239,6 +278,8 @@ class Stack(nnx.Module):
     x = embed(inputs.tokens)
     if cfg.scale_embeddings:
       x *= jnp.asarray(cfg.d_model**0.5, x.dtype)
+    if self.prompt_tokens and inputs.placed:
+      x = self.adapter.put(x, inputs.pos)
     if cfg.embed_scale is not None:
       x *= jnp.asarray(cfg.embed_scale, x.dtype)
     if hasattr(self, "type_embed"):
@@ -270,7 +311,8 @@ class Stack(nnx.Module):
         local = turn(local=True)
     table = self.relative_bias[...] if hasattr(self, "relative_bias") else None
     causal = self.name == "decoder"
-    bias = None if cached else relative_bias(cfg, table, pos, pos, causal=causal)
+    keys = with_positions(pos, self.prefix_tokens) if self.prefix_tokens else pos
+    bias = None if cached else relative_bias(cfg, table, pos, keys, causal=causal)
     relative = self.relative(pos) if cfg.positions == "disentangled" else None
     return dataclasses.replace(
       where, angles=angles, local_angles=local, bias=bias, table=table, relative=relative

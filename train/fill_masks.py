@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.errors import InputError
+from model.peft.virtual import PROMPT, virtual_tokens
 from model.tokenizer import Tokenizer
 from model.trained import Model
 from train.data.pipeline import Data
@@ -26,7 +27,7 @@ def check_masked(prompt: str, tokenizer: Tokenizer, limit: int | None) -> None:
     )
   if limit is not None and len(ids) > limit:
     raise InputError(
-      f"sample_prompt has {len(ids)} tokens and model.max_positions={limit}: shorten it."
+      f"sample_prompt has {len(ids)} tokens and the model room for {limit}: shorten it."
     )
 
 
@@ -36,7 +37,8 @@ def filled_masks(m: Model, data: Data, prompt: str) -> str:
   Args:
     prompt: the text; empty: the beginning of the first one of the validation set, masked as there.
   """
-  ids, truth = _masked_text(data) if not prompt else (data.tokenizer.encode(prompt), [])
+  before = virtual_tokens(m.params, "encoder", (PROMPT,))
+  ids, truth = _masked_text(data, before) if not prompt else (data.tokenizer.encode(prompt), [])
   places = [i for i, token in enumerate(ids) if token == data.tokenizer.mask_id]
   scores = np.asarray(m(jnp.array([ids])))[0, places]
   guesses = _shown(data.tokenizer, scores.argmax(-1).tolist(), truth)
@@ -51,12 +53,16 @@ def _shown(tokenizer: Tokenizer, guesses: list[int], truth: list[int]) -> Iterat
     yield f"[{name(guess)}|{name(truth[i])}]" if wrong else f"[{name(guess)}]"
 
 
-def _masked_text(data: Data) -> tuple[list[int], list[int]]:
-  """(ids with masks at all chosen places, the tokens that were there)."""
+def _masked_text(data: Data, before: int) -> tuple[list[int], list[int]]:
+  """(ids with masks at all chosen places, the tokens that were there).
+
+  Args:
+    before: places before the text.
+  """
   row = {name: values[0] for name, values in data.first().items()}
-  ids = row["tokens"][row["segments"] == 1][:_TOKENS].tolist()
-  chosen = (row["masked_weights"] > 0) & (row["masked_places"] < len(ids))
-  places = row["masked_places"][chosen]
+  ids = row["tokens"][row["segments"] == 1][before:][:_TOKENS].tolist()
+  chosen = (row["masked_weights"] > 0) & (row["masked_places"] - before < len(ids))
+  places = row["masked_places"][chosen] - before
   for place in places:
     ids[place] = data.tokenizer.mask_id
   return ids, row["masked_targets"][chosen].tolist()

@@ -15,6 +15,7 @@ from train.data.pipeline import Batch, load_data
 from train.flags import config_flag, run
 from train.init_from import with_its_tokenizer
 from train.objectives.objective import Side
+from train.objectives.to_decoder import DECODER
 from train.resolve import check_fit
 
 _CONFIG = config_flag()
@@ -42,7 +43,8 @@ def main(argv: list[str]) -> None:
   check_fit(_CONFIG.value)
   data = load_data(with_its_tokenizer(_CONFIG.value, workdir), workdir=workdir)
   batch = data.batch(_STEP.value)
-  text = describe(batch, data.sides, data.tokenizer, _ROWS.value, _TOKENS.value)
+  before = _CONFIG.value.peft.before_texts
+  text = describe(batch, data.sides, data.tokenizer, _ROWS.value, _TOKENS.value, before)
   try:
     print(text, flush=True)
   except BrokenPipeError:  # The reader has seen enough; Python must not flush into it at its end.
@@ -50,14 +52,16 @@ def main(argv: list[str]) -> None:
 
 
 def describe(
-  batch: Batch, sides: Mapping[str, Side], tokenizer: Tokenizer, rows: int | None, tokens: int
-) -> str:
+  batch: Batch, sides: Mapping[str, Side], tokenizer: Tokenizer, rows: int | None, tokens: int,
+  before: int = 0,
+) -> str:  # fmt: skip
   """The batch as text.
 
   Args:
     batch: arrays of the fields of `sides`.
     rows: how many rows to show; None: all.
     tokens: how many tokens to list at each end of a segment, or of a side without segments.
+    before: virtual tokens before each text that the first stack reads, which are counted only.
   """
   B = len(next(iter(batch.values())))
   lines = [_summary(batch, name, side, B) for name, side in sides.items()]
@@ -65,8 +69,12 @@ def describe(
     own = {k: v[row] for k, v in batch.items()}
     lines += ["", f"row {row}"]
     for name, side in sides.items():
-      show = _read_side if side.read else _listed_side
-      lines += show({f: own[name + f] for f in _fields(side)}, name, side, tokenizer, tokens)
+      fields = {f: own[name + f] for f in _fields(side)}
+      if side.read:
+        virtual = 0 if name == DECODER else before
+        lines += _read_side(fields, name, side, tokenizer, tokens, virtual)
+      else:
+        lines += _listed_side(fields, name, side, tokenizer, tokens)
   if rows is not None and rows < B:
     lines += ["", f"{B - rows} more rows: --rows={B} shows them"]
   return "\n".join(lines)
@@ -94,15 +102,17 @@ def _title(name: str) -> str:
 
 
 def _read_side(
-  own: dict[str, np.ndarray], name: str, side: Side, tokenizer: Tokenizer, tokens: int
-) -> list[str]:
-  """The segments of a row: what each says, and a table of its tokens."""
+  own: dict[str, np.ndarray], name: str, side: Side, tokenizer: Tokenizer, tokens: int,
+  virtual: int,
+) -> list[str]:  # fmt: skip
+  """The segments of a row: what each says, and a table of its tokens but the virtual ones."""
   lines = []
   for segment in range(1, int(own["segments"].max()) + 1):
-    columns = np.flatnonzero(own["segments"] == segment)
+    columns = np.flatnonzero((own["segments"] == segment) & (own["positions"] >= virtual))
+    behind = f" behind {virtual} virtual ones" if virtual else ""
     lines.append(
       f"  {_title(name)}segment {segment}: {len(columns)} tokens in columns {columns[0]} to "
-      f"{columns[-1]}"
+      f"{columns[-1]}{behind}"
     )
     text = tokenizer.backend.decode(own["tokens"][columns].tolist(), skip_special_tokens=False)
     for line in text.splitlines():

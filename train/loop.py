@@ -10,6 +10,7 @@ import jax
 from model.checkpoint import Checkpoints
 from model.compilation import use_compilation_cache
 from model.errors import DONE, NON_FINITE, PREEMPTED, Stop
+from model.peft.written import written_out
 from model.sharding import make_mesh
 from train import report
 from train.adapter_run import (
@@ -148,7 +149,7 @@ def run_steps(
       print(f"stopped: step {saved} is saved; the same command goes on.", file=sys.stderr)
     return PREEMPTED
   group.at("the sample", patient=True)
-  whole = program.tree(state.params, state.frozen)
+  whole = written_out(program.tree(state.params, state.frozen), config.model)
   text = sample(config, data, dataclasses.replace(state, params=whole))
   if group.index == 0:
     print(f"curves: {workdir / 'curves.png'}", file=sys.stderr)

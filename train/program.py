@@ -11,12 +11,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
+from model.config import ModelConfig
 from model.context import check_lengths
 from model.errors import InputError
 from model.layers import param_info
 from model.peft.attach import attached, together, with_dropout
-from model.peft.create import new_adapters, sites
+from model.peft.create import adapter_maker
 from model.peft.parts import Parts, parts_of
+from model.peft.written import written_out
 from model.pipeline import check_pipeline
 from model.quant import Format
 from model.sharding import batch_sharding, mesh_parts, replicated, shardings, shown_axes
@@ -91,8 +93,8 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   adapt, parts, net = _adaptation(config, net, plain)
   pack = packing_of(config.peft, parts, plain, own)
   places = pack.placed(placed(plain, own, mesh), mesh)
-  graphdef, _ = nnx.split(net, nnx.Param)
   info = param_info(net)
+  graphdef, _ = nnx.split(_as_read(config, net), nnx.Param)
   trained, rest = (info, {}) if parts is None else parts.kinds(info)
   ratio = config.peft.learning_rate_ratio
   tx = make_optimizer(config.optimizer, config.steps, trained, ratio=ratio)
@@ -113,7 +115,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   where = _state_shardings(shapes, trained, rest, tx, mesh)
   state = jax.tree.map(_placed, shapes, where)
   batch = _abstract_batch(config, objective, mesh)
-  loss_fn = make_loss(graphdef, objective, parts, config.peft.dropout)
+  loss_fn = make_loss(graphdef, objective, parts, config.peft.dropout, model=config.model)
   aware = _aware(config, objective, info, where.params, shapes.params)
   model = config.model
   rates = (model.dropout, model.attention_dropout, model.mlp_dropout, config.peft.dropout)
@@ -142,28 +144,43 @@ def _adaptation(
   """(base parameters -> those with adapters, what of them is trained, the adapted network)."""
   if config.peft.trains_all:
     return lambda base: base, None, net
-  found = sites(config.peft, config.model, net) if config.peft.adds else []
+  make = adapter_maker(config.peft, config.model, net)
 
   def adapt(base: dict) -> dict:
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return together(base, new_adapters(config.peft, found, base, key))
+    return together(base, make(base, key))
 
   net = attached(net, jax.eval_shape(adapt, plain))
   return adapt, parts_of(config.peft, config.model, net), net
 
 
+def _as_read(config: Config, net: nnx.Module) -> nnx.Module:
+  """The abstract network that a loss reads: with what networks write of virtual tokens."""
+  if not config.peft.adds:
+    return net
+  shapes = nnx.to_pure_dict(nnx.state(net, nnx.Param))
+  read = jax.eval_shape(lambda tree: written_out(tree, config.model), shapes)
+  if jax.tree.structure(read) == jax.tree.structure(shapes):
+    return net
+  objective = make_objective(config)
+  return attached(nnx.eval_shape(lambda: objective.build(config.model, nnx.Rngs(0))), read)
+
+
 def make_loss(
-  graphdef: nnx.GraphDef, objective: Objective, parts: Parts | None = None, dropout: float = 0.0
-) -> LossFn:
+  graphdef: nnx.GraphDef, objective: Objective, parts: Parts | None = None, dropout: float = 0.0,
+  *, model: ModelConfig | None = None,
+) -> LossFn:  # fmt: skip
   """The loss of an objective as a function of parameters and a batch.
 
   Args:
     parts: which parameters are trained; None: all.
     dropout: of what adapters read.
+    model: of adapters that a network writes; None: there are none.
   """
 
   def loss(params: dict, frozen: dict, batch: Batch, key: Array | None) -> Loss:
-    net = nnx.merge(graphdef, params if parts is None else parts.join(params, frozen))
+    tree = params if parts is None else parts.join(params, frozen)
+    net = nnx.merge(graphdef, tree if model is None else written_out(tree, model))
     if dropout and key is not None:
       key, own = jax.random.split(key)
       with_dropout(net, dropout, own)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
 from model.errors import InputError
+from model.peft.config import VIRTUAL, PeftConfig
 from model.tokenizer import Tokenizer
 from model.trained import decoder_start
 from train.config import Config
@@ -54,6 +55,7 @@ def check_fit(config: Config) -> None:
     raise InputError("model.pair_head is trained by objective.pairs: set it, or leave both out.")
   check_columns(config)
   _check_task(config)
+  _check_virtual(config)
   if config.init_from is None and not config.peft.trains_all:
     raise InputError(
       f"peft.method={config.peft.method!r} trains a part of a model and init_from is not set: name "
@@ -69,6 +71,38 @@ def check_fit(config: Config) -> None:
     raise InputError(
       f"target_len={config.target_len} is longer than model.max_positions={limit}: shorten it or "
       "give the model more positions."
+    )
+
+
+def _check_virtual(config: Config) -> None:
+  """What virtual tokens leave no room for, or cannot stand before."""
+  peft, limit = config.peft, config.model.max_positions
+  if peft.method not in VIRTUAL:
+    return
+  name, count = config.objective.name, peft.virtual_tokens
+  if name == "replaced_token":
+    raise InputError(
+      f"peft.method={peft.method!r} is not for objective.name={name!r}, where two models read: use "
+      "lora."
+    )
+  if peft.before_texts:
+    if config.model.shape == "decoder" and name in PREFIXED:
+      raise InputError(
+        f"peft.method={peft.method!r} is not for objective.name={name!r}, whose decoder reads "
+        "prompts in both directions: use 'prefix'."
+      )
+    if count + 2 > config.seq_len:
+      raise InputError(
+        f"peft.virtual_tokens={count} leave no room in seq_len={config.seq_len}: raise seq_len."
+      )
+    return
+  writes = config.model.shape == "encoder_decoder" and config.target_len is not None
+  field = "target_len" if writes else "seq_len"
+  length = getattr(config, field)
+  if limit is not None and length + count > limit:
+    raise InputError(
+      f"{field}={length} and peft.virtual_tokens={count} before each text are together more than "
+      f"model.max_positions={limit}: shorten the sequences to {limit - count}."
     )
 
 
@@ -107,8 +141,19 @@ def resolved(config: Config, data: "Data") -> Config:
         "it out, or name all of them in data.labels."
       )
     model = dataclasses.replace(model, num_labels=len(data.labels))
+  peft = _with_tokens(config.peft, data.tokenizer)
   labelled = dataclasses.replace(config.data, labels=data.labels)
-  return dataclasses.replace(config, model=model, data=labelled)
+  return dataclasses.replace(config, model=model, data=labelled, peft=peft)
+
+
+def _with_tokens(peft: PeftConfig, tokenizer: Tokenizer) -> PeftConfig:
+  """With the tokens that a prompt begins as."""
+  if peft.init_text is None:
+    return peft
+  tokens = tuple(tokenizer.encode(peft.init_text))
+  if not tokens:
+    raise InputError(f"peft.init_text={peft.init_text!r} has no token: give some text.")
+  return dataclasses.replace(peft, init_tokens=tokens)
 
 
 def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -10,6 +10,7 @@ from infer import generate
 from model.errors import InputError
 from model.hardware import hardware
 from model.heads import WORD_HEADS
+from model.peft.config import VIRTUAL
 from model.sharding import make_mesh, replicated
 from model.trained import Model
 from train.config import Config
@@ -25,7 +26,10 @@ def check_sample(config: Config, data: Data) -> None:
   """Raises an InputError if no sample can be made of `config.sample_prompt`."""
   model = config.model
   if model.head_kind == "masked_lm":
-    check_masked(config.sample_prompt, data.tokenizer, model.max_positions)
+    limit = model.max_positions
+    if limit is not None and config.peft.method in VIRTUAL:
+      limit -= config.peft.virtual_tokens
+    check_masked(config.sample_prompt, data.tokenizer, limit)
   elif model.head_kind != "language" and config.sample_prompt:
     raise InputError(f"sample_prompt has no effect on objective.name={config.objective.name!r}.")
   elif model.head_kind == "language":
@@ -88,14 +92,15 @@ def _sample(config: Config, data: Data, params: dict) -> str:
 
 def _prompt(config: Config, data: Data) -> list[int]:
   """Token ids that the model goes on with, or that its encoder reads."""
+  before = config.peft.before_texts  # Places of a row that are no text.
   if config.model.shape == "encoder_decoder":
     if config.sample_prompt:
       return data.tokenizer.encode(config.sample_prompt)
-    batch = data.first()
-    return batch["tokens"][0][batch["segments"][0] == 1].tolist()
+    batch = {name: data.first()[name][0, before:] for name in ("tokens", "segments")}
+    return batch["tokens"][batch["segments"] == 1].tolist()
   prompt = data.tokenizer.encode_prompt(config.sample_prompt)
   # Where no special token begins a text, the first one of the corpus does.
-  return prompt or data.batch(0, np.zeros(1, np.int64))["tokens"][0, :1].tolist()
+  return prompt or data.batch(0, np.zeros(1, np.int64))["tokens"][0, before : before + 1].tolist()
 
 
 def _room(config: Config, prompt: list[int]) -> int:
@@ -107,10 +112,11 @@ def _room(config: Config, prompt: list[int]) -> int:
   limit = config.model.max_positions
   if limit is None:
     return SAMPLE_TOKENS
+  limit -= config.peft.virtual_tokens if config.peft.method in VIRTUAL else 0
   read = len(prompt) if config.model.shape == "decoder" else 1
   if len(prompt) > limit or limit - read < 1:
     raise InputError(
-      f"sample_prompt has {len(prompt)} tokens and leaves no room in model.max_positions={limit}: "
-      "shorten it."
+      f"sample_prompt has {len(prompt)} tokens and leaves no room in model.max_positions="
+      f"{config.model.max_positions}: shorten it."
     )
   return min(SAMPLE_TOKENS, limit - read)

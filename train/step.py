@@ -86,9 +86,11 @@ def make_train_step(
     new = dataclasses.replace(
       new, step=state.step + 1, bad_steps=jnp.where(finite, 0, state.bad_steps + 1)
     )
-    metrics = _metrics(loss, new)
-    metrics |= dict(minimized=value, grad_norm=grad_norm)
-    metrics |= dict(learning_rate=jnp.asarray(schedule(state.step)))
+    metrics = _metrics(loss)
+    metrics |= dict(
+      minimized=value, grad_norm=grad_norm, learning_rate=jnp.asarray(schedule(state.step)),
+      bad_steps=new.bad_steps, skipped_steps=skipped_steps(new.opt_state),
+    )  # fmt: skip
     return new, metrics
 
   return train_step
@@ -134,13 +136,11 @@ def _gradients(
   )
 
 
-def _metrics(loss: Loss, new: TrainState) -> dict[str, Array]:
-  """What a step reports of its loss and of the state after it."""
+def _metrics(loss: Loss) -> dict[str, Array]:
+  """What a step reports of its loss."""
   return {
     **{name: total / jnp.where(w > 0, w, 1) for name, (total, w) in loss.means.items()},
     "target_tokens": loss.means["loss"][1],
-    "bad_steps": new.bad_steps,
-    "skipped_steps": skipped_steps(new.opt_state),
     **{f"tokens.{name}": n for name, n in loss.tokens.items()},
     **{f"pairs.{name}": n for name, n in loss.pairs.items()},
   }

@@ -22,6 +22,7 @@ RESUMABLE = (
 OF_THE_DATA = {
   ("model", "vocab_size"): None, ("model", "head"): None, ("model", "pair_head"): False,
   ("model", "num_labels"): None, ("model", "decoder_start_id"): None, ("data", "labels"): None,
+  ("peft", "init_tokens"): [],
 }  # fmt: skip
 
 

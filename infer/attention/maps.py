@@ -18,6 +18,7 @@ from infer.settings import Settings
 from infer.text import BROKEN
 from model.errors import InputError
 from model.observe import observe
+from model.peft.virtual_files import has_virtual
 from model.trained import decoder_start, shifted
 from model.transformer import Inputs
 
@@ -59,6 +60,11 @@ def attention_maps(
     InputError: for a text of no tokens or more than the model has positions for, a token outside
       of the vocabulary, or a target that the model has no use for.
   """
+  if has_virtual(m.params):
+    raise InputError(
+      "attention maps show what a text's own tokens attend to, and this model puts virtual tokens "
+      "before each text: draw those of its base."
+    )
   tokens = _ids(m, "text", text)
   second = _second(m, tokens, target)
   with_encoder = m.config.shape == "encoder_decoder"

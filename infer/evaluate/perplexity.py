@@ -91,7 +91,7 @@ def perplexity(
       f"this model ({m.config.shape}, head {m.config.head_kind!r}) does not score a text token by "
       "token: perplexity needs a decoder with a language head."
     )
-  limit = m.config.max_positions
+  limit = m.room(m.config.stacks[0])
   window = (limit or _UNLIMITED) if window is None else window
   stride = window - 1 if stride is None else stride
   if window < 2 or (limit is not None and window > limit):

@@ -57,7 +57,7 @@ def answer(
   for i, row in enumerate(rows):
     if not body(row, 1)[1]:
       raise InputError(f"context {i} holds no token: give the text that is read.")
-  parts = [windows(row, m.config.max_positions, text=1, stride=stride) for row in rows]
+  parts = [windows(row, m.room(m.config.stacks[0]), text=1, stride=stride) for row in rows]
   said = iter(scores(m, [w.encoded for one in parts for w in one]))
   return [
     _best(context, [(w, next(said)) for w in one], max_answer_tokens)

@@ -25,7 +25,7 @@ def passes(m: "Model", texts: Sequence[Encoded]) -> Iterator[Pass]:
     longest = len(texts[order[-1]].ids)
     rows = max(1, TOKENS // (1 << (longest - 1).bit_length()))
     order, places = order[:-rows], order[-rows:]
-    tokens, positions = padded([texts[i].ids for i in places], m.config.max_positions)
+    tokens, positions = padded([texts[i].ids for i in places], m.room(m.config.stacks[0]))
     arguments: dict[str, Any] = dict(tokens=tokens, positions=positions)
     if m.config.token_types > 1:
       types: Any = np.zeros_like(tokens)
@@ -65,7 +65,7 @@ def checked_length(m: "Model", texts: list[Encoded]) -> list[Encoded]:
   Raises:
     InputError: if one of them has no token, or more than the model has positions.
   """
-  limit = m.config.max_positions
+  limit = m.room(m.config.stacks[0])
   for i, text in enumerate(texts):
     if not text.ids:
       raise InputError(f"text {i} holds no token: give some text.")

@@ -62,7 +62,7 @@ def tag(m: "Model", texts: str | Sequence[str], *, stride: int | None = None) ->
 
 def _probabilities(m: "Model", rows: list[Encoded], stride: int | None) -> list[np.ndarray]:
   """(tokens of the text itself, labels) of each."""
-  parts = [windows(row, m.config.max_positions, text=0, stride=stride) for row in rows]
+  parts = [windows(row, m.room(m.config.stacks[0]), text=0, stride=stride) for row in rows]
   said = iter(scores(m, [w.encoded for one in parts for w in one if w.stop]))
   out = []
   for one in parts:

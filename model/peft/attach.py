@@ -13,9 +13,9 @@ from model.moe import ExpertMatrix
 from model.peft.bottleneck import Bottleneck, parts
 from model.peft.ia3 import IA3
 from model.peft.lora import LoRA
-from model.peft.names import Path
+from model.peft.names import KEY, Path
+from model.peft.written import attach_virtual
 
-KEY = "adapter"  # In the path of a parameter: it is one of an adapter.
 Owner = Linear | Embed | ExpertMatrix
 
 
@@ -39,21 +39,23 @@ def attached(net: nnx.Module, params: dict) -> nnx.Module:
     InputError: for an adapter of what the network does not have.
   """
   leaves: Any = flatten_dict(params)
-  found: dict[Path, dict[Path, Any]] = {}
+  flat: dict[Path, dict[Path, Any]] = {}
   for path, leaf in leaves.items():
     if KEY in path:
       at = path.index(KEY)
-      found.setdefault(path[:at], {})[path[at + 1 :]] = leaf
+      flat.setdefault(path[:at], {})[path[at + 1 :]] = leaf
+  found: dict[Path, dict[str, Any]] = {path: unflatten_dict(own) for path, own in flat.items()}
   if not found:
     return net
+  attach_virtual(net, found)
   for path, owner in owners(net):
     if path in found:
-      own = unflatten_dict(found.pop(path))
+      own = found.pop(path)
       kind: Any = LoRA if "a" in own else IA3
       owner.adapter = kind(owner, own)
   for path, part in parts(net):
     if path in found:
-      part.adapter = Bottleneck(unflatten_dict(found.pop(path)))
+      part.adapter = Bottleneck(found.pop(path))
   if found:
     name = ".".join(map(str, next(iter(found))))
     raise InputError(f"{len(found)} adapters belong to nothing in this model, as that of {name}.")

@@ -14,6 +14,7 @@ from model.heads import abstract
 from model.peft.attach import KEY, Owner, adapters, apart, of_adapter, owners, together
 from model.peft.lora import LoRA, sides
 from model.peft.names import Path
+from model.peft.virtual_files import has_virtual
 from model.trained import Model
 
 Low = tuple[jax.Array, jax.Array]  # A, and B with its scale, layers and experts in front.
@@ -77,6 +78,8 @@ def _of_one_base(models: Sequence[Model]) -> tuple[dict, list[dict[Path, Low]]]:
 
 
 def _lows(m: Model, number: int) -> dict[Path, Low]:
+  if has_virtual(m.params):
+    raise InputError(f"model {number} has virtual tokens, and only LoRA's adapters add up.")
   net, found = nnx.merge(m.graphdef, m.params), {}
   for path, adapter in adapters(net):
     if not isinstance(adapter, LoRA) or hasattr(adapter, "magnitude"):

@@ -8,18 +8,31 @@ from model.config import ACTIVATIONS
 from model.errors import InputError, nearest
 from model.quant_formats import Format
 
-METHODS = ("full", "bitfit", "lora", "dora", "ia3", "houlsby", "pfeiffer", "parallel")
+METHODS = (
+  "full", "bitfit", "lora", "dora", "ia3", "houlsby", "pfeiffer", "parallel", "prompt", "prefix",
+  "ptuning",
+)  # fmt: skip
 BOTTLENECKS = ("houlsby", "pfeiffer", "parallel")
-ADAPTERS = ("lora", "dora", "ia3", *BOTTLENECKS)  # Methods that add parameters to a model.
+VIRTUAL = ("prompt", "prefix", "ptuning")  # What is added stands before each text.
+# Methods that add parameters to a model.
+ADAPTERS = ("lora", "dora", "ia3", *BOTTLENECKS, *VIRTUAL)
 LOW_RANK = ("lora", "dora")
-INITS = ("default", "gaussian", "pissa", "orthogonal")
+INITS = ("default", "gaussian", "pissa", "orthogonal", "vocabulary", "text", "zero")
+ENCODERS = ("mlp", "lstm")
+# What virtual tokens may begin as.
+_BEGINNINGS = {"prompt": ("default", "vocabulary", "text"), "prefix": ("default", "zero")}
 DTYPES = ("float32", "bfloat16", "float64")
 
 # Which methods read a field; those that are not here are read by all.
 _READERS = {
-  **dict.fromkeys(("rank", "rslora", "init", "ranks", "alpha", "alphas"), LOW_RANK),
+  **dict.fromkeys(("rank", "rslora", "ranks", "alpha", "alphas"), LOW_RANK),
   **dict.fromkeys(("bottleneck", "activation", "scale"), BOTTLENECKS),
   "dropout": (*LOW_RANK, *BOTTLENECKS),
+  "init": (*LOW_RANK, "prompt", "prefix"), "virtual_tokens": VIRTUAL, "projection": ("prefix",),
+  **dict.fromkeys(("init_text", "init_tokens"), ("prompt",)),
+  **dict.fromkeys(("encoder", "encoder_layers"), ("ptuning",)),
+  "encoder_width": ("prefix", "ptuning"),
+  "targets": ("full", "bitfit", "lora", "dora", "ia3", *BOTTLENECKS),
   "learning_rate_ratio": LOW_RANK, "dtype": ADAPTERS, "base_format": ADAPTERS,
   "freeze": ("full",),
   "also": ("bitfit", *ADAPTERS),
@@ -38,7 +51,11 @@ class PeftConfig:
   et al., arXiv:2106.10199); lora (Hu et al., arXiv:2106.09685); dora (Liu et al.,
   arXiv:2402.09353); ia3 (Liu et al., arXiv:2205.05638); bottleneck adapters: houlsby, behind
   attention and MLPs (Houlsby et al., arXiv:1902.00751), pfeiffer, behind MLPs (Pfeiffer et al.,
-  arXiv:2005.00247), parallel, beside MLPs (He et al., arXiv:2110.04366).
+  arXiv:2005.00247), parallel, beside MLPs (He et al., arXiv:2110.04366); prompt, vectors that the
+  first layer reads before each text (Lester et al., arXiv:2104.08691); ptuning, the same as a
+  network writes them, which is left out of what is saved (Liu et al., arXiv:2103.10385); prefix,
+  keys and values in each layer before each text (Li & Liang, arXiv:2101.00190), which with labels
+  to tell is P-tuning v2 (Liu et al., arXiv:2110.07602).
   """
 
   method: str = "full"
@@ -55,7 +72,8 @@ class PeftConfig:
   rslora: bool = False  # Scaled by alpha / sqrt(rank) (Kalajdzievski, arXiv:2312.03732).
   dropout: float = 0.0  # Of what an adapter reads, in training.
   # default: A uniform, B 0; gaussian: A normal, B 0; pissa: the largest singular values (Meng et
-  # al., arXiv:2404.02948); orthogonal: A and B of orthogonal rows.
+  # al., arXiv:2404.02948); orthogonal: A and B of orthogonal rows. Of virtual tokens default:
+  # normal; vocabulary: vectors of tokens drawn evenly; text: those of `init_text`; zero: zeros.
   init: str = "default"
   learning_rate_ratio: float | None = None  # Of B's to A's (LoRA+, Hayou et al., arXiv:2402.12354).
   bottleneck: int | None = None  # Width of bottlenecks; None: a sixteenth of the model's.
@@ -63,13 +81,23 @@ class PeftConfig:
   # Of what bottlenecks add; None: 1, and 4 of parallel ones.
   scale: float | None = None
   dtype: str = "float32"  # Of an adapter's parameters.
+  virtual_tokens: int = 20  # Before each text.
+  init_text: str | None = None  # Repeated, or cut, to as many tokens.
+  init_tokens: tuple[int, ...] = ()  # What the tokenizer makes of `init_text`, or in its place.
+  projection: bool = False  # prefix: written by a network of two layers, left out of what is saved.
+  encoder: str = "mlp"  # ptuning: mlp, three layers; lstm, in both directions, and two layers.
+  encoder_width: int | None = None  # Of these networks; None: that of what they write.
+  encoder_layers: int = 2  # Of the lstm.
   # The frozen matrices in fewer bits: int8, int4, int4:GROUP, nf4 or fp8 (QLoRA, Dettmers et al.,
   # arXiv:2305.14314); None: as they are.
   base_format: str | None = None
 
   def __post_init__(self):
-    for name, allowed in (("method", METHODS), ("init", INITS), ("dtype", DTYPES),
-                          ("activation", ACTIVATIONS)):  # fmt: skip
+    allowed_names = (
+      ("method", METHODS), ("init", INITS), ("dtype", DTYPES), ("encoder", ENCODERS),
+      ("activation", ACTIVATIONS),
+    )  # fmt: skip
+    for name, allowed in allowed_names:
       value = getattr(self, name)
       if value not in allowed:
         raise InputError(
@@ -95,6 +123,7 @@ class PeftConfig:
     for name in ("ranks", "alphas"):
       self.numbers(name)
     self._check_effects()
+    self._check_virtual()
     if self.base_format is not None:
       _check_format(self.base_format)
 
@@ -106,6 +135,38 @@ class PeftConfig:
           f"peft.{name}={getattr(self, name)!r} has no effect on peft.method={self.method!r}: "
           f"remove it, or use {', '.join(methods)}."
         )
+
+  def _check_virtual(self):
+    for name in ("virtual_tokens", "encoder_width", "encoder_layers"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise InputError(f"peft.{name}={value} must be at least 1.")
+    allowed = _BEGINNINGS.get(self.method, ("default",) if self.method in VIRTUAL else INITS[:4])
+    if self.init not in allowed:
+      raise InputError(
+        f"peft.init={self.init!r} is not known to peft.method={self.method!r}: use one of "
+        f"{', '.join(allowed)}."
+      )
+    told = self.init_text is not None or bool(self.init_tokens)
+    if told != (self.init == "text"):
+      raise InputError(
+        "peft.init='text' needs peft.init_text, a text that the prompt begins as."
+        if not told else f"peft.init_text has no effect on peft.init={self.init!r}: use 'text'."
+      )  # fmt: skip
+    if self.encoder_width is not None and self.method == "prefix" and not self.projection:
+      raise InputError(
+        f"peft.encoder_width={self.encoder_width} has no effect without peft.projection: remove it."
+      )
+    if self.encoder_layers != 2 and self.encoder != "lstm":
+      raise InputError(
+        f"peft.encoder_layers={self.encoder_layers} has no effect on an encoder of three layers: "
+        "remove it, or use peft.encoder='lstm'."
+      )
+
+  @property
+  def before_texts(self) -> int:
+    """Virtual tokens that rows hold before each text: those of prompts."""
+    return self.virtual_tokens if self.method in ("prompt", "ptuning") else 0
 
   @property
   def trains_all(self) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ from model.layers import Embed
 from model.moe import ExpertMatrix
 from model.peft.attach import KEY, Owner, owners
 from model.peft.bottleneck import Place, places
-from model.peft.config import BOTTLENECKS, LOW_RANK, PeftConfig
+from model.peft.config import BOTTLENECKS, LOW_RANK, VIRTUAL, PeftConfig
+from model.peft.create_virtual import check_virtual, new_virtual
 from model.peft.lora import begin, magnitude, sides
 from model.peft.names import Names, Path, any_matches, check_used, matches
 from model.quant import Quantized
@@ -157,6 +159,21 @@ def _check_rank(config: PeftConfig, site: Site, name: str) -> None:
     )
   if config.init == "orthogonal" and site.rank % 2:
     raise InputError(f"peft.init='orthogonal' needs an even rank; {name} has {site.rank}.")
+
+
+def adapter_maker(
+  config: PeftConfig, model: ModelConfig, net: nnx.Module
+) -> Callable[[dict, jax.Array], dict]:
+  """(parameters of the base, key) -> new adapters for `net`, which may be abstract.
+
+  Raises:
+    InputError: as `sites` does, or for a model that cannot have virtual tokens.
+  """
+  if config.method in VIRTUAL:
+    check_virtual(config, model)
+    return lambda base, key: new_virtual(config, model, base, key)
+  found = sites(config, model, net) if config.adds else []
+  return lambda base, key: new_adapters(config, found, base, key)
 
 
 def new_adapters(config: PeftConfig, found: list[Site | Place], base: dict, key: jax.Array) -> dict:

@@ -21,6 +21,7 @@ from model.hf.engine import Layout
 from model.hf.safetensors_files import open_file
 from model.hf.torch_files import open_torch_file
 from model.layers import Embed, param_info
+from model.peft import virtual_files
 from model.peft.attach import KEY, attached, is_adapted, owners, together
 from model.peft.create import dense
 from model.peft.lora import magnitude, sides
@@ -32,7 +33,7 @@ from model.trained import Adapted, Model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TORCH_WEIGHTS = "adapter_model.bin"
-_KINDS = {"LORA", "IA3"}
+_KINDS = {"LORA", "IA3", *virtual_files.KINDS}
 # Ends of the classes that PEFT's tasks with heads of their own train.
 HEADS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification",
          "QUESTION_ANS": "ForQuestionAnswering"}  # fmt: skip
@@ -99,6 +100,8 @@ def with_adapter(m: Model, folder: str | File, *, base: str | None = None) -> Mo
   if is_adapted(m.params):
     raise InputError(f"{folder}: the model has an adapter already; merge it first.")
   config = read_config(folder)
+  if config["peft_type"] in virtual_files.KINDS:
+    return _with_virtual(m, folder, config, base)
   parts, whole = sorted_out(_tensors(File(folder).expanduser()))
   if not parts:
     raise InputError(f"{folder} has no adapter: its tensors are {sorted(whole)[:3]}.")
@@ -120,6 +123,20 @@ def with_adapter(m: Model, folder: str | File, *, base: str | None = None) -> Mo
   replaced, params = _replaced(m, layout, params, whole, missing, str(folder))
   rslora = bool(config.get("use_rslora"))
   return dataclasses.replace(m, params=params, adapted=Adapted(base, rslora, replaced))
+
+
+def _with_virtual(m: Model, folder: str | File, config: dict, base: str | None) -> Model:
+  table, whole = virtual_files.apart(_tensors(File(folder).expanduser()))
+  if table is None:
+    raise InputError(
+      f"{folder} has no {virtual_files.TENSOR}: its tensors are {sorted(whole)[:3]}."
+    )
+  m, missing = _with_head(m, config, whole)
+  kind = jnp.dtype(m.config.param_dtype)
+  made = virtual_files.parameters(table, config, m.config, str(folder))
+  params = _beside(m, {path: array.astype(kind) for path, array in made.items()})
+  replaced, params = _replaced(m, hf.layout(m), params, whole, missing, str(folder))
+  return dataclasses.replace(m, params=params, adapted=Adapted(base, False, replaced))
 
 
 def _tensors(folder: File) -> dict[str, np.ndarray]:
@@ -206,6 +223,12 @@ def _placed(m: Model, found: Mapping[Path, dict[tuple[int, ...], Part]]) -> dict
     weight = leaves[(*path, "table" if isinstance(owner, Embed) else "w")]
     for name, array in stacked(owner, weight, found[path], m.config.param_dtype).items():
       made[(*path, KEY, name)] = array
+  return _beside(m, made)
+
+
+def _beside(m: Model, made: dict[Path, np.ndarray]) -> dict:
+  """The parameters with those of adapters, which lie where the model's do."""
+  leaves: Any = flatten_dict(m.params)
   params = together(m.params, unflatten_dict(made))
   axes: Any = flatten_dict(param_info(attached(abstract(m.config), params)))
   sample = _sample(leaves)

@@ -18,9 +18,10 @@ from model.peft import files
 from model.peft.attach import apart, attached, together
 from model.peft.base import check_same, pinned
 from model.peft.config import PeftConfig, from_dict
-from model.peft.create import new_adapters, sites
+from model.peft.create import adapter_maker
 from model.peft.names import Path
 from model.peft.parts import Parts, parts_of
+from model.peft.written import written_out
 from model.quant import Quantized
 from model.tokenizer import Tokenizer
 from model.trained import Adapted, Model
@@ -99,7 +100,7 @@ def _of_run(m: Model, path: str, base: str, part: str) -> Model:
   rest = parts.split(unflatten_dict(there))[1]
   wanted = _wanted(net, parts, m)
   read = checkpoint.restore_params(folder, {part: wanted[0], "frozen": wanted[1]}, cast=True).state
-  params = parts.join(read[part], together(rest, read["frozen"]))
+  params = written_out(parts.join(read[part], together(rest, read["frozen"])), cfg)
   labels = meta["config"].get("data", {}).get("labels")
   texts = File(str(workdir)) / "tokenizer"
   whole = tuple(path for path, rows in parts.rows.items() if rows != () and path in shapes)
@@ -115,9 +116,8 @@ def _described(peft: PeftConfig, cfg: ModelConfig) -> tuple[nnx.Module, Parts]:
   net = abstract(cfg)
   plain = nnx.to_pure_dict(nnx.state(net, nnx.Param))
   if peft.adds:
-    found = sites(peft, cfg, net)
-    make = lambda base: new_adapters(peft, found, base, jax.random.key(0))
-    net = attached(net, jax.eval_shape(make, plain))
+    make = adapter_maker(peft, cfg, net)
+    net = attached(net, jax.eval_shape(make, plain, jax.random.key(0)))
   return net, parts_of(peft, cfg, net)
 
 

@@ -16,6 +16,7 @@ from model.peft.bottleneck import Bottleneck, check_none
 from model.peft.ia3 import IA3
 from model.peft.lora import sides
 from model.peft.names import Path
+from model.peft.virtual_files import has_virtual
 from model.trained import Model
 
 _ROUNDINGS = 64.0  # Of the dtype: by so much may what is merged differ from what is applied.
@@ -34,6 +35,11 @@ def merged(m: Model) -> Model:
   if not is_adapted(m.params):
     raise InputError("the model has no adapter that could be merged.")
   check_none(m.params, "no matrix of it can hold merged")
+  if has_virtual(m.params):
+    raise InputError(
+      "virtual tokens are no part of a matrix and cannot be merged: keep the base, and save them "
+      "with format='peft'."
+    )
   base = apart(m.params)[0]
   leaves: Any = flatten_dict(base)
   net = nnx.merge(m.graphdef, m.params)

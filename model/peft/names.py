@@ -7,6 +7,7 @@ from model.config import ModelConfig
 from model.errors import InputError, nearest
 
 Path = tuple[str | int, ...]
+KEY = "adapter"  # In the path of a parameter: it is one of an adapter.
 
 
 class Names:

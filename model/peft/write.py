@@ -10,7 +10,9 @@ from flax.traverse_util import flatten_dict
 
 from model import hf
 from model.errors import InputError
+from model.hf.engine import Layout
 from model.hf.safetensors_files import write_file
+from model.peft import virtual_files
 from model.peft.attach import KEY, is_adapted
 from model.peft.bottleneck import check_none
 from model.peft.create import dense
@@ -35,6 +37,9 @@ def save(m: Model, folder: File) -> None:
     raise InputError("the model has no adapter: format='peft' holds nothing else.")
   check_none(m.params, "torch PEFT has no method for")
   leaves: Any = flatten_dict(m.params)
+  if virtual_files.has_virtual(m.params):
+    _save_virtual(m, leaves, folder)
+    return
   layout = hf.layout(m)
   known = modules(layout, m.config)
   found = {n: parts for n, module in known.items() if (parts := _parts(leaves, module))}
@@ -48,13 +53,37 @@ def save(m: Model, folder: File) -> None:
       ranks[name], scales[name] = arrays["A"].shape[0], scale
     elif "inputs" in parts[0].arrays:
       reads.add(name)
-  whole = set() if m.adapted is None else {p for p in m.adapted.whole if KEY not in p}
-  brought = [piece for piece in layout.pieces if any(p.path in whole for p in piece.places)]
-  for piece in brought:
-    cut = lambda p: np.asarray(leaves[p.path][(*p.index, *(slice(0, n) for n in p.shape))])
-    tensors[PREFIX + piece.theirs] = piece.to_theirs([cut(p) for p in piece.places])
-  saved = sorted({piece.theirs.rpartition(".")[0] for piece in brought})
+  whole = _whole(m, leaves, layout)
+  tensors |= {PREFIX + name: array for name, array in whole.items()}
+  saved = sorted({name.rpartition(".")[0] for name in whole})
   values = _config(m, list(found), known, ranks, scales, reads, saved)
+  _write(folder, tensors, values)
+
+
+def _save_virtual(m: Model, leaves: Any, folder: File) -> None:
+  kind, table = virtual_files.table_of(leaves, m.config)
+  whole, task = _whole(m, leaves, hf.layout(m)), _task(m)
+  tensors = {virtual_files.BEFORE + name: array for name, array in whole.items()}
+  values = virtual_files.described(kind, table, m.config, task) | {
+    "base_model_name_or_path": None if m.adapted is None else m.adapted.base, "task_type": task,
+    "inference_mode": True,
+    "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
+  }  # fmt: skip
+  _write(folder, tensors | {virtual_files.TENSOR: table}, values)
+
+
+def _whole(m: Model, leaves: Any, layout: Layout) -> dict[str, np.ndarray]:
+  """Their tensors of the base's parameters that were trained besides, by name."""
+  whole = set() if m.adapted is None else {p for p in m.adapted.whole if KEY not in p}
+  cut = lambda p: np.asarray(leaves[p.path][(*p.index, *(slice(0, n) for n in p.shape))])
+  return {
+    piece.theirs: piece.to_theirs([cut(p) for p in piece.places])
+    for piece in layout.pieces
+    if any(p.path in whole for p in piece.places)
+  }
+
+
+def _write(folder: File, tensors: dict[str, np.ndarray], values: dict[str, Any]) -> None:
   write_file(folder / WEIGHTS, {k: np.ascontiguousarray(a) for k, a in tensors.items()})
   (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
@@ -139,12 +168,9 @@ def _config(
   scales: dict[str, float], reads: set[str], saved: list[str],
 ) -> dict[str, Any]:  # fmt: skip
   told = m.adapted
-  task = TASKS.get(m.config.head_kind)
-  if m.config.shape == "encoder_decoder" and task == "CAUSAL_LM":
-    task = "SEQ_2_SEQ_LM"
   values: dict[str, Any] = {
     "base_model_name_or_path": None if told is None else told.base,
-    "task_type": task, "inference_mode": True, "modules_to_save": saved or None,
+    "task_type": _task(m), "inference_mode": True, "modules_to_save": saved or None,
     "target_modules": names, "fan_in_fan_out": any(_input_first(known[name]) for name in names),
   }  # fmt: skip
   if not ranks:
@@ -162,6 +188,12 @@ def _config(
     "use_rslora": rslora, "use_dora": any(path[-1] == "magnitude" for path in leaves),
     "init_lora_weights": True,
   }  # fmt: skip
+
+
+def _task(m: Model) -> str | None:
+  task = TASKS.get(m.config.head_kind)
+  writes = m.config.shape == "encoder_decoder" and task == "CAUSAL_LM"
+  return "SEQ_2_SEQ_LM" if writes else task
 
 
 def _input_first(module: TheirModule) -> bool:

@@ -12,6 +12,7 @@ from train.objectives.denoising import Denoising
 from train.objectives.masked_lm import MaskedLM
 from train.objectives.objective import Objective
 from train.objectives.prefix_lm import DecoderPrefixLM, EncoderPrefixLM
+from train.objectives.prompted import prompted, shortened
 from train.objectives.replaced_token import ReplacedToken, generator_flops
 from train.objectives.seq2seq import Seq2Seq
 from train.objectives.sft import SFT
@@ -40,7 +41,8 @@ def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Object
     "ul2": UL2, "seq2seq": Seq2Seq, "classification": Classification, "tagging": Tagging,
     "span_qa": SpanQA, "contrastive": Contrastive, "sft": SFT,
   }  # fmt: skip
-  return kinds[config.objective.name].of(config, tokenizer)
+  objective = kinds[config.objective.name].of(shortened(config), tokenizer)
+  return prompted(objective, config) if config.peft.before_texts else objective
 
 
 def step_flops(config: Config, tokens: Mapping[str, float], pairs: Mapping[str, float]) -> float:

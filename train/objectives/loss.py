@@ -40,7 +40,7 @@ def inputs_of(batch: Batch, side: str = "", *, noise: float = 0.0) -> Inputs:
   return Inputs(
     batch[f"{side}tokens"], batch[f"{side}positions"], batch[f"{side}segments"],
     types=batch.get(f"{side}types"), bidirectional=batch.get(f"{side}prefix"), ordered=True,
-    noise=noise,
+    noise=noise, placed=True,
   )  # fmt: skip
 
 

@@ -126,6 +126,7 @@ class SpanQA:
     logits = net.logits(x, head)
     number = jnp.arange(1, self.texts + 1)[:, None]
     own = batch["segments"][:, None] == number  # (B, S, T)
+    own &= (batch["positions"] >= net.prompt_tokens)[:, None]
     weights = batch[f"{TEXTS}weights"].astype(logits.dtype)
     minimized = nats = jnp.zeros((), logits.dtype)
     right = jnp.ones_like(weights, bool)

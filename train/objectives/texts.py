@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from model.config import ModelConfig
 from model.heads import pool
+from model.peft.virtual import own_tokens
 from model.template import Template
 from model.trained import shifted
 from model.transformer import Aux, Inputs
@@ -79,7 +80,8 @@ def read_texts(
   """
   inputs, source = inputs_of(batch), None
   if model.shape == "encoder_decoder":
-    source, inputs = inputs, shifted(inputs, model.decoder_start_id or 0)
+    own = own_tokens(inputs, net.prompt_tokens)
+    source, inputs = inputs, shifted(own, model.decoder_start_id or 0)
   x, _, stats = net.hidden(inputs, source=source, key=key)
   return x, inputs, source, stats
 
