@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from model.layers import param_info
 from model.peft import load as peft
 from model.peft import write
 from model.peft.attach import is_adapted
+from model.peft.named import named
 from model.quant import Format
 from model.quant_load import as_stored, by_layer, main_format, read_params
 from model.quant_tree import quantized_leaves
@@ -35,8 +36,8 @@ TRAINED_BESIDE = ("generator",)  # Parameters that a checkpoint may hold and no 
 
 def load(
   path: str | Path, *, dtype: str | None = "float32", mesh: jax.sharding.Mesh | None = None,
-  quantize: str | None = None, adapter: str | Path | None = None, base: str | Path | None = None,
-  ema: bool = False,
+  quantize: str | None = None, adapter: str | Path | Mapping[str, str | Path] | None = None,
+  base: str | Path | None = None, ema: bool = False,
 ) -> Model:  # fmt: skip
   """The model at a checkpoint PATH: a workdir (newest good step), a step in it, `WORKDIR@best`, or
   a Hugging Face folder, or a GGUF file. Of an adapter, a folder of PEFT's or the workdir of its
@@ -49,7 +50,9 @@ def load(
       quantized for itself, so that the others are never held in float. `dtype` is then that of the
       other parameters, an adapter's with them, and of computation. None: as they are stored,
       quantized or not; of the base that an adapter at `path` names, as it was trained on.
-    adapter: PATH of an adapter for the model.
+    adapter: PATH of an adapter for the model; or several by name, {NAME: PATH, …}, of which each
+      row of a batch may have its own: see `Model.using` and the setting `adapter` of
+      `infer.generate`.
     base: PATH of the base of the adapter at `path`; None: the one that it names.
     ema: the moving average of the parameters instead of the parameters.
 
@@ -62,6 +65,8 @@ def load(
   format = None if quantize is None else Format.parse(quantize)
   if adapter is not None or peft.is_adapter(path):
     how: Any = {"dtype": dtype, "mesh": mesh, "quantize": quantize}
+    if isinstance(adapter, Mapping):
+      return _with_several(path, adapter, base, ema=ema, **how)
     return _adapted(path, adapter, base, ema=ema, **how)
   if base is not None:
     raise InputError(f"base={str(base)!r}: {path} is no adapter, and needs none.")
@@ -76,17 +81,32 @@ def _adapted(path: Any, adapter: Any, base: Any, *, ema: bool, **how: Any) -> Mo
   if adapter is None:
     how["quantize"] = how["quantize"] or peft.format_of(path)
     adapter, path = path, peft.base_of(path) if base is None else base
-  elif base is not None:
-    raise InputError(
-      f"base={str(base)!r} and adapter= were given: name the base as the checkpoint."
-    )
-  elif not peft.is_adapter(adapter):
-    raise InputError(
-      f"adapter={str(adapter)!r} is no adapter: a PEFT folder or an adapter's workdir."
-    )
+  else:
+    _check_adapter(path, adapter, base)
   if peft.is_adapter(path):
     raise InputError(f"{path} is an adapter itself: name a base.")
   return peft.adapted(load(path, **how), adapter, str(path), ema=ema)
+
+
+def _with_several(path: Any, paths: Mapping, base: Any, *, ema: bool, **how: Any) -> Model:
+  """The base with adapters by name."""
+  for one in paths.values():
+    _check_adapter(path, one, base)
+  if peft.is_adapter(path):
+    raise InputError(f"{path} is an adapter itself: name a base.")
+  m = load(path, **how)
+  return named({n: peft.adapted(m, one, str(path), ema=ema) for n, one in paths.items()})
+
+
+def _check_adapter(path: Any, adapter: Any, base: Any) -> None:
+  if base is not None:
+    raise InputError(
+      f"base={str(base)!r} and adapter= were given: name the base as the checkpoint."
+    )
+  if not peft.is_adapter(adapter):
+    raise InputError(
+      f"adapter={str(adapter)!r} is no adapter: a PEFT folder or an adapter's workdir."
+    )
 
 
 def source(path: str | Path, *, dtype: str | None = None) -> Source:
@@ -252,6 +272,11 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
     InputError: for an unknown format, a folder that holds something, or a model that is quantized
       or of no family of Hugging Face's, where it goes there.
   """
+  if m.adapters:
+    raise InputError(
+      f"the model has several adapters ({', '.join(m.adapters)}): load it with one of them, and "
+      "save that."
+    )
   if is_adapted(m.params) and format in ("orbax", "hf"):
     raise InputError(
       f"the model has an adapter, and format={format!r} holds whole models: save m.merged() of a "

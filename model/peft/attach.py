@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from model.errors import InputError
 from model.layers import Embed, Linear
 from model.moe import ExpertMatrix
+from model.peft.by_row import ByRow
 from model.peft.ia3 import IA3
 from model.peft.lora import LoRA
 from model.peft.names import Path
@@ -46,15 +47,16 @@ def attached(net: nnx.Module, params: dict) -> nnx.Module:
     return net
   for path, owner in owners(net):
     if path in found:
-      kind: Any = LoRA if "a" in found[path] else IA3
-      owner.adapter = kind(owner, found.pop(path))
+      leaves = found.pop(path)
+      kind: Any = ByRow if "rows" in leaves else LoRA if "a" in leaves else IA3
+      owner.adapter = kind(owner, leaves)
   if found:
     name = ".".join(map(str, next(iter(found))))
     raise InputError(f"{len(found)} adapters belong to nothing in this model, as that of {name}.")
   return net
 
 
-def adapters(module: Any) -> Iterator[tuple[Path, LoRA | IA3]]:
+def adapters(module: Any) -> Iterator[tuple[Path, LoRA | IA3 | ByRow]]:
   """The adapters of a network, each with its owner's path."""
   for path, owner in owners(module):
     if hasattr(owner, KEY):

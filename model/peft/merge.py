@@ -32,6 +32,11 @@ def merged(m: Model) -> Model:
   """
   if not is_adapted(m.params):
     raise InputError("the model has no adapter that could be merged.")
+  if m.adapters:
+    raise InputError(
+      f"the model has several adapters ({', '.join(m.adapters)}): load it with one of them, and "
+      "merge that."
+    )
   base = apart(m.params)[0]
   leaves: Any = flatten_dict(base)
   net = nnx.merge(m.graphdef, m.params)
