@@ -316,15 +316,15 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
 
 def convert(
   path: str | Path, folder: str | Path, *, format: str, dtype: str | None = None,
-  family: str | None = None,
+  family: str | None = None, adapter: str | Path | None = None, quantize: str | None = None,
 ) -> ModelConfig:  # fmt: skip
   """Writes what lies at a checkpoint PATH in another form; returns its config.
 
   Towards `hf` one parameter after the other is read and written, so that little memory is needed;
-  towards `orbax` the model is held once.
+  towards `orbax` the model is held once. An adapter is merged.
 
   Args:
-    path, dtype: as `load` takes them; None: the dtype that it is stored in.
+    path, dtype, adapter, quantize: as `load` takes them; dtype None: what it is stored in.
     folder, format, family: as `save` takes them.
 
   Raises:
@@ -332,8 +332,10 @@ def convert(
   """
   if format == "peft":
     raise InputError("format='peft' holds adapters, and whole models are converted.")
-  if format == "orbax" or peft.is_adapter(path):
-    m = load(path, dtype=dtype)
+  if quantize is not None and format == "hf":
+    raise InputError(f"quantize={quantize!r}: folders of Hugging Face's hold float matrices.")
+  if format == "orbax" or adapter is not None or peft.is_adapter(path):
+    m = load(path, dtype=dtype, adapter=adapter, quantize=quantize)
     m = m.merged() if is_adapted(m.params) else m
     save(m, folder, format=format, family=family)
     return m.config
