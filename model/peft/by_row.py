@@ -35,6 +35,9 @@ class ByRow(nnx.Module):
   `shift` is added then (DoRA, IA3); `inputs` (n, inputs) multiplies what it reads (IA3).
   """
 
+  a: nnx.Param
+  b: nnx.Param
+
   def __init__(self, owner: Owner, leaves: dict[str, Any]):
     experts, inputs, outputs = sides(owner)
     several = ("rank",) if experts else (None,)  # The axis of adapters.

@@ -75,7 +75,8 @@ def combined(
     parts = [b * jnp.asarray(w, b.dtype) for (_, b), w in zip(pairs, factors, strict=True)]
     summed[path] = a, jnp.concatenate(parts, axis=_rank_axis(own[path], parts[0]))
     if how == "svd":
-      summed[path] = _nearest(*summed[path], own[path], most if rank is None else rank)
+      a, b = summed[path]
+      summed[path] = _nearest(a, b, own[path], most if rank is None else rank)
   return dataclasses.replace(models[0], params=together(base, _adapter(summed, own)))
 
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import numpy as np
 import pytest
 
 import infer
+import model
 from model import sharding
 from model.errors import InputError
 from model.heads import abstract, init_params
@@ -16,6 +18,7 @@ from model.loading import Model
 from model.peft.attach import attached
 from model.peft.named import named
 from model.quant_tree import quantize_params
+from tests import commands
 from tests.infer import tiny
 from tests.infer.test_cache_programs import counted
 
@@ -240,3 +243,41 @@ def test_adapters_that_are_not_there_or_do_not_go_together_are_refused(tmp_path)
   strange = params | {"decoder": params["decoder"] | {"prompt": {"adapter": {"table": tokens}}}}
   with pytest.raises(InputError, match=r"decoder\.prompt"):
     named({"a": own["chat"], "b": dataclasses.replace(own["chat"], params=strange)})
+
+
+@pytest.mark.slow
+def test_the_command_gives_each_prompt_the_adapter_that_is_named(tmp_path):
+  base = tiny.model(layer_pattern=("global",), window=None)
+  model.save(base, tmp_path / "base", format="hf")
+  base = model.load(tmp_path / "base")
+  own = {n: tiny.adapted(base, i, rank=i, targets=("attn",)) for i, n in enumerate("ab", 1)}
+  for name, m in own.items():
+    model.save(m, tmp_path / name, format="peft")
+  named_ones = [f"--adapter={name}={tmp_path / name}" for name in own]
+  begin = f"--checkpoint={tmp_path / 'base'}", "--max_new_tokens=6", f"--cache_dir={tmp_path}"
+  prompts = ["--prompt=Hi", "--prompt=Hi", "--prompt=Hi"]
+  each = [f"--prompt_adapter={name}" for name in ("b", "none", "a")]
+  done = commands.run("infer", *begin, *named_ones, *prompts, *each, "--json")
+  assert done.returncode == 0, done.stderr
+  got = [json.loads(line)["tokens"] for line in done.stdout.splitlines()]
+  alone = [
+    infer.generate(one, "Hi", max_new_tokens=6)[0].tokens for one in (own["b"], base, own["a"])
+  ]
+  assert got == alone and len(set(map(str, got))) > 1
+  done = commands.run("infer", *begin, *named_ones, "--prompt=Hi", "--prompt_adapter=b", "--stream")
+  assert done.stdout == f"{say(own['b']).text}\n"
+
+  wrong = {
+    "--adapter names a, b, and no prompt has one": [*named_ones],
+    "told apart by names": [named_ones[0], named_ones[0], "--prompt_adapter=a"],
+    "several adapters are told": [*(f"--adapter={tmp_path / name}" for name in own)],
+    "adapter has 2 names for 3 prompts": [*named_ones, *each[:2]],
+    "adapter='c' is none of the model's: a, b": [*named_ones, "--prompt_adapter=c"],
+    "has no adapters by name": ["--prompt_adapter=a"],
+    "is no adapter": [f"--adapter=x={tmp_path / 'base'}", "--prompt_adapter=x"],
+    "--prompt_adapter has no effect on --task=classify": ["--task=classify", "--prompt_adapter=a"],
+  }
+  for words, given in wrong.items():
+    done = commands.run("infer", *begin, *prompts, *given)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error:") and words in last, done.stderr
