@@ -47,8 +47,9 @@ def combined(
 
   Args:
     how: as PEFT's `add_weighted_adapter` has them. `cat`: exact, of a rank that is the sum of
-      theirs. `svd`: the nearest to it of `rank`. `linear`: the sum of A times the sum of B, each
-      weighted by the roots of weights and scales, of their own rank; that adds other products too.
+      theirs. `svd`: the nearest to it of `rank`, matrix by matrix of ours, where PEFT takes fused
+      queries, keys and values as one. `linear`: the sum of A times the sum of B, each weighted by
+      the roots of weights and scales, of their own rank; that adds other products too.
     rank: of svd; None: the largest of theirs.
 
   Raises:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections import Counter
 from typing import Any
 
 import jax
@@ -18,7 +19,6 @@ from model.peft.ia3 import IA3
 from model.peft.lora import sides
 from model.peft.names import Names, Path
 from model.quant import Quantized, quantize
-from model.quant_load import main_format
 from model.trained import Model
 
 _ROUNDINGS = 64.0  # Of the dtype: by so much may what is merged differ from what is applied.
@@ -33,7 +33,7 @@ class Lost:
   of the update: at 1, rounding changed the matrix as much as the adapter did.
   """
 
-  format: str
+  format: str  # Of most of them.
   parts: dict[str, float]
 
   @property
@@ -91,13 +91,14 @@ def merge(m: Model) -> tuple[Model, Lost | None]:
   base = apart(m.params)[0]
   leaves: Any = flatten_dict(base)
   net, names = nnx.merge(m.graphdef, m.params), Names(m.config)
-  new, untied, parts = dict(leaves), None, {}
+  new, untied, parts, formats = dict(leaves), None, {}, []
   for path, owner in owners(net):
     if hasattr(owner, "adapter"):
       weight = (*path, "table" if isinstance(owner, Embed) else "w")
       if isinstance(leaves[weight], Quantized):
         new[weight], losses = _requantized(path, owner, leaves[weight])
         parts |= dict(zip(names.of(path), losses, strict=True))
+        formats += [leaves[weight].format.name] * len(losses)
       else:
         new[weight] = _merged(owner, leaves[weight])
         _check(path, owner, leaves[weight], new[weight])
@@ -110,8 +111,7 @@ def merge(m: Model) -> tuple[Model, Lost | None]:
     config = dataclasses.replace(config, tie_embeddings=False)
     new[("head", "proj", "w")] = _turned(leaves[untied])
   made = dataclasses.replace(m, config=config, params=unflatten_dict(new), adapted=None)
-  kept = [w.format.name for w in leaves.values() if isinstance(w, Quantized)]
-  return made, Lost(main_format(kept), parts) if parts else None
+  return made, Lost(Counter(formats).most_common(1)[0][0], parts) if parts else None
 
 
 def _turned(table: jax.Array | Quantized) -> jax.Array | Quantized:

@@ -149,13 +149,12 @@ def test_a_model_that_guesses_and_streams_say_the_same():
     assert infer.generate(m.using(name), "ab", max_new_tokens=10)[0].text == text
 
 
+EXPERTS = dict(num_experts=4, experts_per_token=2, layer_pattern=("global+experts",), window=None)
 SHAPES = {
   "embeddings": (dict(), dict(targets=("embed", "attn"))),
-  "dense experts": (dict(num_experts=4, experts_per_token=2, expert_kernel="dense"),
-                    dict(targets=("mlp", "q_proj"))),
-  "ragged experts": (dict(num_experts=4, experts_per_token=2, expert_kernel="ragged",
-                          shared_experts=1), dict(targets=("mlp",))),
-  "latent": (dict(num_kv_heads=4, kv_latent_dim=16, rope_head_dim=4, value_dim=8), dict()),
+  "dense experts": (EXPERTS | dict(expert_kernel="dense"), dict(targets=("mlp", "q_proj"))),
+  "ragged experts": (EXPERTS | dict(shared_experts=1), dict(targets=("mlp",))),
+  "latent": (dict(num_kv_heads=None, kv_latent_dim=16, rope_head_dim=4, v_head_dim=8), dict()),
   "encoder-decoder": (dict(shape="encoder_decoder", num_decoder_layers=2, layer_pattern=("global",),
                            window=None, decoder_start_id=0), dict()),
 }  # fmt: skip
@@ -187,8 +186,8 @@ def test_a_base_in_fewer_bits_serves_each_prompts_adapter(format):
 def test_a_mesh_gives_what_one_device_gives(axes, experts):
   if "expert" in axes and not experts:
     pytest.skip("there are no experts to split")
-  more = dict(num_experts=4, experts_per_token=2, expert_kernel="ragged") if experts else {}
-  base = tiny.model(num_layers=1, layer_pattern=("local",), **more)
+  more = EXPERTS if experts else dict(layer_pattern=("local",))
+  base = tiny.model(num_layers=1, **more)
   kinds = {"a": dict(rank=2), "b": dict(rank=4, targets=("mlp", "attn"))}
   own = {n: tiny.adapted(base, i, **s) for i, (n, s) in enumerate(kinds.items(), 1)}
   mesh = sharding.make_mesh(**axes, devices=jax.devices()[:4])
