@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -86,10 +87,14 @@ class Model:
 
     return using(self, adapter)
 
-  def with_adapter(self, name: str, other: "Model") -> "Model":
-    """The model, which has adapters by name, with that of another model of its base under a name:
-    `m.with_adapter("chat", model.load(BASE, adapter=DIR))`. One that had the name gives way, and
-    what is compiled serves on where ranks and places are no more than they were.
+  def with_adapter(self, name: str, other: "str | Path | Model") -> "Model":
+    """The model, which has adapters by name, with another under a name: the one at a PATH, or that
+    of a model of the same base. One that had the name gives way, and what is compiled serves on
+    where ranks and places are no more than they were:
+
+        m = model.load(BASE, adapter={"chat": DIR})
+        infer.generate(m, prompts, adapter="chat")
+        m = m.with_adapter("chat", NEWER)  # A swap: nothing is compiled, the base is not copied.
 
     Raises:
       InputError: if it has no adapters by name, or the other is of another base.

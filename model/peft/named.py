@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path as File
 from typing import Any
 
 import jax
@@ -14,13 +15,14 @@ from model.errors import InputError, nearest
 from model.heads import abstract, unstack
 from model.layers import Embed, Linear, param_info
 from model.moe import ExpertMatrix
+from model.peft import load
 from model.peft.attach import KEY, Owner, adapters, apart, attached, of_adapter, owners, together
 from model.peft.by_row import NEUTRAL, slot_axis
 from model.peft.ia3 import IA3
 from model.peft.lora import LoRA, sides
 from model.peft.names import Path
 from model.sharding import spec
-from model.trained import Model
+from model.trained import Adapted, Model
 
 _MOST_OF_EXPERTS = 256  # Numbers of adapters travel with tokens, as floats that may have 8 bits.
 
@@ -40,12 +42,13 @@ def named(models: Mapping[str, Model]) -> Model:
     raise InputError("adapter={} names no adapter: give at least one.")
   first = next(iter(models.values()))
   slots = {name: _changes(m, name, first) for name, m in models.items()}
-  return _with(dataclasses.replace(first, adapted=None), slots, _joined(first, slots))
+  told = first.adapted and Adapted(first.adapted.base, rslora=False)
+  return _with(dataclasses.replace(first, adapted=told), slots, _joined(first, slots))
 
 
-def with_adapter(m: Model, name: str, other: Model) -> Model:
-  """`m`, which has adapters by name, with the adapter of `other` under a name, new or in the place
-  of the one that has it.
+def with_adapter(m: Model, name: str, other: str | File | Model) -> Model:
+  """`m`, which has adapters by name, with the adapter at a PATH, or that of a model of the same
+  base, under a name, new or in the place of the one that has it.
 
   In such a place the programs of `m` serve on, nothing is compiled, if its ranks are no larger than
   any that were there and it adapts nothing that none of them did.
@@ -54,6 +57,8 @@ def with_adapter(m: Model, name: str, other: Model) -> Model:
     InputError: as `named` does.
   """
   _check_named(m, name)
+  if not isinstance(other, Model):
+    other = _loaded(m, other)
   slots = {n: _slot(m, i) for i, n in enumerate(m.adapters)}
   slots[name] = _changes(other, name, m)
   tree = _joined(m, slots)
@@ -64,6 +69,17 @@ def with_adapter(m: Model, name: str, other: Model) -> Model:
     new = _placed(m, _by_layer(m, tree), stacked=False)
     vars(made)["_unstacked"] = net, together(apart(params)[0], new)
   return made
+
+
+def _loaded(m: Model, path: str | File) -> Model:
+  """The base of `m` with the adapter at a PATH."""
+  if not load.is_adapter(path):
+    raise InputError(f"{path} is no adapter: a PEFT folder or an adapter's workdir.")
+  base = dataclasses.replace(m, params=apart(m.params)[0], adapted=None, adapters=(), rows=1)
+  told = None if m.adapted is None else m.adapted.base
+  if told is None:
+    raise InputError(f"{path}: where this model's base lies is not known; load both as a model.")
+  return load.adapted(base, path, told, ema=False)
 
 
 def numbers(m: Model, names: str | Sequence[str | None] | None) -> list[int]:

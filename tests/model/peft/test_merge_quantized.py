@@ -57,9 +57,8 @@ def test_an_update_is_added_to_the_dequantized_matrix_and_rounded_again(format, 
   assert lost.parts["decoder.layers.1.attn.q_proj"] == pytest.approx(wrong, rel=1e-3)
   assert lost.largest[1] == max(lost.parts.values()) >= lost.mean
   applied, rounded, plain = (np.asarray(one(TOKENS)) for one in (m, made, base))
-  assert np.linalg.norm(rounded - applied) < np.linalg.norm(plain - applied) * (
-    0.7 if "8" in format else 1
-  )
+  apart_by = lambda one: np.linalg.norm(one - applied)
+  assert apart_by(rounded) < apart_by(plain) * (0.7 if "8" in format else 1)
   assert m.merged().adapted is None
   told = capsys.readouterr().err
   assert f"merged into {format}: rounding took {lost.mean:.1%} of the update" in told
@@ -79,12 +78,8 @@ def test_an_update_that_drowns_in_rounding_is_told(capsys):
 
 @pytest.mark.slow
 def test_experts_and_tables_are_merged_in_their_bits_too():
-  m = tiny.adapted(
-    in_bits("int8", "global+experts", num_experts=2, experts_per_token=1),
-    1,
-    rank=2,
-    targets=("embed", "mlp"),
-  )
+  experts = dict(pattern="global+experts", num_experts=2, experts_per_token=1)
+  m = tiny.adapted(in_bits("int8", **experts), 1, rank=2, targets=("embed", "mlp"))
   made, lost = merge(m)
   assert lost is not None and len(lost.parts) == 1 + 3 * 2
   assert lost.largest[1] < 0.2

@@ -1,5 +1,6 @@
 """Several adapters of torch PEFT at once: named by row, and summed with weights."""
 
+import functools
 import warnings
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import infer
 import model
 from model.peft.combine import combined
+from tests.infer.test_cache_programs import counted
 from tests.model.peft import theirs
 
 torch = theirs.torch
@@ -50,8 +52,18 @@ def test_rows_have_the_adapters_that_peft_gives_them(tmp_path, name):
                        pad_token_id=0).numpy()  # fmt: skip
   ours = dict(decoder_tokens=rows[:, :5]) if name == "t5" else {}
   np.testing.assert_allclose(m.using(names)(rows, **ours), want, rtol=1e-4, atol=1e-4)
-  made = infer.generate(m, rows.tolist(), adapter=names, max_new_tokens=6, min_new_tokens=6)
+  ask = functools.partial(infer.generate, max_new_tokens=6, min_new_tokens=6)
+  made = ask(m, rows.tolist(), adapter=names)
   assert [c.tokens for c in made] == said[:, -6:].tolist()
+  with counted() as programs:  # One gives way to another, from its folder.
+    swapped = m.with_adapter("default", paths["other"])
+    newer = ask(swapped, rows.tolist(), adapter="default")
+    logits = swapped.using(names)(rows, **ours)
+  assert programs == []
+  assert [c.tokens for c in newer] == [c.tokens for c in ask(m, rows.tolist(), adapter="other")]
+  assert newer[2].tokens != made[2].tokens
+  third = m.using("other")(rows, **ours)[2]
+  np.testing.assert_allclose(logits[2], third, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
