@@ -60,6 +60,10 @@ def compared(base: Model, own: dict[str, Model], prompts, alone=None, **settings
     assert len(set(map(str, plain))) > 1  # Adapters do something.
 
 
+def ask(m: Model, prompts, **settings) -> list[infer.Completion]:
+  return infer.generate(m, prompts, max_new_tokens=8, prefill_chunk=16, **settings)
+
+
 def test_each_prompt_has_its_adapter_and_other_adapters_compile_nothing():
   base = tiny.model(num_layers=1, layer_pattern=("local",))
   own = models(base, ("chat", "dora", "scaled"))
@@ -67,7 +71,6 @@ def test_each_prompt_has_its_adapter_and_other_adapters_compile_nothing():
   plain = {n: base if n is None else own[n].merged() for n in names}  # One program for all.
   kept = infer.PrefixCache(m, block=8)
   ragged, long = PROMPTS[:4], [PROMPTS[-1]] * 4
-  ask = functools.partial(infer.generate, max_new_tokens=8, prefill_chunk=16)
   for prompts, order in ((ragged, names), (long, names), (long, names[::-1])):
     told = ask(m, prompts, adapter=order, prefix_cache=kept)
     for name, prompt, c in zip(order, prompts, told, strict=True):
@@ -76,19 +79,30 @@ def test_each_prompt_has_its_adapter_and_other_adapters_compile_nothing():
       np.testing.assert_allclose(c.logprobs, want.logprobs, atol=2e-4)
   assert len({str(c.tokens) for c in told}) == 4
   assert (kept.hits, kept.misses) == (4, 8)  # Nobody reads what another adapter wrote.
+  with counted() as programs:
+    ask(m, ragged, adapter=["dora", None, "chat", "dora"], prefix_cache=kept)
+    one = ask(m, ragged, adapter="scaled", prefix_cache=kept)
+  assert programs == []
+  assert one[2].tokens == ask(plain["scaled"], ragged[2])[0].tokens
 
+
+@pytest.mark.slow
+def test_calls_and_swaps_compile_nothing():
+  base = tiny.model(num_layers=1, layer_pattern=("local",))
+  own = models(base, ("chat", "dora", "scaled"))
+  m, names = named(own), [*own, None]
+  plain = {n: base if n is None else own[n] for n in names}
   tokens = np.random.default_rng(0).integers(5, 250, (4, 12))
   newer = tiny.adapted(base, 9, rank=3, targets=("attn",))
-  want = ask(newer.merged(), PROMPTS[1])[0].tokens
+  want = ask(newer, PROMPTS[1])[0].tokens
   near = functools.partial(np.testing.assert_allclose, atol=2e-4)
   logits, one = m.using(names)(tokens), m.using("chat")(tokens)
   near(one, plain["chat"](tokens))
-  before = ask(m, ragged, adapter="dora")[1].tokens
+  before = ask(m, PROMPTS[:4], adapter="dora")[1].tokens
   with counted() as programs:
-    ask(m, ragged, adapter=["dora", None, "chat", "dora"])
     again, one = m.using(names[::-1])(tokens), m.using("scaled")(tokens)
     swapped = m.with_adapter("dora", newer)
-    after = ask(swapped, ragged, adapter="dora")[1].tokens
+    after = ask(swapped, PROMPTS[:4], adapter="dora")[1].tokens
     kinds = swapped.using(names)(tokens)
   assert programs == []
   for i, name in enumerate(names):
@@ -97,6 +111,9 @@ def test_each_prompt_has_its_adapter_and_other_adapters_compile_nothing():
     near(kinds[i], (newer if name == "dora" else plain[name])(tokens)[i])
   near(one, plain["scaled"](tokens))
   assert after == want != before
+  wider = m.with_adapter("fourth", tiny.adapted(base, 10, rank=7))  # A new name, a higher rank.
+  assert wider.adapters == (*own, "fourth")
+  near(wider.using([*own, "fourth"])(tokens)[:3], logits[:3])
 
 
 @pytest.mark.slow
