@@ -276,9 +276,8 @@ def test_the_command_gives_each_prompt_the_adapter_that_is_named(tmp_path):
   done = commands.run("infer", *begin, *named_ones, *prompts, *each, "--json")
   assert done.returncode == 0, done.stderr
   got = [json.loads(line)["tokens"] for line in done.stdout.splitlines()]
-  alone = [
-    infer.generate(one, "Hi", max_new_tokens=6)[0].tokens for one in (own["b"], base, own["a"])
-  ]
+  say = lambda one: infer.generate(one, "Hi", max_new_tokens=6)[0]
+  alone = [say(one).tokens for one in (own["b"], base, own["a"])]
   assert got == alone and len(set(map(str, got))) > 1
   done = commands.run("infer", *begin, *named_ones, "--prompt=Hi", "--prompt_adapter=b", "--stream")
   assert done.stdout == f"{say(own['b']).text}\n"

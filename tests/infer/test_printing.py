@@ -249,7 +249,8 @@ def test_every_setting_is_a_flag_and_is_read_as_it_is_written(workdir, tmp_path)
   words = []
   for name, value in given.items():
     texts = value if isinstance(value, list) else [value]
-    plain = lambda v: json.dumps(v) if isinstance(v, dict | bool) else str(v).lower()
+    whole = lambda v: json.dumps(v) if isinstance(v, dict | bool) else str(v)
+    plain = lambda v: "none" if v is None else whole(v)
     words += [f"--{flag_of(name)}={plain(v)}" for v in texts]
   done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True,
                         cwd=commands.ROOT, check=True)  # fmt: skip
