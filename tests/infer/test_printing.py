@@ -246,11 +246,11 @@ def test_every_setting_is_a_flag_and_is_read_as_it_is_written(workdir, tmp_path)
     "echo": True, "adapter": ["chat", None], "draft": "layers:1", "scorer": "mean_logprob",
     "length_penalty": -1.0,
   }  # fmt: skip
+  whole = lambda v: json.dumps(v) if isinstance(v, dict | bool) else str(v)
+  plain = lambda v: "none" if v is None else whole(v)
   words = []
   for name, value in given.items():
     texts = value if isinstance(value, list) else [value]
-    whole = lambda v: json.dumps(v) if isinstance(v, dict | bool) else str(v)
-    plain = lambda v: "none" if v is None else whole(v)
     words += [f"--{flag_of(name)}={plain(v)}" for v in texts]
   done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True,
                         cwd=commands.ROOT, check=True)  # fmt: skip
