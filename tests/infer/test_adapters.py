@@ -290,9 +290,10 @@ def test_the_command_gives_each_prompt_the_adapter_that_is_named(tmp_path):
     "adapter='c' is none of the model's: a, b": [*named_ones, "--prompt_adapter=c"],
     "has no adapters by name": ["--prompt_adapter=a"],
     "is no adapter": [f"--adapter=x={tmp_path / 'base'}", "--prompt_adapter=x"],
-    "--prompt_adapter has no effect on --task=classify": ["--task=classify", "--prompt_adapter=a"],
   }
   for words, given in wrong.items():
     done = commands.run("infer", *begin, *prompts, *given)
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and last.startswith("error:") and words in last, done.stderr
+  done = commands.run("infer", begin[0], "--prompt=Hi", "--task=classify", "--prompt_adapter=a")
+  assert "--prompt_adapter has no effect on --task=classify" in done.stderr.splitlines()[-1]
