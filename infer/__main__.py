@@ -44,9 +44,10 @@ _CHECKPOINT = flags.DEFINE_string(
 _QUANTIZE = flags.DEFINE_string(
   "quantize", None, f"Keep matrices in fewer bits: {', '.join(NAMES)} or int4:GROUP."
 )
-_ADAPTER = flags.DEFINE_string(
-  "adapter", None, "Adapter for the checkpoint: a folder of PEFT's, or the workdir of its run."
-)
+_ADAPTER = flags.DEFINE_multi_string(
+  "adapter", [], "Adapter for the checkpoint: a folder of PEFT's, or the workdir of its run; or "
+  "NAME=PATH, again for more of them, of which --prompt_adapter names each prompt's."
+)  # fmt: skip
 _TASK = flags.DEFINE_enum("task", "generate", list(TASKS.values()), "What the model is asked for.")
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "Text to continue or to judge, or question; again for more prompts."
@@ -83,7 +84,8 @@ _SHOW_PROBS = flags.DEFINE_flag(
 )  # fmt: skip
 for _module in (setting_flags, task_flags):
   flags.adopt_module_key_flags(_module)  # So that --help tells of them.
-_GENERATE = ("chat", "stream", "show_probs", *(f.name for f in dataclasses.fields(Settings)))
+_SETTINGS = [setting_flags.flag_of(field.name) for field in dataclasses.fields(Settings)]
+_GENERATE = ("chat", "stream", "show_probs", *_SETTINGS)
 
 
 def main(argv: list[str]) -> int:
@@ -101,8 +103,9 @@ def main(argv: list[str]) -> int:
     answer = _generation(prompts)
   else:
     answer = functools.partial(_tell, task_flags.asked(_TASK.value, prompts, as_json=_JSON.value))
+  adapter = _adapter()
   use_compilation_cache(_CACHE_DIR.value)  # What is impossible was said before the load.
-  m = load(_CHECKPOINT.value, quantize=_QUANTIZE.value, adapter=_ADAPTER.value)
+  m = load(_CHECKPOINT.value, quantize=_QUANTIZE.value, adapter=adapter)
   if is_quantized(m.params):
     print(report(m.params), file=sys.stderr)
   if _TASK.value != "embed":
@@ -116,6 +119,31 @@ def main(argv: list[str]) -> int:
     print(flush=True)
     return 130
   return 0
+
+
+def _adapter() -> str | dict[str, str] | None:
+  """The PATH of the one adapter, or several by name.
+
+  Raises:
+    InputError: for names that no prompt is given, or that are not told apart.
+  """
+  texts = _ADAPTER.value
+  pairs = [("", "", text) if Path(text).exists() else text.partition("=") for text in texts]
+  names = [name for name, equals, _ in pairs if equals]
+  chosen = flags.FLAGS[setting_flags.flag_of("adapter")].value
+  if not names and len(texts) < 2:
+    return texts[0] if texts else None
+  if len(names) < len(texts) or len(set(names)) < len(names) or {"", "none"} & {*names}:
+    raise InputError(
+      f"--adapter={' --adapter='.join(texts)}: several adapters are told apart by names, "
+      "--adapter=NAME=PATH, all of them different and none of them 'none'."
+    )
+  if not chosen:
+    raise InputError(
+      f"--adapter names {', '.join(names)}, and no prompt has one: add --prompt_adapter=NAME, once "
+      "or for each prompt ('none': the base)."
+    )
+  return {name: path for name, _, path in pairs}
 
 
 def _check_task_flags() -> None:

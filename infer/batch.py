@@ -55,6 +55,7 @@ class Batch:
   def __init__(
     self, m: "Model", prompts: list[list[int]], seeds: list[int], settings: Settings, *,
     follow: bool, sequences: list[int] | None = None, groups: list[int] | None = None,
+    adapters: list[int] | None = None,
   ):  # fmt: skip
     """Reads the prompts and chooses a first token for each.
 
@@ -62,6 +63,7 @@ class Batch:
       prompts: of an encoder–decoder, what its encoder reads.
       sequences: the number of each among the sequences of its prompt; None: each is the first.
       groups: rows of one number lie together and have one prompt, which is read once.
+      adapters: the number of each among the model's adapters; None: as the model is.
       follow: keep the text of each row after every token, which stop strings and streams need.
     """
     self._watch, self._model = Stopwatch(), m
@@ -72,16 +74,17 @@ class Batch:
     read = [prefix(m, prompt) for prompt in prompts]
     self._sources = None if read == prompts else [len(prompt) for prompt in prompts]
     self.rows = [Row(prompt, begin(prompt)) for prompt in read]
-    self._net, self._params = m.unstacked()
     self._config, size = m.config, bucket(len(prompts), 1)
-    self._reader = reader(m, settings, cache_length(m, read, settings))
+    plain = reader(m, settings, cache_length(m, read, settings))
+    self._reader = plain.with_adapters(adapters, size)
+    self._net, self._params = self._reader.graphdef, self._reader.params
     self._request = request_of(m, settings, seeds, sequences, size, self._ends)
     self._language = language_of(m, settings)
     self._walks = [] if self._language is None else [self._language.begin(p) for p in read]
     self._restrict()
     self._ahead = settings.guesses
-    ways = distinct(m, prompts, size, groups)
-    behind, self._reused = read_prompts(self._reader, ways, settings)
+    ways = distinct(m, prompts, size, groups, adapters)
+    behind, self._reused = read_prompts(plain, ways, settings)
     self._cache = behind.cache
     self._progress = start(
       self._net, self._params, behind.last, said(read, size, self._reader.length), self._request,
@@ -90,6 +93,8 @@ class Batch:
     )  # fmt: skip
     if settings.draft is not None:
       self._draft = draft_of(m, settings.draft)
+      if adapters is not None and isinstance(settings.draft, str):  # Guesses by the same adapters.
+        self._draft = self._draft.with_adapters(adapters, size)
       zeros: Any = np.zeros(size, np.int32)
       self._drafts, self._tally = None, Tally(zeros, zeros)
       if self._draft.config is not None:
@@ -99,8 +104,9 @@ class Batch:
           length=self._reader.length + virtual_tokens(self._draft.params, "decoder"),
           chunk=chunk_of(self._draft.config, settings, self._reader.length),
         )  # fmt: skip
-        plain = dataclasses.replace(settings, prefix_cache=None)
-        self._drafts = read_prompts(guesser, ways, plain)[0].cache
+        alone = dataclasses.replace(settings, prefix_cache=None)
+        told = ways if isinstance(settings.draft, str) else dataclasses.replace(ways, adapters=None)
+        self._drafts = read_prompts(guesser, told, alone)[0].cache
     self._stepped = 0  # Tokens of the row that has the most.
     self.count = 0  # New tokens of each row that has not ended, at least.
     self._collect()
@@ -305,28 +311,38 @@ class Ways:
   source: Inputs | None  # What the encoder reads.
   size: int  # Rows of a pass.
   rows: np.ndarray | None  # None: as they are.
+  adapters: list[int] | None  # Of each prompt; None: as the model is.
 
 
 def distinct(
-  m: "Model", prompts: list[list[int]], size: int, groups: list[int] | None = None
-) -> Ways:
+  m: "Model", prompts: list[list[int]], size: int, groups: list[int] | None = None,
+  adapters: list[int] | None = None,
+) -> Ways:  # fmt: skip
   """The prompts of a batch of `size` rows, of which those of one group are one."""
   if groups is None or len(set(groups)) == len(groups):
-    return Ways([prefix(m, prompt) for prompt in prompts], source_of(m, prompts, size), size, None)
+    reads = [prefix(m, prompt) for prompt in prompts]
+    return Ways(reads, source_of(m, prompts, size), size, None, adapters)
   own = list(dict.fromkeys(groups))
-  once = [prompts[groups.index(group)] for group in own]
+  firsts = [groups.index(group) for group in own]
+  once = [prompts[i] for i in firsts]
+  adapters = None if adapters is None else [adapters[i] for i in firsts]
   rows: Any = np.zeros(size, np.int32)
   rows[: len(groups)] = [own.index(group) for group in groups]
   size = bucket(len(own), 1)
-  return Ways([prefix(m, prompt) for prompt in once], source_of(m, once, size), size, rows)
+  reads = [prefix(m, prompt) for prompt in once]
+  return Ways(reads, source_of(m, once, size), size, rows, adapters)
 
 
 def read_prompts(
   reader: Reader, ways: Ways, settings: Settings, *, states: bool = False
 ) -> tuple[Behind, list[int | None]]:
   """(what is known behind the prompts, how many of their tokens a cache of prefixes had)."""
-  prefixes = settings.prefix_cache
-  trails = [] if prefixes is None else [prefixes.trail(t, reader.dtype) for t in ways.reads]
+  prefixes, own = settings.prefix_cache, ways.adapters or [None] * len(ways.reads)
+  trails = [] if prefixes is None else [
+    prefixes.trail(text, reader.dtype, adapter)
+    for text, adapter in zip(ways.reads, own, strict=True)
+  ]  # fmt: skip
+  reader = reader.with_adapters(ways.adapters, ways.size)
   behind = reader.read(ways.reads, ways.size, source=ways.source, trails=trails, states=states)
   reused: list[int | None] = [trail.tokens for trail in trails] or [None] * len(ways.reads)
   if ways.rows is None:

@@ -80,12 +80,15 @@ class Shape:
   patient: bool  # early_stopping="never".
 
 
-def search(m: "Model", prompts: list[list[int]], settings: Settings) -> list[list[Found]]:
+def search(
+  m: "Model", prompts: list[list[int]], settings: Settings, adapters: list[int] | None = None
+) -> list[list[Found]]:
   """The best `num_return_sequences` sequences of each prompt, best first.
 
   Args:
     prompts: with room for the same number of new tokens; of an encoder–decoder, what its encoder
       reads.
+    adapters: the number of each among the model's adapters; None: as the model is.
   """
   ends = end_ids(m, settings)
   beams, groups = settings.num_beams, settings.num_beam_groups
@@ -95,9 +98,10 @@ def search(m: "Model", prompts: list[list[int]], settings: Settings) -> list[lis
   )  # fmt: skip
   reads, room = [prefix(m, prompt) for prompt in prompts], settings.most_new_tokens()
   size = bucket(len(prompts), 1)
-  net, params = m.unstacked()
   length = cache_length(m, reads, settings)
-  behind, reused = read_prompts(reader(m, settings, length), distinct(m, prompts, size), settings)
+  own, ways = reader(m, settings, length), distinct(m, prompts, size, adapters=adapters)
+  behind, reused = read_prompts(own, ways, settings)
+  net, params = own.graphdef, own.with_adapters(adapters, size).params
   request = request_of(m, settings, [0] * size * beams, None, size * beams, ends)
   rules = np.array([settings.length_penalty, settings.diversity_penalty], np.float32)
   read, most = (behind, said(reads, size, length)), np.int32(room)

@@ -45,18 +45,23 @@ class Search:
   logprobs: Float[Array, "B M"]
 
 
-def contrast(m: "Model", prompts: list[list[int]], settings: Settings) -> list[Found]:
+def contrast(
+  m: "Model", prompts: list[list[int]], settings: Settings, adapters: list[int] | None = None
+) -> list[Found]:
   """The sequence of each prompt.
 
   Args:
     prompts: with room for the same number of new tokens; of an encoder–decoder, what its encoder
       reads.
+    adapters: the number of each among the model's adapters; None: as the model is.
   """
   ends, reads = end_ids(m, settings), [prefix(m, prompt) for prompt in prompts]
   room, size = settings.most_new_tokens(), bucket(len(prompts), 1)
-  net, params = m.unstacked()
-  length, ways = cache_length(m, reads, settings), distinct(m, prompts, size)
-  behind, _ = read_prompts(reader(m, settings, length), ways, settings, states=True)
+  length = cache_length(m, reads, settings)
+  own = reader(m, settings, length)
+  ways = distinct(m, prompts, size, adapters=adapters)
+  behind, _ = read_prompts(own, ways, settings, states=True)
+  net, params = own.graphdef, own.with_adapters(adapters, size).params
   request = request_of(m, settings, [0] * size, None, size, ends)
   alpha, among = np.float32(settings.penalty_alpha), min(settings.top_k or 1, m.config.real_vocab)
   read, language = (behind, said(reads, size, length)), language_of(m, settings)

@@ -10,7 +10,7 @@ from infer.beam import search
 from infer.contrastive import contrast
 from infer.prompts import by_room, checked, listed, prefix
 from infer.ranking import scores
-from infer.requests import end_ids
+from infer.requests import adapters_of, end_ids
 from infer.scores import Pairs, prompt_logprobs
 from infer.settings import Settings, settings_of
 from infer.text import continuation
@@ -86,37 +86,56 @@ def results(
   """
   chosen, prompts = settings_of(settings), listed(prompts)
   encoded = checked(m, prompts, chosen)
-  return _in_order(m, prompts, encoded, chosen.seeds(len(prompts)), chosen)
+  asked = _Asked(encoded, chosen.seeds(len(prompts)), adapters_of(m, chosen, len(prompts)))
+  return _in_order(m, prompts, asked, chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+  """Prompts, with what each has of its own."""
+
+  prompts: list[list[int]]
+  seeds: list[int]
+  adapters: list[int] | None  # Numbers of the model's adapters; None: as the model is.
+
+  def part(self, places: slice) -> "_Asked":
+    """Some of them."""
+    adapters = None if self.adapters is None else self.adapters[places]
+    return _Asked(self.prompts[places], self.seeds[places], adapters)
+
+  def own(self, places: list[int]) -> list[int] | None:
+    """The adapters of prompts."""
+    return None if self.adapters is None else [self.adapters[i] for i in places]
 
 
 def _in_order(
-  m: "Model", prompts: list[Prompt], encoded: list[list[int]], seeds: list[int], settings: Settings
+  m: "Model", prompts: list[Prompt], asked: _Asked, settings: Settings
 ) -> Iterator[list[Completion]]:
   each = settings.best_of or settings.num_return_sequences
   run = _searched if settings.num_beams > 1 or settings.penalty_alpha else _drawn
-  rows = rows_at_once(m, encoded, settings)
+  rows = rows_at_once(m, asked.prompts, settings)
   size = max(1, min(WINDOW_BATCHES * rows, max(rows, WINDOW_SEQUENCES)) // each)
-  for start in range(0, len(encoded), size):
-    window = slice(start, start + size)
+  for start in range(0, len(prompts), size):
+    window = asked.part(slice(start, start + size))
     done: dict[int, Completion] = {}
     first = 0  # Place of the next prompt's first sequence.
-    for place, completion in run(m, encoded[window], seeds[window], each, settings):
+    for place, completion in run(m, window, each, settings):
       done[place] = completion
       while all(first + j in done for j in range(each)):
         group, prompt = [done.pop(first + j) for j in range(each)], start + first // each
-        yield _finished(m, prompts[prompt], encoded[prompt], group, settings)
+        yield _finished(m, prompts[prompt], asked.part(slice(prompt, prompt + 1)), group, settings)
         first += each
 
 
 def _finished(
-  m: "Model", prompt: Prompt, tokens: list[int], group: list[Completion], settings: Settings
+  m: "Model", prompt: Prompt, asked: _Asked, group: list[Completion], settings: Settings
 ) -> list[Completion]:
   """The sequences of a prompt that are returned, with what is told about the prompt."""
   if settings.best_of is not None:
     group = _best(m, prompt, group, settings)
   if not settings.echo:
     return group
-  told = _echo(m, tokens, settings.logprobs or 0)
+  told = _echo(m, asked, settings.logprobs or 0)
   return [dataclasses.replace(completion, **told) for completion in group]
 
 
@@ -124,37 +143,34 @@ def _finished(
 _Found = Iterator[tuple[int, Completion]]
 
 
-def _drawn(
-  m: "Model", prompts: list[list[int]], seeds: list[int], each: int, settings: Settings
-) -> _Found:
+def _drawn(m: "Model", asked: _Asked, each: int, settings: Settings) -> _Found:
   """Sequences of each prompt, as their batches are done."""
-  texts = [prompt for prompt in prompts for _ in range(each)]
+  texts = [prompt for prompt in asked.prompts for _ in range(each)]
   follow = bool(settings.stop_strings())
   for room, members in by_room(m, texts, settings).items():
     limited = dataclasses.replace(settings, max_new_tokens=room)
     for places in batches(m, [texts[i] for i in members], limited):
       rows = [members[place] for place in places]
+      groups = [i // each for i in rows]
       batch = Batch(
-        m, [texts[i] for i in rows], [seeds[i // each] for i in rows], limited, follow=follow,
-        sequences=[i % each for i in rows], groups=[i // each for i in rows],
+        m, [texts[i] for i in rows], [asked.seeds[g] for g in groups], limited, follow=follow,
+        sequences=[i % each for i in rows], groups=groups, adapters=asked.own(groups),
       )  # fmt: skip
       while not batch.finished:
         batch.advance(STOP_STEPS if follow else room)
       yield from zip(rows, _completions(batch), strict=True)
 
 
-def _searched(
-  m: "Model", prompts: list[list[int]], seeds: list[int], each: int, settings: Settings
-) -> _Found:
+def _searched(m: "Model", asked: _Asked, each: int, settings: Settings) -> _Found:
   """What beam search or contrastive search, which draw nothing, make of each prompt."""
-  decode, ends = text_of(m), end_ids(m, settings)
+  decode, ends, prompts = text_of(m), end_ids(m, settings), asked.prompts
   for room, members in by_room(m, prompts, settings).items():
     limited = dataclasses.replace(settings, max_new_tokens=room)
     for places in batches(m, [prompts[i] for i in members], limited):
       rows = [members[place] for place in places]
-      texts, watch = [prompts[i] for i in rows], Stopwatch()
-      groups = search(m, texts, limited) if limited.num_beams > 1 else None
-      groups = groups or [[found] for found in contrast(m, texts, limited)]
+      texts, own, watch = [prompts[i] for i in rows], asked.own(rows), Stopwatch()
+      groups = search(m, texts, limited, own) if limited.num_beams > 1 else None
+      groups = groups or [[found] for found in contrast(m, texts, limited, own)]
       timings = iter(watch.searched([len(found.tokens) for group in groups for found in group]))
       for i, group in zip(rows, groups, strict=True):
         for j, found in enumerate(group):
@@ -176,9 +192,10 @@ def _best(
   return [completions[i] for i in order[: settings.num_return_sequences]]
 
 
-def _echo(m: "Model", prompt: list[int], top: int) -> dict[str, Any]:
-  """The fields of a completion that tell about its prompt."""
-  values, pairs = prompt_logprobs(m, prompt, top)
+def _echo(m: "Model", asked: _Asked, top: int) -> dict[str, Any]:
+  """The fields of a completion that tell about its prompt, the first one asked for."""
+  prompt, adapter = asked.prompts[0], asked.adapters
+  values, pairs = prompt_logprobs(m, prompt, top, None if adapter is None else adapter[0])
   shown = pairs if top else None
   return dict(prompt_tokens=prompt, prompt_logprobs=values, prompt_top_logprobs=shown)
 
@@ -197,7 +214,8 @@ def stream(m: "Model", prompt: Prompt, **settings: Any) -> Iterator[str]:
     if getattr(chosen, name) not in (1, None, False, 0.0):
       raise InputError(f"{name}={getattr(chosen, name)} cannot be streamed: call generate.")
   chosen = dataclasses.replace(chosen, max_new_tokens=next(iter(by_room(m, encoded, chosen))))
-  return _pieces(Batch(m, encoded, chosen.seeds(1), chosen, follow=True))
+  adapters = adapters_of(m, chosen, 1)
+  return _pieces(Batch(m, encoded, chosen.seeds(1), chosen, follow=True, adapters=adapters))
 
 
 def _pieces(batch: Batch) -> Iterator[str]:

@@ -96,10 +96,14 @@ class PrefixCache:
         "PrefixCache for each."
       )
 
-  def trail(self, text: Sequence[int], dtype: str | None) -> "Trail":
-    """Where a text leads in what is kept, in caches of a dtype; counts as a hit or a miss."""
+  def trail(
+    self, text: Sequence[int], dtype: str | None, adapter: int | None = None
+  ) -> "Trail":  # fmt: skip
+    """Where a text leads in what is kept, in caches of a dtype by an adapter of the model's; counts
+    as a hit or a miss.
+    """
     regime = _regime(self._config, len(text) + self._before)
-    root = None if regime is None else self._root((dtype, regime))
+    root = None if regime is None else self._root((dtype, regime, adapter))
     trail = Trail(self, text, root)
     self.hits += trail.tokens > 0
     self.misses += trail.tokens == 0

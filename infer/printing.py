@@ -65,16 +65,18 @@ def print_completions(m: "Model", prompts: list[Any], settings: dict[str, Any], 
   single = len(prompts) == 1 and all(getattr(chosen, name) in (0, 1, None) for name in many)
   whole = how.json or how.show_probs or chosen.echo
   if not whole and (single and sys.stdout.isatty() if how.stream is None else how.stream):
-    _print_pieces(m, prompts, chosen.seeds(len(prompts)), settings)
+    _print_pieces(m, prompts, chosen, settings)
   else:
     _print_whole(m, prompts, settings, how)
 
 
-def _print_pieces(m: "Model", prompts: list[Any], seeds: list[int], settings: dict) -> None:
+def _print_pieces(m: "Model", prompts: list[Any], chosen: Settings, settings: dict) -> None:
+  seeds, adapters = chosen.seeds(len(prompts)), chosen.adapters(len(prompts))
   for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
     if i:
       print("---")
-    for piece in stream(m, prompt, **settings | {"seed": seed}):
+    own = {"seed": seed} | ({} if adapters is None else {"adapter": [adapters[i]]})
+    for piece in stream(m, prompt, **settings | own):
       print(piece, end="", flush=True)
     print(flush=True)
 

@@ -21,6 +21,7 @@ from infer.requests import bucket
 from infer.settings import Settings
 from model.cache import Cache, LayerCache, new_cache
 from model.config import ModelConfig
+from model.peft.named import chosen
 from model.transformer import Inputs
 
 if TYPE_CHECKING:
@@ -51,6 +52,12 @@ class Reader:
   chunk: int  # The most tokens that one pass reads of each row.
   dtype: str | None  # Of caches; None: what is computed in.
   ahead: int = 0  # Tokens that will be guessed ahead.
+
+  def with_adapters(self, numbers: Sequence[int] | None, rows: int) -> "Reader":
+    """What reads rows, of which the first have adapters of these numbers; None: as it is."""
+    if numbers is None:
+      return self
+    return dataclasses.replace(self, params=chosen(self.params, numbers, rows))
 
   def read(
     self, texts: Sequence[list[int]], size: int, *, source: Inputs | None = None,

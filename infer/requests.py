@@ -27,6 +27,8 @@ from infer.shaping import (
   SequenceBias,
   Shaping,
 )
+from model.errors import InputError
+from model.peft.named import numbers
 
 if TYPE_CHECKING:
   from model import Model
@@ -69,6 +71,23 @@ def end_ids(m: "Model", settings: Settings) -> frozenset[int]:
   eos = m.tokenizer.eos_id
   closing = m.tokenizer.affixes[1][-1:] if eos is None else [eos]
   return frozenset([*settings.stop_ids(), *closing])
+
+
+def adapters_of(m: "Model", settings: Settings, prompts: int) -> list[int] | None:
+  """The number of each prompt's adapter among the model's; None: as the model is.
+
+  Raises:
+    InputError: for names that the model does not have, or another number of them than of prompts.
+  """
+  names = settings.adapters(prompts)
+  if names is not None:
+    return numbers(m, names)
+  if m.rows > 1:
+    raise InputError(
+      f"the model is for batches of {m.rows} rows with an adapter each, and generate makes batches "
+      "of its own: name adapters with adapter=."
+    )
+  return None
 
 
 def _sampler(settings: Settings, size: int, seed: Any, sequence: Any) -> Sampler:

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from model.peft.named import chosen
 from model.trained import padded
 from model.transformer import Inputs
 
@@ -46,11 +47,18 @@ def token_logprobs(
   return jax.tree.map(whole, jax.lax.map(some, (x, wanted)))
 
 
-def prompt_logprobs(m: "Model", prompt: list[int], top: int) -> tuple[list[float], list[Pairs]]:
-  """Log-probabilities of a prompt's tokens but the first, and the `top` best in their places."""
+def prompt_logprobs(
+  m: "Model", prompt: list[int], top: int, adapter: int | None = None
+) -> tuple[list[float], list[Pairs]]:
+  """Log-probabilities of a prompt's tokens but the first, and the `top` best in their places.
+
+  Args:
+    adapter: the number of one of the model's; None: as the model is.
+  """
+  params = m.params if adapter is None else chosen(m.params, [adapter])
   tokens, pos = padded([prompt], m.room(m.config.stacks[0]))
   targets = np.roll(tokens, -1, axis=1)
-  told = jax.device_get(token_logprobs(m.graphdef, m.params, tokens, pos, targets, top=top))
+  told = jax.device_get(token_logprobs(m.graphdef, params, tokens, pos, targets, top=top))
   values, ids, best = (a[0, : len(prompt) - 1].tolist() for a in told)
   pairs = [list(zip(*place, strict=True)) for place in zip(ids, best, strict=True)]
   return values, pairs

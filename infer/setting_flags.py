@@ -95,12 +95,17 @@ def _define() -> dict[str, _Kind]:
       kind = dataclasses.replace(kind, read=functools.partial(how["read"], name))
     default = "" if field.default in (None, ()) else f"(default: {field.default})"
     text = " ".join(part for part in (how["help"], kind.hint, default) if part)
-    kind.define(name, None, text)
+    kind.define(how["flag"] or name, None, text)
     kinds[name] = kind
   return kinds
 
 
 _KINDS = _define()
+
+
+def flag_of(name: str) -> str:
+  """The name of a setting's flag."""
+  return _FIELDS[name].metadata["flag"] or name
 
 
 def given_settings() -> dict[str, Any]:
@@ -111,7 +116,7 @@ def given_settings() -> dict[str, Any]:
   Raises:
     InputError: for what cannot be read.
   """
-  values = {name: flags.FLAGS[name].value for name in _KINDS}
+  values = {name: flags.FLAGS[flag_of(name)].value for name in _KINDS}
   return {name: _KINDS[name].read(v) for name, v in values.items() if v is not None}
 
 
@@ -128,10 +133,11 @@ def checked_settings(settings: dict[str, Any], prompts: int) -> Settings:
   """The settings before any model is loaded, with a stand-in for a draft that is one.
 
   Raises:
-    InputError: for an impossible value, or seeds for another number of prompts.
+    InputError: for an impossible value, or seeds or adapters for another number of prompts.
   """
   stand_in: dict[str, Any] = {"draft": "lookup"} if "draft" in models_of(settings) else {}
   values: dict[str, Any] = settings | stand_in | dict.fromkeys(_SWITCHES)
   checked = Settings(**values)
   checked.seeds(prompts)
+  checked.adapters(prompts)
   return checked

@@ -23,9 +23,16 @@ Word = str | int | Sequence[int]  # A text, a token or several.
 Biases = Mapping[Word, float]  # Several tokens are a tuple.
 
 
+def _names(_: str, written: list[str]) -> str | list[str | None]:
+  """One name for all, or one each; `none` is None."""
+  names = [None if text == "none" else text for text in written]
+  return names if len(names) > 1 or names[0] is None else names[0]
+
+
 def told(
-  default: Any, text: str, *, written: Any = None, choices: Sequence[str] = (), read: Any = None
-) -> Any:
+  default: Any, text: str, *, written: Any = None, choices: Sequence[str] = (), read: Any = None,
+  flag: str | None = None,
+) -> Any:  # fmt: skip
   """A setting: its default, and how `python -m infer` has it as a flag (see infer.setting_flags).
 
   Args:
@@ -33,8 +40,9 @@ def told(
     written: the type of what is written on the command line; None: that of the field.
     choices: the texts that may be written; (): any.
     read: makes the value of (name, text).
+    flag: its name as a flag; None: that of the field.
   """
-  how = dict(help=text, written=written, choices=choices, read=read)
+  how = dict(help=text, written=written, choices=choices, read=read, flag=flag)
   return dataclasses.field(default=default, metadata=how)
 
 
@@ -53,6 +61,10 @@ class Settings:
     None, "Draw from tokens of about the expected surprise that sum to p."
   )
   epsilon_cutoff: float | None = told(None, "Draw from tokens of at least this probability.")
+  adapter: str | Sequence[str | None] | None = told(
+    None, "Of the adapters that the model has by name: one for every prompt, or one each; none: "
+    "the base.", read=_names, flag="prompt_adapter",
+  )  # fmt: skip
   seed: int | Sequence[int] = told(0, "Of the draws: one for every prompt, or one each.")
   repetition_penalty: float = told(1.0, "Above 1: against tokens of prompt and text (CTRL).")
   presence_penalty: float = told(0.0, "Taken off the scores of tokens that the text has.")
@@ -125,6 +137,9 @@ class Settings:
     self._check_reading()
     if self.logprobs is not None:
       _whole("logprobs", self.logprobs, least=1)
+    for name in [] if self.adapter is None else self._adapters():
+      if name is not None and not isinstance(name, str):
+        raise InputError(f"adapter={name!r} must be the name of an adapter, or None for the base.")
     for seed in self._seeds():
       if not _is_whole(seed) or not 0 <= seed < 2**64:
         raise InputError(f"seed={seed!r} must be a whole number from 0 to 2**64 - 1.")
@@ -313,6 +328,26 @@ class Settings:
 
   def _seeds(self) -> list[int]:
     return [self.seed] if isinstance(self.seed, int) else _items("seed", self.seed)
+
+  def _adapters(self) -> list[str | None]:
+    return [self.adapter] if isinstance(self.adapter, str) else _items("adapter", self.adapter)
+
+  def adapters(self, prompts: int) -> list[str | None] | None:
+    """The adapter of each prompt; None: nothing was said of them.
+
+    Raises:
+      InputError: if `adapter` is a list of another length.
+    """
+    if self.adapter is None:
+      return None
+    names = self._adapters()
+    if isinstance(self.adapter, str):
+      return names * prompts
+    if len(names) != prompts:
+      raise InputError(
+        f"adapter has {len(names)} names for {prompts} prompts: give one, or one per prompt."
+      )
+    return names
 
   def stop_strings(self) -> tuple[str, ...]:
     """The stop strings among `stop`."""

@@ -9,6 +9,7 @@ arXiv:2211.17192). What penalties, bans and stop tokens do is then the same by c
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,6 +22,7 @@ from infer.shaping import History
 from model.cache import Cache
 from model.config import ModelConfig
 from model.errors import InputError
+from model.peft.named import chosen
 from model.transformer import Inputs
 
 if TYPE_CHECKING:
@@ -37,6 +39,12 @@ class Draft:
   config: ModelConfig | None = None
   graphdef: nnx.GraphDef | None = None
   params: Any = None
+
+  def with_adapters(self, numbers: Sequence[int], rows: int) -> "Draft":
+    """What guesses for rows, of which the first have adapters of these numbers."""
+    if self.params is None:
+      return self
+    return dataclasses.replace(self, params=chosen(self.params, numbers, rows))
 
 
 def draft_of(m: "Model", given: Any) -> Draft:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def ragged_experts(
     flat = lambda a: a.reshape(-1, a.shape[-1])
     work = functools.partial(_grouped, matrices=matrices, act=act, padded=bool(layout.expert))
     y = _spread(flat(x), flat(weights), flat(chosen), work, layout, len(up))
-    return (jax.lax.psum(y, layout.mlp) if layout.mlp else y).reshape(x.shape)
+    return (jax.lax.psum(y, layout.mlp) if layout.mlp else y).reshape(*x.shape[:2], -1)
 
   if layout.all:
     tokens = layout.tokens
@@ -84,6 +85,26 @@ def ragged_experts(
       local, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens, axis_names=set(layout.all)
     )
   return local(x, weights, chosen, matrices)
+
+
+def apart(h: Float[Array, "... D"], matrices: Matrices) -> tuple[Array, Array | None]:
+  """(what experts read, the number of each token's adapter where it was put behind that)."""
+  if any("lora_a" in own and own["lora_a"].ndim == 4 for own in matrices.values()):
+    return h[..., :-1], h[..., -1]
+  return h, None
+
+
+def of_numbers(
+  own: dict[str, Array], numbers: Int[Array, "..."] | None, dtype: Any
+) -> tuple[Array, Array, Array]:
+  """(A, B, what multiplies the ranks of each token: 0 at those of other adapters than its own)."""
+  a, b = own["lora_a"], own["lora_b"]
+  if numbers is None:
+    return a, b, jnp.ones((), dtype)
+  several, rank = a.shape[-2:]
+  number = jnp.repeat(jnp.arange(several), rank)
+  mask = (jnp.round(numbers)[..., None] == number).astype(dtype)
+  return a.reshape(*a.shape[:2], -1), b.reshape(len(b), -1, b.shape[-1]), mask
 
 
 def _layout(tokens: tuple[int, ...], up: tuple[int, ...]) -> Layout:
@@ -172,13 +193,14 @@ def _grouped(
   def through(h, name):
     y = jax.lax.ragged_dot(h, matrices[name]["w"], sizes)
     if "lora_a" in matrices[name]:
-      low = jax.lax.ragged_dot(h, matrices[name]["lora_a"], sizes)
-      y += jax.lax.ragged_dot(low, matrices[name]["lora_b"], sizes)
+      a, b, mask = of_numbers(matrices[name], numbers, h.dtype)
+      y += jax.lax.ragged_dot(jax.lax.ragged_dot(h, a, sizes) * mask, b, sizes)
     if "b" in matrices[name]:
       expert = (jnp.arange(len(h))[:, None] >= jnp.cumsum(sizes)).sum(axis=1)
       y += matrices[name]["b"].at[expert].get(mode="fill", fill_value=0)
     return jnp.where(_real(y, sizes), y, 0) if padded and name != "down_proj" else y
 
+  rows, numbers = apart(rows, matrices)
   gate = through(rows, "gate_proj") if "gate_proj" in matrices else None
   return through(act(through(rows, "up_proj"), gate), "down_proj")
 

@@ -61,6 +61,8 @@ class LatentKeysValues(nnx.Module):
 
   def absorbs(self, queries: int) -> bool:
     """Whether that is cheaper, for so many queries of each key, than to make its heads."""
+    if hasattr(self.up_proj, "adapter") and hasattr(self.up_proj.adapter, "rows"):
+      return False  # Each row has its own matrix.
     more = 2 * (self.width + self.turning) - self.made - self.turning  # Per query, key and head.
     return queries * more < self.width * self.made
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from model.peft import load as peft
 from model.peft import write
 from model.peft.attach import apart, attached, is_adapted, together
 from model.peft.bottleneck import has_bottlenecks
+from model.peft.named import named
 from model.quant import Format
 from model.quant_load import as_stored, by_layer, main_format, read_params
 from model.quant_tree import quantized_leaves
@@ -36,8 +37,8 @@ TRAINED_BESIDE = ("generator",)  # Parameters that a checkpoint may hold and no 
 
 def load(
   path: str | Path, *, dtype: str | None = "float32", mesh: jax.sharding.Mesh | None = None,
-  quantize: str | None = None, adapter: str | Path | None = None, base: str | Path | None = None,
-  ema: bool = False,
+  quantize: str | None = None, adapter: str | Path | Mapping[str, str | Path] | None = None,
+  base: str | Path | None = None, ema: bool = False,
 ) -> Model:  # fmt: skip
   """The model at a checkpoint PATH: a workdir (newest good step), a step in it, `WORKDIR@best`, or
   a Hugging Face folder, or a GGUF file. Of an adapter, a folder of PEFT's or the workdir of its
@@ -50,7 +51,9 @@ def load(
       quantized for itself, so that the others are never held in float. `dtype` is then that of the
       other parameters, an adapter's with them, and of computation. None: as they are stored,
       quantized or not; of the base that an adapter at `path` names, as it was trained on.
-    adapter: PATH of an adapter for the model.
+    adapter: PATH of an adapter for the model; or several by name, {NAME: PATH, …}, of which each
+      row of a batch may have its own: see `Model.using` and the setting `adapter` of
+      `infer.generate`.
     base: PATH of the base of the adapter at `path`; None: the one that it names.
     ema: the moving average of the parameters instead of the parameters.
 
@@ -63,6 +66,8 @@ def load(
   format = None if quantize is None else Format.parse(quantize)
   if adapter is not None or peft.is_adapter(path):
     how: Any = {"dtype": dtype, "mesh": mesh, "quantize": quantize}
+    if isinstance(adapter, Mapping):
+      return _with_several(path, adapter, base, ema=ema, **how)
     return _adapted(path, adapter, base, ema=ema, **how)
   if base is not None:
     raise InputError(f"base={str(base)!r}: {path} is no adapter, and needs none.")
@@ -77,17 +82,32 @@ def _adapted(path: Any, adapter: Any, base: Any, *, ema: bool, **how: Any) -> Mo
   if adapter is None:
     how["quantize"] = how["quantize"] or peft.format_of(path)
     adapter, path = path, peft.base_of(path) if base is None else base
-  elif base is not None:
-    raise InputError(
-      f"base={str(base)!r} and adapter= were given: name the base as the checkpoint."
-    )
-  elif not peft.is_adapter(adapter):
-    raise InputError(
-      f"adapter={str(adapter)!r} is no adapter: a PEFT folder or an adapter's workdir."
-    )
+  else:
+    _check_adapter(path, adapter, base)
   if peft.is_adapter(path):
     raise InputError(f"{path} is an adapter itself: name a base.")
   return peft.adapted(load(path, **how), adapter, str(path), ema=ema)
+
+
+def _with_several(path: Any, paths: Mapping, base: Any, *, ema: bool, **how: Any) -> Model:
+  """The base with adapters by name."""
+  for one in paths.values():
+    _check_adapter(path, one, base)
+  if peft.is_adapter(path):
+    raise InputError(f"{path} is an adapter itself: name a base.")
+  m = load(path, **how)
+  return named({n: peft.adapted(m, one, str(path), ema=ema) for n, one in paths.items()})
+
+
+def _check_adapter(path: Any, adapter: Any, base: Any) -> None:
+  if base is not None:
+    raise InputError(
+      f"base={str(base)!r} and adapter= were given: name the base as the checkpoint."
+    )
+  if not peft.is_adapter(adapter):
+    raise InputError(
+      f"adapter={str(adapter)!r} is no adapter: a PEFT folder or an adapter's workdir."
+    )
 
 
 def source(path: str | Path, *, dtype: str | None = None) -> Source:
@@ -274,6 +294,11 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
     InputError: for an unknown format, a folder that holds something, or a model that is quantized
       or of no family of Hugging Face's, where it goes there.
   """
+  if m.adapters:
+    raise InputError(
+      f"the model has several adapters ({', '.join(m.adapters)}): load it with one of them, and "
+      "save that."
+    )
   if has_bottlenecks(m.params):
     if format == "hf":
       raise InputError(
@@ -319,15 +344,15 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
 
 def convert(
   path: str | Path, folder: str | Path, *, format: str, dtype: str | None = None,
-  family: str | None = None,
+  family: str | None = None, adapter: str | Path | None = None, quantize: str | None = None,
 ) -> ModelConfig:  # fmt: skip
   """Writes what lies at a checkpoint PATH in another form; returns its config.
 
   Towards `hf` one parameter after the other is read and written, so that little memory is needed;
-  towards `orbax` the model is held once.
+  towards `orbax` the model is held once. An adapter is merged.
 
   Args:
-    path, dtype: as `load` takes them; None: the dtype that it is stored in.
+    path, dtype, adapter, quantize: as `load` takes them; dtype None: what it is stored in.
     folder, format, family: as `save` takes them.
 
   Raises:
@@ -335,8 +360,10 @@ def convert(
   """
   if format == "peft":
     raise InputError("format='peft' holds adapters, and whole models are converted.")
-  if format == "orbax" or peft.is_adapter(path):
-    m = load(path, dtype=dtype)
+  if quantize is not None and format == "hf":
+    raise InputError(f"quantize={quantize!r}: folders of Hugging Face's hold float matrices.")
+  if format == "orbax" or adapter is not None or peft.is_adapter(path):
+    m = load(path, dtype=dtype, adapter=adapter, quantize=quantize)
     m = m.merged() if is_adapted(m.params) and not has_bottlenecks(m.params) else m
     save(m, folder, format=format, family=family)
     return m.config

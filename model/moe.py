@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig
-from model.dropless import ragged_experts
+from model.dropless import apart, of_numbers, ragged_experts
 from model.layers import MLP, Initializer, Linear, activated, param, residual_init
 from model.quant import beside, dense
 from model.sharding import constrain
@@ -156,18 +156,28 @@ class Experts(nnx.Module):
       | getattr(self, name).added(self.dtype)
       for name, own in stored.items()
     }
+    read = with_numbers(x, [getattr(self, name) for name in names])
     act = functools.partial(activated, self.cfg)
     if self.kernel == "dense":
-      y = dense_experts(x, weights, chosen, matrices, act)
+      y = dense_experts(read, weights, chosen, matrices, act)
     else:
       axes = {name: getattr(self, name).axes() for name in names}
-      y = ragged_experts(x, weights, chosen, valid, matrices, axes, act)
+      y = ragged_experts(read, weights, chosen, valid, matrices, axes, act)
     if hasattr(self, "shared"):
       shared = self.shared(x)
       if hasattr(self, "shared_gate"):
         shared *= jax.nn.sigmoid(self.shared_gate(x))
       y += jnp.where(keep, shared, 0)
     return y, sums
+
+
+def with_numbers(x: Float[Array, "B T D"], matrices: list[ExpertMatrix]) -> Array:
+  """`x`, with the number of each row's adapter behind it where rows have their own."""
+  several = [m.adapter for m in matrices if hasattr(m, "adapter") and hasattr(m.adapter, "rows")]
+  if not several:
+    return x
+  numbers = several[0].numbers(len(x)).astype(x.dtype)
+  return jnp.concatenate((x, jnp.broadcast_to(numbers[:, None, None], (*x.shape[:2], 1))), axis=-1)
 
 
 def dense_experts(
@@ -183,11 +193,13 @@ def dense_experts(
     own = matrices[name]
     y = jnp.einsum(equation, h, own["w"])
     if "lora_a" in own:
+      a, b, mask = of_numbers(own, numbers, h.dtype)
       reads, back = equation.split(",")[0], equation.split("->")[1]
-      low = jnp.einsum(f"{reads},E{reads[-1]}R->EBTR", h, own["lora_a"])
-      y += jnp.einsum(f"EBTR,ER{back[-1]}->{back}", low, own["lora_b"])
+      low = jnp.einsum(f"{reads},E{reads[-1]}R->EBTR", h, a) * mask
+      y += jnp.einsum(f"EBTR,ER{back[-1]}->{back}", low, b)
     return y + matrices[name]["b"][:, None, None] if "b" in matrices[name] else y
 
+  x, numbers = apart(x, matrices)
   into = "BTD,EDF->EBTF"
   gate = through(x, "gate_proj", into) if "gate_proj" in matrices else None
   hidden = act(through(x, "up_proj", into), gate)

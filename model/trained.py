@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -47,6 +48,8 @@ class Model:
   end_ids: tuple[int, ...] = ()  # Tokens that end what it writes; (): the tokenizer's.
   text_limit: int | None = None  # Tokens of the longest text to embed; None: as many as positions.
   adapted: Adapted | None = None  # Of its adapter, which lies among the parameters.
+  adapters: tuple[str, ...] = ()  # Names of several, of which each row of a batch may have one.
+  rows: int = 1  # Rows that have one each, by `using`; 1: all have the same.
 
   @functools.cached_property
   def graphdef(self) -> nnx.GraphDef:
@@ -78,6 +81,33 @@ class Model:
     from model.peft.merge import merged  # It makes models.
 
     return merged(self)
+
+  def using(self, adapter: str | Sequence[str | None] | None) -> "Model":
+    """The model with one of the adapters that it has by name, or for batches of as many rows as are
+    named with one for each; None is the base. It shares all arrays and all that is compiled.
+
+    Raises:
+      InputError: for a name that it does not have.
+    """
+    from model.peft.named import using  # It makes models.
+
+    return using(self, adapter)
+
+  def with_adapter(self, name: str, other: "str | Path | Model") -> "Model":
+    """The model, which has adapters by name, with another under a name: the one at a PATH, or that
+    of a model of the same base. One that had the name gives way, and what is compiled serves on
+    where ranks and places are no more than they were:
+
+        m = model.load(BASE, adapter={"chat": DIR})
+        infer.generate(m, prompts, adapter="chat")
+        m = m.with_adapter("chat", NEWER)  # A swap: nothing is compiled, the base is not copied.
+
+    Raises:
+      InputError: if it has no adapters by name, or the other is of another base.
+    """
+    from model.peft.named import with_adapter  # It makes models.
+
+    return with_adapter(self, name, other)
 
   def __call__(
     self, tokens: Int[Array, "B T"], *, segments: Int[Array, "B T"] | None = None,
@@ -211,6 +241,10 @@ class Model:
   def _side(self, tokens: Any, segments: Any, positions: Any, types: Any, name="") -> Inputs:
     """The arrays as int32; of what is traced only the shape is checked."""
     tokens = whole_numbers(f"{name}tokens", tokens, least=0)
+    if self.rows not in (1, len(tokens)):
+      raise InputError(
+        f"{self.rows} rows were given an adapter each, and {name}tokens have {len(tokens)} rows."
+      )
     given = {f"{name}segments": (segments, 0), f"{name}positions": (positions, -1),
              "token_types": (types, 0)}  # fmt: skip
     arrays = []

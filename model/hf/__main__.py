@@ -1,4 +1,6 @@
-"""python -m model.hf --source=PATH --target=DIR --format=orbax|hf: converts checkpoints."""
+"""python -m model.hf --source=PATH --target=DIR --format=orbax|hf: converts checkpoints, and with
+--adapter=PATH merges an adapter into them.
+"""
 
 import sys
 
@@ -20,6 +22,14 @@ _FAMILY = flags.DEFINE_string(
 )
 
 
+_ADAPTER = flags.DEFINE_string(
+  "adapter", None, "Adapter to merge: a folder of PEFT's, or the workdir of its run."
+)
+_QUANTIZE = flags.DEFINE_string(
+  "quantize", None, "Read and write matrices in fewer bits, with --format=orbax: int8, int4, …"
+)
+
+
 def main(argv: list[str]) -> int:
   if len(argv) > 1:
     raise InputError(f"{argv[1]!r} is no flag: settings are written --name=value.")
@@ -28,8 +38,9 @@ def main(argv: list[str]) -> int:
   from model import loading  # After the flags: what is wrong with them is said sooner.
 
   config = loading.convert(
-    _SOURCE.value, _TARGET.value, format=_FORMAT.value, dtype=_DTYPE.value, family=_FAMILY.value
-  )
+    _SOURCE.value, _TARGET.value, format=_FORMAT.value, dtype=_DTYPE.value, family=_FAMILY.value,
+    adapter=_ADAPTER.value, quantize=_QUANTIZE.value,
+  )  # fmt: skip
   print(f"{_TARGET.value}: {config.num_params():,} parameters", file=sys.stderr)
   return 0
 

@@ -11,6 +11,7 @@ from model.errors import InputError
 from model.layers import Embed, Linear
 from model.moe import ExpertMatrix
 from model.peft.bottleneck import Bottleneck, parts
+from model.peft.by_row import ByRow
 from model.peft.ia3 import IA3
 from model.peft.lora import LoRA
 from model.peft.names import KEY, Path
@@ -51,7 +52,7 @@ def attached(net: nnx.Module, params: dict) -> nnx.Module:
   for path, owner in owners(net):
     if path in found:
       own = found.pop(path)
-      kind: Any = LoRA if "a" in own else IA3
+      kind: Any = ByRow if "rows" in own else LoRA if "a" in own else IA3
       owner.adapter = kind(owner, own)
   for path, part in parts(net):
     if path in found:
@@ -62,7 +63,7 @@ def attached(net: nnx.Module, params: dict) -> nnx.Module:
   return net
 
 
-def adapters(module: Any) -> Iterator[tuple[Path, LoRA | IA3 | Bottleneck]]:
+def adapters(module: Any) -> Iterator[tuple[Path, LoRA | IA3 | ByRow | Bottleneck]]:
   """The adapters of a network, each with its owner's path."""
   for path, owner in (*owners(module), *parts(module)):
     if hasattr(owner, KEY):

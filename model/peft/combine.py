@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from model.errors import InputError
+from model.errors import InputError, nearest
 from model.heads import abstract
 from model.peft.attach import KEY, Owner, adapters, apart, of_adapter, owners, together
 from model.peft.lora import LoRA, sides
@@ -17,6 +17,7 @@ from model.peft.names import Path
 from model.peft.virtual_files import has_virtual
 from model.trained import Model
 
+HOW = ("cat", "linear", "svd")
 Low = tuple[jax.Array, jax.Array]  # A, and B with its scale, layers and experts in front.
 
 
@@ -40,24 +41,85 @@ def alike(models: Sequence[Model]) -> list[Model]:
   return out
 
 
-def combined(models: Sequence[Model], weights: Sequence[float]) -> Model:
-  """The base with the weighted sum of what the adapters of the models add to it: exact, as one
-  adapter whose rank is the sum of theirs.
+def combined(
+  models: Sequence[Model], weights: Sequence[float], *, how: str = "cat", rank: int | None = None
+) -> Model:
+  """The base with the weighted sum of what the adapters of the models add to it, as one adapter.
+
+  Args:
+    how: as PEFT's `add_weighted_adapter` has them. `cat`: exact, of a rank that is the sum of
+      theirs. `svd`: the nearest to it of `rank`, matrix by matrix of ours, where PEFT takes fused
+      queries, keys and values as one. `linear`: the sum of A times the sum of B, each weighted by
+      the roots of weights and scales, of their own rank; that adds other products too.
+    rank: of svd; None: the largest of theirs.
 
   Raises:
-    InputError: if they are not LoRA adapters of one base, or there are not as many weights.
+    InputError: if they are not LoRA adapters of one base, or there are not as many weights; for
+      linear, if their ranks differ.
   """
+  if how not in HOW:
+    raise InputError(f"how={how!r} is not known: use one of {', '.join(HOW)}.{nearest(how, HOW)}")
+  if rank is not None and (how != "svd" or rank < 1):
+    raise InputError(f"rank={rank} is that of how='svd', at least 1: leave it out.")
   if len(weights) != len(models):
     raise InputError(f"{len(models)} adapters were given {len(weights)} weights: one for each.")
   base, lows = _of_one_base(models)
-  own = _owners(models[0], _all(lows))
-  summed = {}
+  own, summed = _owners(models[0], _all(lows)), {}
+  most = max(low[0].shape[-1] for pairs in lows for low in pairs.values())
   for path in _all(lows):
-    there = [(low[path], weight) for low, weight in zip(lows, weights, strict=True) if path in low]
-    a = jnp.concatenate([pair[0] for pair, _ in there], axis=-1)
-    parts = [pair[1] * jnp.asarray(weight, pair[1].dtype) for pair, weight in there]
+    there = [i for i, low in enumerate(lows) if path in low]
+    pairs, factors = [lows[i][path] for i in there], [weights[i] for i in there]
+    if how == "linear":
+      scales = [_leaf(models[i], (*path, KEY, "scale")) for i in there]
+      summed[path] = _averaged(path, pairs, factors, scales)
+      continue
+    a = jnp.concatenate([a for a, _ in pairs], axis=-1)
+    parts = [b * jnp.asarray(w, b.dtype) for (_, b), w in zip(pairs, factors, strict=True)]
     summed[path] = a, jnp.concatenate(parts, axis=_rank_axis(own[path], parts[0]))
+    if how == "svd":
+      a, b = summed[path]
+      summed[path] = _nearest(a, b, own[path], most if rank is None else rank)
   return dataclasses.replace(models[0], params=together(base, _adapter(summed, own)))
+
+
+def _averaged(
+  path: Path, pairs: list[Low], weights: list[float], scales: list[jax.Array]
+) -> Low:  # fmt: skip
+  """Sums of A and of B without their scales, by the roots of weight and scale; signs go to A."""
+  ranks = {a.shape[-1] for a, _ in pairs}
+  if len(ranks) > 1:
+    raise InputError(
+      f"how='linear' adds up A and B, and {'.'.join(map(str, path))} has the ranks "
+      f"{', '.join(map(str, sorted(ranks)))}: use cat or svd."
+    )
+  times = lambda x, factor: x * factor.reshape(*factor.shape, *(1,) * (x.ndim - factor.ndim))
+  sums = [jnp.zeros_like(x) for x in pairs[0]]
+  for (a, b), weight, scale in zip(pairs, weights, scales, strict=True):
+    root = jnp.sqrt(abs(weight) * scale).astype(a.dtype)
+    sums[0] += times(a, -root if weight < 0 else root)
+    sums[1] += times(b, root / scale.astype(b.dtype))
+  return sums[0], sums[1]
+
+
+def _nearest(a: jax.Array, b: jax.Array, owner: Owner, rank: int) -> Low:
+  """The nearest of a rank to A B, by the singular values of the small matrix between two bases."""
+  axis, writes = _rank_axis(owner, b), len(sides(owner)[2])
+  lead = b.shape[:axis]
+  wide = jnp.promote_types(a.dtype, jnp.float32)
+  left = jnp.linalg.qr(a.astype(wide).reshape(*lead, -1, a.shape[-1]))
+  right = jnp.linalg.qr(jnp.swapaxes(b.astype(wide).reshape(*lead, a.shape[-1], -1), -1, -2))
+  u, s, vh = jnp.linalg.svd(left.R @ jnp.swapaxes(right.R, -1, -2), full_matrices=False)
+  kept = min(rank, s.shape[-1])
+  made_a = left.Q @ u[..., :kept]
+  made_b = (s[..., :kept, None] * vh[..., :kept, :]) @ jnp.swapaxes(right.Q, -1, -2)
+  outputs = b.shape[b.ndim - writes :]
+  return (made_a.reshape(*a.shape[:-1], kept).astype(a.dtype),
+          made_b.reshape(*lead, kept, *outputs).astype(b.dtype))  # fmt: skip
+
+
+def _leaf(m: Model, path: Path) -> Any:
+  leaves: Any = flatten_dict(m.params)
+  return leaves[path]
 
 
 def _of_one_base(models: Sequence[Model]) -> tuple[dict, list[dict[Path, Low]]]:

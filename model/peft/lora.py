@@ -73,12 +73,16 @@ class LoRA(nnx.Module):
     y, update = owner.plain(x), jnp.tensordot(jnp.tensordot(read, a, self.inputs), b, 1)
     if not hasattr(self, "magnitude"):
       return y + update
-    # The norm is no path of gradients: section 4.3 there.
-    w = owner.plain_matrix()
-    share = self.magnitude[...].astype(owner.dtype) / jax.lax.stop_gradient(self._norm(w, a, b))
+    share = self.share(owner)
     bias = owner.b[...].astype(owner.dtype) if hasattr(owner, "b") else 0
     own = y - bias if read is x else owner.plain(read) - bias
     return y + (share - 1) * own + share * update
+
+  def share(self, owner: Linear) -> Float[Array, "..."]:
+    """What DoRA's magnitudes multiply each output by."""
+    # The norm is no path of gradients: section 4.3 there.
+    norm = self._norm(owner.plain_matrix(), *self.halves(owner.dtype))
+    return self.magnitude[...].astype(owner.dtype) / jax.lax.stop_gradient(norm)
 
   def matrix(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
     """The matrix that has the effect of `w` (experts or none, inputs, outputs) and its update."""

@@ -1,6 +1,8 @@
 """Adapters merged into what they adapt, and taken out again."""
 
 import dataclasses
+import sys
+from collections import Counter
 from typing import Any
 
 import jax
@@ -13,25 +15,74 @@ from model.layers import Embed
 from model.moe import ExpertMatrix
 from model.peft.attach import Owner, adapters, apart, is_adapted, owners
 from model.peft.bottleneck import Bottleneck, check_none
+from model.peft.create import dense
 from model.peft.ia3 import IA3
 from model.peft.lora import sides
-from model.peft.names import Path
+from model.peft.names import Names, Path
 from model.peft.virtual_files import has_virtual
+from model.quant import Quantized, quantize
 from model.trained import Model
 
 _ROUNDINGS = 64.0  # Of the dtype: by so much may what is merged differ from what is applied.
 _PROBES = 8  # Random inputs for the comparison.
 
 
+@dataclasses.dataclass(frozen=True)
+class Lost:
+  """What rounding has taken of an update that was merged into quantized matrices.
+
+  `parts` has, by the name of each matrix, the norm of what is wrong after rounding beside the norm
+  of the update: at 1, rounding changed the matrix as much as the adapter did.
+  """
+
+  format: str  # Of most of them.
+  parts: dict[str, float]
+
+  @property
+  def mean(self) -> float:
+    """Of all matrices."""
+    return sum(self.parts.values()) / len(self.parts)
+
+  @property
+  def largest(self) -> tuple[str, float]:
+    """The matrix that lost most, and how much."""
+    return max(self.parts.items(), key=lambda part: part[1])
+
+  def lines(self) -> list[str]:
+    """What a person is told of it."""
+    name, most = self.largest
+    told = [
+      f"merged into {self.format}: rounding took {self.mean:.1%} of the update (mean of "
+      f"{len(self.parts)} matrices), at most {most:.1%} ({name})"
+    ]
+    drowned = [name for name, share in self.parts.items() if share >= 1]
+    if drowned:
+      told.append(
+        f"warning: in {len(drowned)} of {len(self.parts)} matrices the update is smaller than what "
+        f"rounding to {self.format} loses, as in {drowned[0]}: keep the adapter beside the base, "
+        "or merge into the float base."
+      )
+    return told
+
+
 def merged(m: Model) -> Model:
   """The model without an adapter that computes what it computes with it.
 
   A table of tokens whose vectors are adapted, and which scores words too, becomes two: scores did
-  not see the adapter. What is merged is compared with what is applied, on random inputs.
+  not see the adapter. What is merged is compared with what is applied, on random inputs. Quantized
+  matrices are quantized anew, and what that loses is told on stderr (`merge`).
 
   Raises:
-    InputError: if it has no adapter, its parameters are quantized, or merging is not exact enough.
+    InputError: if it has no adapter, or several, or merging is not exact enough.
   """
+  made, lost = merge(m)
+  for line in [] if lost is None else lost.lines():
+    print(line, file=sys.stderr)
+  return made
+
+
+def merge(m: Model) -> tuple[Model, Lost | None]:
+  """As `merged`, with what rounding has lost: None where no matrix is quantized."""
   if not is_adapted(m.params):
     raise InputError("the model has no adapter that could be merged.")
   check_none(m.params, "no matrix of it can hold merged")
@@ -40,16 +91,25 @@ def merged(m: Model) -> Model:
       "virtual tokens are no part of a matrix and cannot be merged: keep the base, and save them "
       "with format='peft'."
     )
+  if m.adapters:
+    raise InputError(
+      f"the model has several adapters ({', '.join(m.adapters)}): load it with one of them, and "
+      "merge that."
+    )
   base = apart(m.params)[0]
   leaves: Any = flatten_dict(base)
-  net = nnx.merge(m.graphdef, m.params)
-  new, untied = dict(leaves), None
+  net, names = nnx.merge(m.graphdef, m.params), Names(m.config)
+  new, untied, parts, formats = dict(leaves), None, {}, []
   for path, owner in owners(net):
     if hasattr(owner, "adapter"):
       weight = (*path, "table" if isinstance(owner, Embed) else "w")
-      _check_plain(weight, leaves[weight])
-      new[weight] = _merged(owner, leaves[weight])
-      _check(path, owner, leaves[weight], new[weight])
+      if isinstance(leaves[weight], Quantized):
+        new[weight], losses = _requantized(path, owner, leaves[weight])
+        parts |= dict(zip(names.of(path), losses, strict=True))
+        formats += [leaves[weight].format.name] * len(losses)
+      else:
+        new[weight] = _merged(owner, leaves[weight])
+        _check(path, owner, leaves[weight], new[weight])
       if isinstance(owner.adapter, IA3) and (*path, "b") in leaves:
         scale = jax.vmap(IA3.bias) if _stacked(owner, leaves[weight]) else IA3.bias
         new[(*path, "b")] = scale(owner.adapter, leaves[(*path, "b")])
@@ -57,8 +117,49 @@ def merged(m: Model) -> Model:
   config = m.config
   if untied is not None:
     config = dataclasses.replace(config, tie_embeddings=False)
-    new[("head", "proj", "w")] = jnp.transpose(leaves[untied])
-  return dataclasses.replace(m, config=config, params=unflatten_dict(new), adapted=None)
+    new[("head", "proj", "w")] = _turned(leaves[untied])
+  made = dataclasses.replace(m, config=config, params=unflatten_dict(new), adapted=None)
+  return made, Lost(Counter(formats).most_common(1)[0][0], parts) if parts else None
+
+
+def _turned(table: jax.Array | Quantized) -> jax.Array | Quantized:
+  """A table of words as the matrix that scores them."""
+  if isinstance(table, Quantized):
+    return dataclasses.replace(table, table=False)
+  return jnp.transpose(table)
+
+
+def _requantized(path: Path, owner: Owner, weight: Quantized) -> tuple[Quantized, list[float]]:
+  """(a quantized matrix with its update, what rounding lost of it in each layer): a layer after the
+  other, so that few of them are in float at a time.
+  """
+  layers = weight.lead[: len(weight.lead) - len(sides(owner)[0])]
+  made, losses = [], []
+  for i in range(layers[0]) if layers else [None]:
+    one = owner if i is None else jax.tree.map(lambda a: a[i], owner)  # noqa: B023
+    before = dense(_weight(one).get_value())
+    _weight(one).set_value(before)
+    after = _merged(one, before)
+    _check(path, one, before, after)
+    new, lost = _rounded(before, after, weight)
+    made.append(new)
+    losses.append(float(lost))
+  whole = jax.tree.map(lambda *a: jnp.stack(a), *made) if layers else made[0]
+  return jax.tree.map(lambda a, old: jax.device_put(a, old.sharding), whole, weight), losses
+
+
+@jax.jit
+def _rounded(before: jax.Array, after: jax.Array, like: Quantized) -> tuple[Quantized, jax.Array]:
+  """(`after`, quantized as `like` is, what that loses of its difference from `before`)."""
+  lead = after.ndim - len(like.inputs) - len(like.outputs)
+  new = quantize(after, like.format, inputs=len(like.inputs), lead=lead, table=like.table)
+  update = jnp.linalg.norm((after - before).reshape(-1))
+  wrong = jnp.linalg.norm((new.dequantize(after.dtype) - after).reshape(-1))
+  return new, jnp.where(update > 0, wrong / jnp.where(update > 0, update, 1), 0.0)
+
+
+def _weight(owner: Owner) -> nnx.Param:
+  return owner.table if isinstance(owner, Embed) else owner.w
 
 
 def unmerged(m: Model, adapted: Model) -> Model:
@@ -67,7 +168,9 @@ def unmerged(m: Model, adapted: Model) -> Model:
   Parameters come back within rounding.
 
   Raises:
-    InputError: for DoRA, whose norms a merged model does not have, or tables that were untied.
+    InputError: for DoRA, whose norms a merged model does not have, tables that were untied, or
+      quantized matrices: merging has rounded them anew, and only the model that was merged still
+      has what they were.
   """
   net = nnx.merge(adapted.graphdef, adapted.params)
   if m.config != adapted.config:
@@ -79,6 +182,11 @@ def unmerged(m: Model, adapted: Model) -> Model:
       raise InputError("only what LoRA has added can be taken off again: load the base.")
     owner = dict(owners(net))[path]
     weight = (*path, "table" if isinstance(owner, Embed) else "w")
+    if isinstance(leaves[weight], Quantized):
+      raise InputError(
+        f"{'.'.join(map(str, weight))} is quantized, and merging has rounded it anew: what it was "
+        "cannot be computed back. Keep the model that was merged, or load the base."
+      )
     new[weight] = leaves[weight] - _merged(owner, jnp.zeros_like(leaves[weight]))
   return dataclasses.replace(m, params=unflatten_dict(new))
 
@@ -101,15 +209,6 @@ def _merged(owner: Owner, weight: jax.Array) -> jax.Array:
   return out.astype(weight.dtype)
 
 
-def _check_plain(path: Path, weight: Any) -> None:
-  if not isinstance(weight, jax.Array):
-    name = ".".join(map(str, path))
-    raise InputError(
-      f"{name} is quantized, and an adapter is merged into floats: load the float base with "
-      "adapter=, merge, and quantize what comes of it."
-    )
-
-
 def _check(path: Path, owner: Owner, before: jax.Array, after: jax.Array) -> None:
   """Raises an InputError if applying differs from merging by more than rounding."""
   if isinstance(owner, Embed | ExpertMatrix):
@@ -129,10 +228,11 @@ def _check(path: Path, owner: Owner, before: jax.Array, after: jax.Array) -> Non
   applied, plain = run(owner, after, x)
   wide = lambda a: a.astype(jnp.float32)
   error = float(jnp.linalg.norm(wide(applied) - wide(plain)) / jnp.linalg.norm(wide(applied)))
-  limit = _ROUNDINGS * float(jnp.finfo(after.dtype).eps)
+  coarse = max((after.dtype, owner.dtype), key=lambda dtype: jnp.finfo(dtype).eps)
+  limit = _ROUNDINGS * float(jnp.finfo(coarse).eps)
   if not error <= limit:
     name = ".".join(map(str, path))
     raise InputError(
-      f"{name} merged differs from {name} with its adapter by {error:.1e}, and {after.dtype.name} "
-      f"rounds to {limit:.1e}: load the model with dtype='float32'."
+      f"{name} merged differs from {name} with its adapter by {error:.1e}, and "
+      f"{jnp.dtype(coarse).name} rounds to {limit:.1e}: load the model with dtype='float32'."
     )

@@ -21,6 +21,7 @@ import infer.batch
 import model
 from infer import probabilities, progress
 from infer.batch import Batch, rows_at_once
+from infer.setting_flags import flag_of
 from infer.settings import Settings
 from infer.timing import parameter_bytes
 from tests import commands
@@ -232,7 +233,7 @@ def window_slots(m) -> int:
 def test_every_setting_is_a_flag_and_is_read_as_it_is_written(workdir, tmp_path):
   done = command("--help", folder=tmp_path)
   for field in dataclasses.fields(Settings):
-    assert re.search(rf"--(\[no\])?{field.name}:", done.stdout), field.name
+    assert re.search(rf"--(\[no\])?{flag_of(field.name)}:", done.stdout), field.name
     text = " ".join(done.stdout.split())
     assert " ".join(field.metadata["help"].split()) in text, field.name
   code = (
@@ -242,13 +243,15 @@ def test_every_setting_is_a_flag_and_is_read_as_it_is_written(workdir, tmp_path)
   given = {
     "stop": ["a", "b"], "seed": [1, 2], "logit_bias": {"5": 1.5, "a": -2}, "top_p": 0.5,
     "bad_words": ["x"], "allowed_tokens": [7], "prefix": "So", "early_stopping": True, "top_k": 4,
-    "echo": True, "draft": "layers:1", "scorer": "mean_logprob", "length_penalty": -1.0,
+    "echo": True, "adapter": ["chat", None], "draft": "layers:1", "scorer": "mean_logprob",
+    "length_penalty": -1.0,
   }  # fmt: skip
+  whole = lambda v: json.dumps(v) if isinstance(v, dict | bool) else str(v)
+  plain = lambda v: "none" if v is None else whole(v)
   words = []
   for name, value in given.items():
     texts = value if isinstance(value, list) else [value]
-    plain = lambda v: json.dumps(v) if isinstance(v, dict | bool) else str(v)
-    words += [f"--{name}={plain(v)}" for v in texts]
+    words += [f"--{flag_of(name)}={plain(v)}" for v in texts]
   done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True,
                         cwd=commands.ROOT, check=True)  # fmt: skip
   assert json.loads(done.stdout) == given

@@ -14,6 +14,7 @@ import pytest
 import infer
 from infer import reading
 from infer.settings import Settings
+from model.peft.named import named
 from tests import commands
 from tests.infer import tiny
 
@@ -61,6 +62,7 @@ PROBES = {
   "min_p": Probe(0.9, HOT),
   "typical_p": Probe(0.1, HOT),
   "epsilon_cutoff": Probe(0.3, HOT),
+  "adapter": Probe("other"),
   "seed": Probe(1, HOT),
   "repetition_penalty": Probe(5.0),
   "presence_penalty": Probe(50.0),
@@ -100,7 +102,7 @@ def test_every_setting_has_a_probe():
 
 @pytest.fixture(scope="module")
 def m():
-  return tiny.model()
+  return named({"other": tiny.adapted(tiny.model(), 1, targets=("o_proj",))})
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,11 @@ import dataclasses
 import jax
 
 from model.config import ModelConfig
-from model.heads import init_params
+from model.heads import abstract, init_params
 from model.loading import Model
+from model.peft.attach import together
+from model.peft.config import PeftConfig
+from model.peft.create import new_adapters, sites
 from model.vocabulary import build_tokenizer
 
 CONFIG = ModelConfig(
@@ -21,3 +24,14 @@ def model(seed: int = 0, **changes) -> Model:
   cfg = dataclasses.replace(CONFIG, **changes)
   params = init_params(cfg, jax.random.key(seed))
   return Model(cfg, params, build_tokenizer("bytes", None, []))
+
+
+def adapted(m: Model, seed: int, noise: float = 0.1, **settings) -> Model:
+  """`m` with a random adapter that does something."""
+  config = PeftConfig(**{**dict(method="lora", alpha=3.0), **settings})
+  new = new_adapters(config, sites(config, m.config, abstract(m.config)), m.params,
+                     jax.random.key(seed))  # fmt: skip
+  moved = lambda a: a + noise * jax.random.normal(jax.random.key(seed), a.shape)
+  stays = ("scale", "start_a", "start_b")
+  new = jax.tree_util.tree_map_with_path(lambda p, a: a if p[-1].key in stays else moved(a), new)
+  return dataclasses.replace(m, params=together(m.params, new))

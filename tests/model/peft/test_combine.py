@@ -85,6 +85,11 @@ def test_what_does_not_add_up_is_refused():
     "at least one": lambda: alike([]),
     "not LoRA's": lambda: combined([one, adapted(2, method="ia3", alpha=None, **some)], [1.0, 1.0]),
     "different bases": lambda: alike([one, other]),
+    "how='sum' is not known": lambda: combined([one], [1.0], how="sum"),
+    "rank=2 is that of how='svd'": lambda: combined([one], [1.0], rank=2),
+    "has the ranks 1, 2: use cat": lambda: combined(
+      [one, adapted(2, rank=1, **some)], [1.0, 1.0], how="linear"
+    ),
     "has no adapter": lambda: alike([dataclasses.replace(one, params=apart(one.params)[0])]),
     "load the base": lambda: unmerged(one, adapted(2, method="dora", **some)),
   }
