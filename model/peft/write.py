@@ -50,11 +50,18 @@ def save(m: Model, folder: File) -> None:
       reads.add(name)
   whole = set() if m.adapted is None else {p for p in m.adapted.whole if KEY not in p}
   brought = [piece for piece in layout.pieces if any(p.path in whole for p in piece.places)]
+  module = lambda piece: piece.theirs.rpartition(".")[0]
+  saved = sorted({module(piece) for piece in brought if not piece.theirs.endswith(".bias")})
+  biases = [piece for piece in brought if module(piece) not in saved]
   for piece in brought:
     cut = lambda p: np.asarray(leaves[p.path][(*p.index, *(slice(0, n) for n in p.shape))])
-    tensors[PREFIX + piece.theirs] = piece.to_theirs([cut(p) for p in piece.places])
-  saved = sorted({piece.theirs.rpartition(".")[0] for piece in brought})
+    inside = piece in biases and module(piece) in found
+    name = f"{module(piece)}.base_layer.bias" if inside else piece.theirs
+    tensors[PREFIX + name] = piece.to_theirs([cut(p) for p in piece.places])
   values = _config(m, list(found), known, ranks, scales, reads, saved)
+  if biases and "bias" not in values:
+    raise InputError(f"PEFT's IA3 keeps no biases, and {biases[0].theirs} was trained with it.")
+  values |= {"bias": "all"} if biases else {}
   write_file(folder / WEIGHTS, {k: np.ascontiguousarray(a) for k, a in tensors.items()})
   (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
