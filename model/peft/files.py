@@ -39,7 +39,8 @@ HEADS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassific
          "QUESTION_ANS": "ForQuestionAnswering"}  # fmt: skip
 # What changes what is computed and is not known here, and the values that change nothing.
 _UNKNOWN: dict[str, tuple[Any, ...]] = {
-  "bias": ("none", None), "target_parameters": (None, []), "use_bdlora": (None, False),
+  "bias": ("none", None, "all", "lora_only"), "target_parameters": (None, []),
+  "use_bdlora": (None, False),
   "use_qalora": (None, False), "alora_invocation_tokens": (None, []), "arrow_config": (None,),
   "trainable_token_indices": (None, []), "layer_replication": (None, []),
   "lora_bias": (None, False), "kasa_config": (None,), "velora_config": (None,),

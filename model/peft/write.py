@@ -53,34 +53,43 @@ def save(m: Model, folder: File) -> None:
       ranks[name], scales[name] = arrays["A"].shape[0], scale
     elif "inputs" in parts[0].arrays:
       reads.add(name)
-  whole = _whole(m, leaves, layout)
-  tensors |= {PREFIX + name: array for name, array in whole.items()}
-  saved = sorted({name.rpartition(".")[0] for name in whole})
+  brought = _brought(m, layout)
+  module = lambda piece: piece.theirs.rpartition(".")[0]
+  saved = sorted({module(piece) for piece in brought if not piece.theirs.endswith(".bias")})
+  biases = [piece for piece in brought if module(piece) not in saved]
+  for piece in brought:
+    inside = piece in biases and module(piece) in found
+    name = f"{module(piece)}.base_layer.bias" if inside else piece.theirs
+    tensors[PREFIX + name] = _theirs(piece, leaves)
   values = _config(m, list(found), known, ranks, scales, reads, saved)
+  if biases and "bias" not in values:
+    raise InputError(f"PEFT's IA3 keeps no biases, and {biases[0].theirs} was trained with it.")
+  values |= {"bias": "all"} if biases else {}
   _write(folder, tensors, values)
 
 
 def _save_virtual(m: Model, leaves: Any, folder: File) -> None:
   kind, table = virtual_files.table_of(leaves, m.config)
-  whole, task = _whole(m, leaves, hf.layout(m)), _task(m)
-  tensors = {virtual_files.BEFORE + name: array for name, array in whole.items()}
+  whole, task = _brought(m, hf.layout(m)), _task(m)
+  tensors = {virtual_files.BEFORE + piece.theirs: _theirs(piece, leaves) for piece in whole}
   values = virtual_files.described(kind, table, m.config, task) | {
     "base_model_name_or_path": None if m.adapted is None else m.adapted.base, "task_type": task,
     "inference_mode": True,
-    "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
+    "modules_to_save": sorted({piece.theirs.rpartition(".")[0] for piece in whole}) or None,
   }  # fmt: skip
   _write(folder, tensors | {virtual_files.TENSOR: table}, values)
 
 
-def _whole(m: Model, leaves: Any, layout: Layout) -> dict[str, np.ndarray]:
-  """Their tensors of the base's parameters that were trained besides, by name."""
+def _brought(m: Model, layout: Layout) -> list[Any]:
+  """The pieces of the base that were trained besides."""
   whole = set() if m.adapted is None else {p for p in m.adapted.whole if KEY not in p}
+  return [piece for piece in layout.pieces if any(p.path in whole for p in piece.places)]
+
+
+def _theirs(piece: Any, leaves: Any) -> np.ndarray:
+  """Their tensor of a piece."""
   cut = lambda p: np.asarray(leaves[p.path][(*p.index, *(slice(0, n) for n in p.shape))])
-  return {
-    piece.theirs: piece.to_theirs([cut(p) for p in piece.places])
-    for piece in layout.pieces
-    if any(p.path in whole for p in piece.places)
-  }
+  return piece.to_theirs([cut(p) for p in piece.places])
 
 
 def _write(folder: File, tensors: dict[str, np.ndarray], values: dict[str, Any]) -> None:

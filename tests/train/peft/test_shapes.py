@@ -19,7 +19,7 @@ METHODS = {
   "lora": WIDE | dict(method="lora", rank=2),
   "houlsby": WIDE | dict(method="houlsby", bottleneck=3),
   "parallel": WIDE | dict(method="parallel", bottleneck=3),
-  "freeze": dict(method="full", freeze=("embed", "encoder.layers.0", "attn", "norm")),
+  "freeze": dict(method="full", freeze=("embed", "encoder.layers.0", "attn", "*_norm")),
   "bitfit": dict(method="bitfit", targets=("decoder", "encoder.layers.1.mlp")),
 }  # fmt: skip
 CASES = [
