@@ -49,6 +49,10 @@ def main(_: list[str]) -> None:
     found = tune_sft.losses(asked["values"], asked["adapters"])
     Path(_LOSSES.value).write_text(json.dumps(found))
     return
+  if _MODEL.value and not _INSTRUCTIONS.value:
+    raise app.UsageError("--model needs --instructions.")
+  if _ENCODER.value and not (_TEXT.value and _VALIDATION_TEXT.value):
+    raise app.UsageError("--encoder needs --text and --validation_text.")
   rows = []
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
@@ -67,7 +71,9 @@ def instructions(folder: Path) -> dict[str, Any]:
   """The row of the instruction tuning."""
   base, plan = folder / "base", folder / "plan.json"
   finished(["-m", "model.hf", f"--source={_MODEL.value}", f"--target={base}", "--format=hf"])
-  values = tune_sft.settings(str(base), _INSTRUCTIONS.value, str(folder / "cache"), _STEPS.value)
+  values = tune_sft.settings(
+    str(base), _INSTRUCTIONS.value or "", str(folder / "cache"), _STEPS.value
+  )
   tune_sft.write_plan(plan, values)
   learned = {
     "triune": tune_sft.ours(folder, "triune", values),
@@ -78,7 +84,9 @@ def instructions(folder: Path) -> dict[str, Any]:
   asked.write_text(json.dumps(dict(values=values, adapters=adapters)))
   finished(["-m", "benchmarks.tune", f"--losses={asked}"])
   losses = json.loads(asked.read_text())
-  values = tune_sft.settings(str(base), _INSTRUCTIONS.value, str(folder / "cache"), _TIMED.value)
+  values = tune_sft.settings(
+    str(base), _INSTRUCTIONS.value or "", str(folder / "cache"), _TIMED.value
+  )
   tune_sft.write_plan(plan, values)
   kept = {"model.remat": "none"}
   timed = learned | {
@@ -114,7 +122,7 @@ def sentiment(folder: Path) -> dict[str, Any]:
   runs: dict[str, list[dict[str, float]]] = {"triune": [], "peft": []}
   for seed in range(_SEEDS.value):
     values = tune_sst2.settings(
-      _ENCODER.value, _TEXT.value, _VALIDATION_TEXT.value, str(folder / "cache"),
+      _ENCODER.value or "", _TEXT.value or "", _VALIDATION_TEXT.value or "", str(folder / "cache"),
       _ENCODER_STEPS.value, seed,
     )  # fmt: skip
     runs["triune"].append(tune_sst2.ours(folder, values))

@@ -80,7 +80,8 @@ def losses(values: dict[str, object], adapters: dict[str, str | None]) -> dict[s
     m = model.load(config.init_from or "", adapter=adapter, dtype="float32")
     sums = np.zeros(2)
     for batch in data.validation_batches():
-      logits = m(batch["tokens"], segments=batch["segments"], positions=batch["positions"])
+      read = {name: jnp.asarray(batch[name]) for name in ("segments", "positions")}
+      logits = m(jnp.asarray(batch["tokens"]), **read)
       sums += np.array(nats(logits, batch["targets"], batch["weights"]))
     found[name] = float(sums[0] / sums[1])
   return found

@@ -108,7 +108,7 @@ def _asked(text: str, data: Data) -> list[int]:
   """`text` as a conversation in which it is the assistant's turn, or that of a held-out one."""
   if text and data.tokenizer.config.get("chat_template") is not None:
     chat = [dict(role="user", content=text)]
-    return data.tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+    return list(data.tokenizer.apply_chat_template(chat, add_generation_prompt=True))  # pyright: ignore
   if text:
     return data.tokenizer.encode_prompt(text)
   one = {name: rows[0] for name, rows in data.first().items()}

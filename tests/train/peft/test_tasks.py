@@ -43,7 +43,7 @@ def config_of(name: str, folder, **changes) -> Config:
   made = importlib.import_module(f"configs.{name}").get_config()
   data = dataclasses.replace(made.data, source=str(folder / "rows.jsonl"), **changes)
   return dataclasses.replace(
-    made, steps=3, batch_size=4, seq_len=32, log_every=1, eval_every=3, checkpoint_every=3,
+    made, steps=3, batch_size=8, seq_len=32, log_every=1, eval_every=3, checkpoint_every=3,
     cache_dir=str(folder / "cache"), data=data,
     optimizer=dataclasses.replace(made.optimizer, warmup_steps=1),
   )  # fmt: skip
@@ -79,7 +79,7 @@ def test_the_config_of_sentiment_runs_on_a_small_folder(tmp_path):
   masked = dataclasses.replace(m.config, head_norm=True)
   m = Model(masked, init_params(masked, jax.random.key(3)), m.tokenizer)
   model.save(m, tmp_path / "folder", format="hf")
-  made = config_of("lora_bert_sst2", tmp_path, text="text", label="label")
+  made = config_of("lora_bert_sst2", tmp_path, text="text", label="label", validation_source=None)
   made = dataclasses.replace(made, init_from=str(tmp_path / "folder"))
   assert train(made, tmp_path / "run") == 0
   tuned = model.load(tmp_path / "run")
