@@ -27,9 +27,9 @@ def get_config() -> Config:
     checkpoint_every=50,
     model=ModelConfig(
       vocab_size=49_152, num_layers=30, d_model=576, d_ff=1536, num_heads=9, num_kv_heads=3,
-      head_dim=64, max_positions=8192, rope_theta=100_000.0,
+      head_dim=64, max_positions=8192, rope_theta=100_000.0, remat="full",
     ),
-    objective=ObjectiveConfig(name="sft", too_long="drop"),
+    objective=ObjectiveConfig(name="sft", too_long="drop", loss_parts=8),
     data=DataConfig(source="instructions.jsonl", validation_fraction=0.1),
     optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=5, weight_decay=0.0, b2=0.999),
     peft=PeftConfig(method="lora", rank=16, alpha=32.0),

@@ -1,4 +1,4 @@
-"""Where a run begins from: the parameters and tokenizer of another one (`init_from`)."""
+"""Where a run begins from: model, tokenizer and parameters of another one (`init_from`)."""
 
 import dataclasses
 import sys
@@ -10,7 +10,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from model import checkpoint, hf, loading
-from model.architecture import HEAD_FIELDS, architecture
+from model.architecture import EXECUTION_FIELDS, HEAD_FIELDS, architecture
+from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import abstract as network
 from model.hf.source import Source
@@ -20,10 +21,15 @@ from model.tokenizer import Tokenizer
 from train.config import Config, DataConfig
 from train.data.pipeline import Data
 from train.packed_base import read_packed
+from train.resolve import SHAPES
 from train.workdir import read_config
 
 # What is left of a network without its heads.
 BODY = ("embed", "decoder_embed", "encoder", "decoder")
+_DEFAULT = ModelConfig()
+_BODY_FIELDS = tuple(
+  f.name for f in dataclasses.fields(ModelConfig) if f.name not in (*EXECUTION_FIELDS, *HEAD_FIELDS)
+)
 
 
 def with_its_tokenizer(config: Config, workdir: Path | None) -> Config:
@@ -43,6 +49,33 @@ def with_its_tokenizer(config: Config, workdir: Path | None) -> Config:
   if chosen != default:
     _say(f"tokenizer: {chosen}, that of init_from")
   return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=chosen))
+
+
+def with_its_model(config: Config, workdir: Path | None) -> Config:
+  """The config with the model of `init_from`, where no field of `model` says what its body is.
+
+  Fields of its execution, and of a head that the objective needs and the checkpoint has not, are
+  those of the config. A workdir whose run began so goes on with what it began with.
+  """
+  given = config.model
+  if config.init_from is None or any(_given(given, name) for name in _BODY_FIELDS):
+    return config
+  saved = None if workdir is None else read_config(workdir)
+  if saved is not None and saved["init_from"] == config.init_from:
+    found = ModelConfig.from_dict(saved["model"])
+  else:
+    found = loading.source(config.init_from).config
+  fitting = SHAPES[config.objective.name].get(found.shape)
+  kept = EXECUTION_FIELDS if found.head_kind == fitting else (*EXECUTION_FIELDS, *HEAD_FIELDS)
+  own = {name: getattr(given, name) for name in kept}
+  own |= {name: getattr(given, name) for name in HEAD_FIELDS if _given(given, name)}
+  _say(f"model: that of {config.init_from}")
+  return dataclasses.replace(config, model=dataclasses.replace(found, **own))
+
+
+def _given(cfg: ModelConfig, name: str) -> bool:
+  """Whether a field is not at its default."""
+  return getattr(cfg, name) != getattr(_DEFAULT, name)
 
 
 def initial_params(config: Config, fresh: dict, abstract: dict, data: Data) -> dict:

@@ -13,7 +13,7 @@ from model.errors import InputError
 from model.tokenizer import Tokenizer
 from train.data.pipeline import Batch, load_data
 from train.flags import config_flag, run
-from train.init_from import with_its_tokenizer
+from train.init_from import with_its_model, with_its_tokenizer
 from train.objectives.objective import Side
 from train.objectives.to_decoder import DECODER
 from train.resolve import check_fit
@@ -40,8 +40,9 @@ def main(argv: list[str]) -> None:
   if _WORKDIR.value and not (Path(_WORKDIR.value) / "tokenizer").is_dir():
     raise InputError(f"--workdir={_WORKDIR.value} holds no tokenizer: leave it out.")
   workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
-  check_fit(_CONFIG.value)
-  data = load_data(with_its_tokenizer(_CONFIG.value, workdir), workdir=workdir)
+  config = with_its_model(_CONFIG.value, workdir)
+  check_fit(config)
+  data = load_data(with_its_tokenizer(config, workdir), workdir=workdir)
   batch = data.batch(_STEP.value)
   before = _CONFIG.value.peft.before_texts
   text = describe(batch, data.sides, data.tokenizer, _ROWS.value, _TOKENS.value, before)

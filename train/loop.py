@@ -26,7 +26,7 @@ from train.analysis.exhausted import explained
 from train.config import Config
 from train.data.pipeline import Data, load_data
 from train.group import ALONE, Group
-from train.init_from import initial_params, with_its_tokenizer
+from train.init_from import initial_params, with_its_model, with_its_tokenizer
 from train.metrics import MetricsLog
 from train.preemption import Preemption
 from train.processes import joined
@@ -53,6 +53,7 @@ def train(config: Config, workdir: Path) -> int:
     InputError: for what a user can put right.
     Stop: with the status for a loss that stays non-finite.
   """
+  config = with_its_model(config, workdir)
   check_fit(config)
   with joined(config.barrier_seconds) as group:
     check_same_config(group, config)

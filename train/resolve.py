@@ -41,8 +41,15 @@ def check_fit(config: Config) -> None:
   name, model = config.objective.name, config.model
   fitting = SHAPES[name]
   if model.shape not in fitting:
+    instead = ""
+    if name == "sft" and model.shape == "encoder_decoder":
+      instead = (
+        " An encoder–decoder reads what is asked and writes the answer: use objective.name=seq2seq "
+        "with data.text and data.target (for example instruction and output)."
+      )
     raise InputError(
       f"objective.name={name!r} trains model.shape {' or '.join(fitting)}, not {model.shape!r}."
+      f"{instead}"
     )
   if model.head is not None and model.head != fitting[model.shape]:
     raise InputError(

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from infer import generate
+from infer.chat import turn_ends
 from model.errors import InputError
 from model.hardware import hardware
 from model.heads import WORD_HEADS
@@ -39,7 +40,8 @@ def check_sample(config: Config, data: Data) -> None:
 def sample(config: Config, data: Data, state: TrainState) -> str | None:
   """What the model says behind `config.sample_prompt`, makes of it, or puts in its masks.
 
-  Without a prompt it begins a text, or reads one of the validation set. None for models that write
+  Without a prompt it begins a text, or reads one of the validation set; after instruction tuning
+  it answers the prompt, or what is asked in a conversation of that set. None for models that write
   no text. Of several processes, which all call this, the first one makes it, on one device; where
   that has no room for the parameters it says so, and there is none.
   """
@@ -82,17 +84,21 @@ def _sample(config: Config, data: Data, params: dict) -> str:
     return filled_masks(m, data, config.sample_prompt)
   prompt = _prompt(config, data)
   room = _room(config, prompt)
-  if config.model.shape == "decoder":
+  if config.model.shape == "decoder" and config.objective.name != "sft":
     settings = dict(max_new_tokens=room, temperature=0.8, seed=config.seed)
     return config.sample_prompt + generate(m, [prompt], **settings)[0].text
-  written = generate(m, [prompt], max_new_tokens=room)[0].tokens
+  chat = config.objective.name == "sft" and data.tokenizer.config.get("chat_template") is not None
+  stop = turn_ends(m) if chat else []
+  written = generate(m, [prompt], max_new_tokens=room, stop=stop)[0].tokens
   shown = lambda ids: data.tokenizer.backend.decode(ids, skip_special_tokens=False)
   return f"{shown(prompt)} -> {shown(written)}"
 
 
 def _prompt(config: Config, data: Data) -> list[int]:
-  """Token ids that the model goes on with, or that its encoder reads."""
+  """Token ids that the model goes on with or answers, or that its encoder reads."""
   before = config.peft.before_texts  # Places of a row that are no text.
+  if config.objective.name == "sft":
+    return _asked(config.sample_prompt, data, before)
   if config.model.shape == "encoder_decoder":
     if config.sample_prompt:
       return data.tokenizer.encode(config.sample_prompt)
@@ -101,6 +107,21 @@ def _prompt(config: Config, data: Data) -> list[int]:
   prompt = data.tokenizer.encode_prompt(config.sample_prompt)
   # Where no special token begins a text, the first one of the corpus does.
   return prompt or data.batch(0, np.zeros(1, np.int64))["tokens"][0, before : before + 1].tolist()
+
+
+def _asked(text: str, data: Data, before: int) -> list[int]:
+  """`text` as a conversation in which it is the assistant's turn, or that of a held-out one, whose
+  text begins behind `before` places.
+  """
+  if text and data.tokenizer.config.get("chat_template") is not None:
+    chat = [dict(role="user", content=text)]
+    return list(data.tokenizer.apply_chat_template(chat, add_generation_prompt=True))  # pyright: ignore
+  if text:
+    return data.tokenizer.encode_prompt(text)
+  one = {name: rows[0, before:] for name, rows in data.first().items()}
+  read = one["segments"] == 1
+  first = int(np.argmax(one["weights"][read] > 0))  # The token behind this one is learned.
+  return one["tokens"][read][: first + 1].tolist()
 
 
 def _room(config: Config, prompt: list[int]) -> int:

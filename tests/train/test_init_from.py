@@ -9,6 +9,7 @@ import pytest
 
 import model
 from model.checkpoint import Checkpoints
+from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import init_params
 from model.sharding import make_mesh
@@ -17,7 +18,7 @@ from model.vocabulary import build_tokenizer
 from tests.train.objectives import tasks
 from train.config import DataConfig
 from train.data.pipeline import load_data
-from train.init_from import with_its_tokenizer
+from train.init_from import with_its_model, with_its_tokenizer
 from train.loop import restore_or_init, train
 from train.program import build_program
 from train.resolve import resolved
@@ -143,3 +144,22 @@ def test_a_run_begins_from_a_hugging_face_folder(tmp_path, capsys):
   other = dataclasses.replace(made, model=dataclasses.replace(made.model, d_ff=48))
   with pytest.raises(InputError, match=r"model\.d_ff: checkpoint 32, config 48"):
     start(other, tmp_path)
+
+
+def test_a_config_without_a_body_takes_that_of_the_checkpoint(tmp_path, capsys):
+  pretrained(tmp_path, **BERT)
+  path = str(tmp_path / "bert")
+  made = tasks.config(tmp_path, "classification", tokenizer=DEFAULT, init_from=path)
+  own = ModelConfig(remat="full", pooling="mean")
+  taken = with_its_model(dataclasses.replace(made, model=own), None).model
+  saved = model.load(path).config
+  assert (taken.d_model, taken.num_layers, taken.vocab_size) == (16, 1, saved.vocab_size)
+  assert (taken.shape, taken.token_types) == ("encoder", 2)
+  assert (taken.remat, taken.pooling, taken.head, taken.logit_bias) == ("full", "mean", None, False)
+  masked = dataclasses.replace(made.objective, name="masked_lm")
+  words = dataclasses.replace(made, model=ModelConfig(), objective=masked)
+  assert with_its_model(words, None).model == dataclasses.replace(
+    saved, **{name: getattr(ModelConfig(), name) for name in ("dtype", "init_std", "dropout")}
+  )
+  assert f"model: that of {path}" in capsys.readouterr().err
+  assert with_its_model(made, None) is made  # It says what its body is.

@@ -8,6 +8,7 @@ from model.errors import InputError
 from model.tokenizer import Tokenizer
 from model.vocabulary import build_tokenizer, parse_spec
 from train.config import Config
+from train.init_from import with_its_model
 from train.objectives import extra_tokens
 from train.resolve import check_fit, with_head
 
@@ -19,6 +20,7 @@ def described(config: Config) -> Config:
     InputError: if objective and model do not fit together, or a number is left to the data: then
       the field to set is named.
   """
+  config = with_its_model(config, None)
   check_fit(config)
   model = with_head(_with_vocabulary(config), config)
   if config.data.labels is not None and model.problem != "regression":

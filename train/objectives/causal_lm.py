@@ -94,13 +94,16 @@ class CausalLM:
 
 def next_token_loss(
   objective: ObjectiveConfig, cfg: ModelConfig, net: Any, batch: Mapping[str, Array],
-  key: jax.Array | None, *, noise: float = 0.0,
+  key: jax.Array | None, *, noise: float = 0.0, few: bool = False,
 ) -> Loss:  # fmt: skip
-  """Cross-entropy of the next token of what a decoder reads; `noise` is that of its embeddings."""
+  """Cross-entropy of the next token of what a decoder reads; `noise` is that of its embeddings.
+
+  `few`: many tokens weigh nothing.
+  """
   inputs = inputs_of(batch, noise=noise)
   x, _, stats = net.hidden(inputs, key=key)
   done = work(cfg, inputs, head=jnp.sum(inputs.pos >= 0))
-  return word_loss(objective, cfg, net.logits, x, batch, stats, **done)
+  return word_loss(objective, cfg, net.logits, x, batch, stats, few=few, **done)
 
 
 def word_weights(batch: Mapping[str, Array], side: str = "") -> dict[str, Array]:
@@ -112,6 +115,7 @@ def word_loss(
   objective: ObjectiveConfig, cfg: ModelConfig, score: Callable[[Array], Array], x: Array,
   batch: Mapping[str, Array], stats: dict[str, Array], *, tokens: dict[str, Array],
   pairs: dict[str, Array], side: str = "", accuracy: bool = False,
+  few: bool = False,
 ) -> Loss:  # fmt: skip
   """The loss of an objective whose targets are tokens: `targets` and `weights` of a side.
 
@@ -119,6 +123,7 @@ def word_loss(
     score: hidden states (B, T, D) -> scores of words.
     x: hidden states at the places of the side.
     accuracy: also report the share of targets that score highest.
+    few: see `in_parts`.
   """
 
   def sums(x: Array, targets: Array, weights: Array) -> tuple[Array, ...]:
@@ -130,7 +135,7 @@ def word_loss(
     return (*found, *right_answers(logits, targets, weights)) if accuracy else found
 
   read = batch[f"{side}targets"], batch[f"{side}weights"]
-  minimized, weight, nats, *right = in_parts(sums, x, *read, objective.loss_parts)
+  minimized, weight, nats, *right = in_parts(sums, x, *read, objective.loss_parts, few=few)
   penalty = router_penalty(stats, cfg).astype(nats.dtype)
   means: dict[str, Mean] = {"loss": (nats, weight)}
   if accuracy:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
+from model.context import seq_parts
 from model.errors import InputError
 from model.moe import router_losses
 from model.transformer import Aux, Inputs
@@ -98,12 +99,18 @@ def in_parts(
   targets: Int[Array, "B T"],
   weights: Float[Array, "B T"],
   parts: int,
+  *,
+  few: bool = False,
 ) -> tuple[Array, ...]:
   """`sums(x, targets, weights)`, the scores of whose words are in memory for one part at a time.
 
   Part i has the tokens i, i + parts, … of each row, so that a length that is split over devices
   stays where it is. Of several parts the backward pass scores the words once more; weights of the
   head that are split over devices are gathered, and their gradients summed, for each part.
+
+  Args:
+    few: many tokens weigh nothing. Where no length is split, those that weigh something come first
+      in their row, and a part without any is not scored.
 
   Raises:
     InputError: if the parts are not equally long.
@@ -116,14 +123,25 @@ def in_parts(
       f"objective.loss_parts={parts} does not divide the {length} places of a row that the head "
       "reads: change one of them."
     )
+  few = few and seq_parts() == 1
+  if few:
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
+    x = jnp.take_along_axis(x, order[..., None], axis=1)
+    targets, weights = (jnp.take_along_axis(rows, order, axis=1) for rows in (targets, weights))
 
   def split(rows: Array) -> Array:
-    return jnp.moveaxis(rows.reshape(rows.shape[0], -1, parts, *rows.shape[2:]), 2, 0)
+    shape = (parts, -1) if few else (-1, parts)
+    return jnp.moveaxis(rows.reshape(rows.shape[0], *shape, *rows.shape[2:]), 1 if few else 2, 0)
 
   one = jax.checkpoint(sums)
   pieces = tuple(map(split, (x, targets, weights)))
   first = jax.eval_shape(one, *(piece[0] for piece in pieces))
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
+  if few:  # The outer checkpoint keeps the branch from storing the head's weights for each part.
+    scored = one
+    one = jax.checkpoint(
+      lambda *piece: jax.lax.cond(jnp.any(piece[2] != 0), scored, lambda *_: zeros, *piece)
+    )
   add = lambda total, piece: (jax.tree.map(jnp.add, total, one(*piece)), None)
   return jax.lax.scan(add, zeros, pieces)[0]
 

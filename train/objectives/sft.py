@@ -96,7 +96,7 @@ class SFT:
   def loss(self, net: Any, batch: Mapping[str, Array], key: jax.Array | None) -> Loss:
     """Cross-entropy of the tokens of answers."""
     noise = self.config.noise or 0.0
-    return next_token_loss(self.config, self.model, net, batch, key, noise=noise)
+    return next_token_loss(self.config, self.model, net, batch, key, noise=noise, few=True)
 
 
 def _check_lengths(corpus: Corpus, most: int) -> None:

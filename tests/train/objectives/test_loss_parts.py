@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,6 +12,7 @@ from model.errors import InputError
 from tests.train import tiny
 from train.config import ObjectiveConfig
 from train.objectives import make_objective
+from train.objectives.loss import in_parts
 from train.objectives.objective import batch_fields
 from train.program import make_loss
 
@@ -22,8 +24,9 @@ MODELS = {
   "denoising": (tiny.SHAPES["encoder_decoder"][0], dict(target_len=16)),
   "ul2": (tiny.SHAPES["encoder_decoder"][0], dict(target_len=16)),
   "seq2seq": (tiny.ROTARY, {}),
+  "sft": (tiny.ROTARY, {}),
 }
-DAILY = ("causal_lm", "masked_lm")
+DAILY = ("masked_lm", "sft")
 
 
 def settings(name, parts=1, dtype="float32"):
@@ -107,3 +110,30 @@ def test_parts_that_do_not_divide_a_row_are_refused():
 def test_parts_are_refused_where_they_have_no_effect(name):
   with pytest.raises(InputError, match=r"loss_parts=2 has no effect"):
     ObjectiveConfig(name=name, loss_parts=2)
+
+
+def test_parts_in_which_nothing_is_learned_are_not_scored():
+  rng, scored = np.random.default_rng(0), []
+  x, table = (rng.normal(size=s).astype(np.float32) for s in ((2, 16, 3), (3, 11)))
+  targets = rng.integers(0, 11, (2, 16))
+  weights = np.zeros((2, 16), np.float32)
+  weights[0, [3, 9, 14]], weights[1, [0, 15]] = 1, 0.5
+
+  def total(x, parts, few):
+    def sums(x, targets, weights):
+      jax.debug.callback(lambda: scored.append(1))
+      nats = -jnp.take_along_axis(jax.nn.log_softmax(x @ table), targets[..., None], -1)[..., 0]
+      return (jnp.sum(nats * weights),)
+
+    return in_parts(sums, x, targets, weights, parts, few=few)[0]
+
+  want, want_grad = jax.value_and_grad(total)(x, 1, few=False)
+  for weigh, parts in ((weights, 1), (np.zeros_like(weights), 0)):
+    weights, scored = weigh, []
+    total(x, 4, few=True)
+    jax.effects_barrier()
+    assert len(scored) == parts
+    if parts:
+      got, grad = jax.value_and_grad(total)(x, 4, few=True)
+      np.testing.assert_allclose(got, want, rtol=1e-6)
+      np.testing.assert_allclose(grad, want_grad, rtol=1e-5, atol=1e-7)

@@ -206,6 +206,11 @@ def test_noise_is_drawn_in_training_alone(tmp_path):
   assert loss(jax.random.key(1)) != loss(jax.random.key(2))
 
 
+def test_an_encoder_decoder_is_sent_to_seq2seq(tmp_path):
+  with pytest.raises(InputError, match=r"sft.*trains model.shape decoder.*objective.name=seq2seq"):
+    tasks.config(tmp_path, "sft", "encoder_decoder")
+
+
 @pytest.mark.slow
 def test_the_command_tunes_and_a_tuned_model_chats(tmp_path):
   chats(tmp_path)
@@ -219,6 +224,9 @@ def test_the_command_tunes_and_a_tuned_model_chats(tmp_path):
     "--config.steps=120", "--config.data.validation_fraction=0.0", *shared,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
+  question, arrow, answer = done.stdout.partition("sample: ")[2].partition(" -> ")
+  assert question == "<|im_start|>user\nq0<|im_end|>\n<|im_start|>assistant\n" and arrow
+  assert answer.startswith("a"), answer
   asked = run(
     "infer", f"--checkpoint={tmp_path / 'run'}", "--chat", "--prompt=q0", "--json",
     "--max_new_tokens=8",
