@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from model import quant_formats as formats
@@ -171,9 +172,19 @@ def dense(w: Array | Quantized, dtype: Any) -> Float[Array, "..."]:
 
 def beside(x: Array, w: Any) -> tuple[Array, Any]:
   """x and weights that are dequantized for it, where it is: a loop of steps would otherwise widen
-  its matrices once, before it, and hold them all.
+  its matrices once, before it, and hold them all; on a TPU a loop of layers would turn them all.
   """
-  return jax.lax.optimization_barrier((x, w)) if is_quantized(w) else (x, w)
+  if not is_quantized(w):
+    return x, w
+  w = jax.tree.map(_as_it_lies, w, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+  return jax.lax.optimization_barrier((x, w))
+
+
+def _as_it_lies(w: Any) -> Any:
+  if not isinstance(w, Quantized) or platform() != "tpu":
+    return w
+  rows = Layout(tuple(range(w.values.ndim)))
+  return dataclasses.replace(w, values=with_layout_constraint(w.values, rows))
 
 
 def rows(
@@ -226,8 +237,8 @@ def _forward(x, w):
 
 def _backward(kept, gradient):
   w, like = kept
-  back = jnp.matmul(gradient.astype(like.dtype), w.flat(like.dtype))
-  return back, None
+  gradient, w = beside(gradient.astype(like.dtype), w)
+  return jnp.matmul(gradient, w.flat(like.dtype)), None
 
 
 _product.defvjp(_forward, _backward)
