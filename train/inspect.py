@@ -15,7 +15,7 @@ from train.data.pipeline import Batch, load_data
 from train.flags import config_flag, run
 from train.init_from import with_its_tokenizer
 from train.objectives.objective import Side
-from train.resolve import check_fit
+from train.resolve import check_base, check_fit
 
 _CONFIG = config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Whose tokenizer to use; none: the config's own.")
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
     raise InputError(f"--workdir={_WORKDIR.value} holds no tokenizer: leave it out.")
   workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
   check_fit(_CONFIG.value)
+  check_base(_CONFIG.value)
   data = load_data(with_its_tokenizer(_CONFIG.value, workdir), workdir=workdir)
   batch = data.batch(_STEP.value)
   text = describe(batch, data.sides, data.tokenizer, _ROWS.value, _TOKENS.value)

@@ -54,11 +54,6 @@ def check_fit(config: Config) -> None:
     raise InputError("model.pair_head is trained by objective.pairs: set it, or leave both out.")
   check_columns(config)
   _check_task(config)
-  if config.init_from is None and not config.peft.trains_all:
-    raise InputError(
-      f"peft.method={config.peft.method!r} trains a part of a model and init_from is not set: name "
-      "the checkpoint that has the rest."
-    )
   writes = model.shape == "encoder_decoder" and fitting[model.shape] == "language"
   if writes and config.target_len is None:
     raise InputError("target_len is not set: tokens that the decoder of a row reads are needed.")
@@ -69,6 +64,15 @@ def check_fit(config: Config) -> None:
     raise InputError(
       f"target_len={config.target_len} is longer than model.max_positions={limit}: shorten it or "
       "give the model more positions."
+    )
+
+
+def check_base(config: Config) -> None:
+  """Raises an InputError if a part of a model is trained and nothing has the rest."""
+  if config.init_from is None and not config.peft.trains_all:
+    raise InputError(
+      f"peft.method={config.peft.method!r} trains a part of a model and init_from is not set: name "
+      "the checkpoint that has the rest."
     )
 
 
