@@ -5,7 +5,6 @@ These functions take one matrix (O, I), outputs first, or its arrays; `jax.vmap`
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp

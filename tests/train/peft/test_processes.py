@@ -1,4 +1,4 @@
-"""QLoRA in several real processes: each reads its part of the base, and all learn what one learns."""
+"""QLoRA in several processes: each reads its part of the base, and all learn what one learns."""
 
 import jax
 import numpy as np
