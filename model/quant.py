@@ -37,7 +37,7 @@ __all__ = ["NAMES", "Format", "Quantized", "beside", "dense", "is_quantized", "p
 # rows than these are cheaper by a dequantized matrix.
 _SINGLE_ROWS = 4
 _FEW_ROWS = 32  # As `layers.FEW_ROWS`.
-_MOST_WIDENED = 2**28  # Bytes of a matrix in eight bits, widened: a larger one is in parts.
+_MOST_WIDENED = 2**26  # Bytes of a matrix in eight bits, widened: a larger one is in parts.
 
 
 @jax.tree_util.register_dataclass

@@ -249,3 +249,8 @@ def test_formats_that_let_no_gradient_through_or_are_not_known_are_refused():
     with pytest.raises(InputError) as error:
       PeftConfig(**settings)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_group_that_does_not_divide_is_told_by_the_setting_that_asked_for_it():
+  with pytest.raises(InputError, match=r"^peft\.base_format='int4:48': groups of 48 do not divide"):
+    started(LORA | dict(base_format="int4:48"))
