@@ -124,7 +124,9 @@ def _xla(q, k, v, mask, scale: float, *, softcap, sinks, bias, scales, dropped) 
     # The groups one after the other, of which none leaves its scores to the backward pass.
     split = lambda x: jnp.moveaxis(x.reshape(B, -1, K, x.shape[2] // K, x.shape[3]), 2, 0)
     none = dict(sinks=None, bias=None, scales=None, dropped=None)
-    one = jax.checkpoint(lambda own: _xla(*own, mask, scale, softcap=softcap, **none))
+    one = jax.checkpoint(
+      lambda own: _xla(own[0], own[1], own[2], mask, scale, softcap=softcap, **none)
+    )
     y = jax.lax.map(one, (split(q), split(k), split(v)))
     return jnp.moveaxis(y, 0, 2).reshape(B, T, N, v.shape[-1])
   group = lambda x: x.reshape(x.shape[0], K, N // K, *x.shape[2:])

@@ -240,7 +240,7 @@ def _wanted(cfg: ModelConfig, mesh: jax.sharding.Mesh | None) -> dict:
   return jax.tree.map(place, shapes, where)
 
 
-def _host() -> jax.Device:
+def _host() -> Any:
   """Whose memory takes what is not to be on an accelerator, where JAX has been given it."""
   try:
     return jax.local_devices(backend="cpu")[0]
