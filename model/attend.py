@@ -14,6 +14,8 @@ from model.observe import observed, observing
 from model.ring import ring_attention
 from model.sharding import constrain
 
+_MANY_SCORES = 2**27  # Of a layer, half a gigabyte in float32.
+
 
 def attend(
   q: Float[Array, "B T N H"],
@@ -117,6 +119,16 @@ def _xla(q, k, v, mask, scale: float, *, softcap, sinks, bias, scales, dropped) 
   B, T, N, H = q.shape
   K = k.shape[2]
   exact = jnp.promote_types(q.dtype, jnp.float32)
+  plain = sinks is None and bias is None and scales is None and dropped is None
+  if plain and K > 1 and _are_many(B * N * T * k.shape[1]) and not observing():
+    # The groups one after the other, of which none leaves its scores to the backward pass.
+    split = lambda x: jnp.moveaxis(x.reshape(B, -1, K, x.shape[2] // K, x.shape[3]), 2, 0)
+    none = dict(sinks=None, bias=None, scales=None, dropped=None)
+    one = jax.checkpoint(
+      lambda own: _xla(own[0], own[1], own[2], mask, scale, softcap=softcap, **none)
+    )
+    y = jax.lax.map(one, (split(q), split(k), split(v)))
+    return jnp.moveaxis(y, 0, 2).reshape(B, T, N, v.shape[-1])
   group = lambda x: x.reshape(x.shape[0], K, N // K, *x.shape[2:])
   scores = jnp.einsum(
     "BTKGH,BSKH->BKGTS", q.reshape(B, T, K, N // K, H), k, preferred_element_type=exact
@@ -149,6 +161,12 @@ def _xla(q, k, v, mask, scale: float, *, softcap, sinks, bias, scales, dropped) 
   if share is not None:
     y = y * jnp.moveaxis(share, 1, 2)[..., None]
   return jnp.where(sees[:, 0, :, None, None], y, 0).astype(q.dtype)
+
+
+def _are_many(scores: int) -> bool:
+  """Whether all scores of a layer are too many to be held at once; devices have parts of them."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return scores >= _MANY_SCORES and (mesh.empty or mesh.size == 1)
 
 
 @jax.custom_jvp

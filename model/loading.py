@@ -153,7 +153,7 @@ def leaf_reader(path: str | Path) -> Callable[[tuple[str | int, ...], Any, int |
   leaf = source(path).leaf
 
   def alone(path: tuple[str | int, ...]) -> np.ndarray:
-    with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
+    with jax.set_mesh(sharding.make_mesh(devices=[_host()])):
       return leaf(path)
 
   return by_layer(alone)
@@ -242,9 +242,11 @@ def _workdir(path: str, dtype: str | None, part: str = "params") -> tuple[Source
   texts = tokenizer_path(str(folder))
   tokenizer = None if texts is None else Tokenizer.load(texts)
   shapes: Any = flatten_dict(_wanted(cfg, None))
+  host = jax.sharding.SingleDeviceSharding(_host())
 
   def leaf(path: tuple[str | int, ...]) -> np.ndarray:
-    one = {part: unflatten_dict({path: shapes[path]})}
+    like = jax.ShapeDtypeStruct(shapes[path].shape, shapes[path].dtype, sharding=host)
+    one = {part: unflatten_dict({path: like})}
     state = checkpoint.restore_params(folder, one, cast=True, leave_out=None).state
     return np.asarray(jax.tree.leaves(state)[0])
 
@@ -270,12 +272,21 @@ def _wanted(cfg: ModelConfig, mesh: jax.sharding.Mesh | None, adapters: dict | N
   net = attached(abstract(cfg), adapters or {})
   shapes = nnx.to_pure_dict(nnx.state(net, nnx.Param))
   if mesh is None:
-    where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    where = jax.tree.map(lambda _: here, shapes)
   else:
     info = param_info(net)
     where = sharding.shardings(shapes, jax.tree.map(lambda i: i.axes, info), mesh)
   place = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
   return jax.tree.map(place, shapes, where)
+
+
+def _host() -> Any:
+  """Whose memory takes what is not to be on an accelerator, where JAX has been given it."""
+  try:
+    return jax.local_devices(backend="cpu")[0]
+  except RuntimeError:
+    return jax.local_devices()[0]
 
 
 def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | None = None) -> None:

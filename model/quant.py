@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from model import quant_formats as formats
@@ -36,6 +37,7 @@ __all__ = ["NAMES", "Format", "Quantized", "beside", "dense", "is_quantized", "p
 # rows than these are cheaper by a dequantized matrix.
 _SINGLE_ROWS = 4
 _FEW_ROWS = 32  # As `layers.FEW_ROWS`.
+_MOST_WIDENED = 2**26  # Bytes of a matrix in eight bits, widened: a larger one is in parts.
 
 
 @jax.tree_util.register_dataclass
@@ -171,9 +173,19 @@ def dense(w: Array | Quantized, dtype: Any) -> Float[Array, "..."]:
 
 def beside(x: Array, w: Any) -> tuple[Array, Any]:
   """x and weights that are dequantized for it, where it is: a loop of steps would otherwise widen
-  its matrices once, before it, and hold them all.
+  its matrices once, before it, and hold them all; on a TPU a loop of layers would turn them all.
   """
-  return jax.lax.optimization_barrier((x, w)) if is_quantized(w) else (x, w)
+  if not is_quantized(w):
+    return x, w
+  w = jax.tree.map(_as_it_lies, w, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+  return jax.lax.optimization_barrier((x, w))
+
+
+def _as_it_lies(w: Any) -> Any:
+  if not isinstance(w, Quantized) or platform() != "tpu":
+    return w
+  rows = Layout(tuple(range(w.values.ndim)))
+  return dataclasses.replace(w, values=with_layout_constraint(w.values, rows))
 
 
 def rows(
@@ -217,6 +229,11 @@ def _kept_product(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Ar
     return _grouped(x, w, wide)
   if w.format.dynamic:
     return _dynamic(x, w, wide)
+  parts = _parts(x, w)
+  if parts > 1:
+    one = lambda part: _kept_product(x, part, wide)
+    y = jax.lax.map(lambda i: one(_part(w, parts, i)), jnp.arange(parts))
+    return jnp.moveaxis(y, 0, -1).reshape(*x.shape[:-1], -1)
   return _times(x, _widened(w.values, x.dtype), wide) * w.scales.astype(wide)
 
 
@@ -226,11 +243,43 @@ def _forward(x, w):
 
 def _backward(kept, gradient):
   w, like = kept
-  back = jnp.matmul(gradient.astype(like.dtype), w.flat(like.dtype))
-  return back, None
+  gradient, w = beside(gradient.astype(like.dtype), w)
+  parts = _parts(gradient, w)
+  if parts == 1:
+    return jnp.matmul(gradient, w.flat(like.dtype)), None
+  wide = jnp.promote_types(like.dtype, jnp.float32)
+  split = gradient.reshape(*gradient.shape[:-1], -1, parts)
+
+  def add(total, i):
+    back = _part(w, parts, i).flat(like.dtype)
+    return total + jnp.matmul(split[..., i], back, preferred_element_type=wide), None
+
+  start = jnp.zeros((*gradient.shape[:-1], w.values.shape[-1]), wide)
+  return jax.lax.scan(add, start, jnp.arange(parts))[0].astype(like.dtype), None
 
 
 _product.defvjp(_forward, _backward)
+
+
+def _parts(x: Float[Array, "..."], w: Quantized) -> int:
+  """In how many parts of its outputs a matrix is widened, so that few bytes of it are at a time: a
+  head that scores 128,256 words would be the largest array of all. A TPU widens as it multiplies.
+  """
+  outputs = w.values.shape[-2]
+  size = w.values.size * jnp.promote_types(x.dtype, jnp.bfloat16).itemsize
+  eight = w.format.kind in ("int8", "fp8") and not w.format.dynamic
+  many = math.prod(x.shape[:-1]) > _FEW_ROWS
+  if not (eight and many and w.values.ndim == 2) or platform() == "tpu":
+    return 1
+  fitting = (n for n in range(1, outputs) if outputs % n == 0 and size <= n * _MOST_WIDENED)
+  return next(fitting, 1)
+
+
+def _part(w: Quantized, parts: int, i: Int[Array, ""]) -> Quantized:
+  """The outputs i, i + parts, …: each device has as many of each part."""
+  values = w.values.reshape(-1, parts, w.values.shape[-1])[:, i]
+  scales = w.scales.reshape(-1, parts)[:, i]
+  return dataclasses.replace(w, values=values, scales=scales, outputs=(len(values),))
 
 
 def _few(x: Float[Array, "... I"]) -> bool:

@@ -5,7 +5,6 @@ These functions take one matrix (O, I), outputs first, or its arrays; `jax.vmap`
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -273,9 +272,17 @@ def nf4_parts(arrays: Arrays) -> tuple[Array, Array]:
 
 
 def quantile(codes: Array) -> Float32[Array, "..."]:
-  """NF4[codes] by their bits, which is faster than a look-up."""
-  left: list[Any] = [jnp.float32(value) for value in NF4]
-  for bit in range(4):
+  """NF4[codes] by their bits, which is faster than a look-up.
+
+  Of the lowest bit without a choice between constants: JAX takes constants spread to arrays out of
+  a loop over layers, and holds sixteen of the matrix's size.
+  """
+  bits = NF4.view(np.int32)
+  low = -(codes.astype(jnp.int32) & 1)
+  pairs = zip(bits[::2].tolist(), bits[1::2].tolist(), strict=True)
+  left = [jax.lax.bitcast_convert_type(even ^ (low & (even ^ odd)), jnp.float32)
+          for even, odd in pairs]  # fmt: skip
+  for bit in range(1, 4):
     high = (codes >> bit) & 1 == 1
     left = [jnp.where(high, odd, even) for even, odd in zip(left[::2], left[1::2], strict=True)]
   return left[0]

@@ -105,7 +105,7 @@ def places(w: Any, info: ParamInfo, mesh: Mesh | None) -> Any:
   is everywhere.
   """
   if mesh is None:
-    here = SingleDeviceSharding(jax.devices()[0])
+    here = SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda _: here, w)
   axes, n = tuple(spec(info.axes, w.shape, mesh)), lead_axes(info)
   lead, own, first = axes[:n], axes[n:], len(w.outputs if w.table else w.inputs)

@@ -31,6 +31,8 @@ NNX_NAMES = {
 PUBLISHED = {
   "gpt_small": 124_439_808,
   "llama3_8b": 8_030_261_248,
+  "lora_llama3_8b": 8_030_261_248,
+  "qlora_llama3_8b": 8_030_261_248,
   "llama3_70b": 70_553_706_496,
   "llama3_405b": 405_853_388_800,
   "mixtral_8x7b": 46_702_792_704,

@@ -16,7 +16,7 @@ from train.flags import config_flag, run
 from train.init_from import with_its_model, with_its_tokenizer
 from train.objectives.objective import Side
 from train.objectives.to_decoder import DECODER
-from train.resolve import check_fit
+from train.resolve import check_base, check_fit
 
 _CONFIG = config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Whose tokenizer to use; none: the config's own.")
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
   workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
   config = with_its_model(_CONFIG.value, workdir)
   check_fit(config)
+  check_base(config)
   data = load_data(with_its_tokenizer(config, workdir), workdir=workdir)
   batch = data.batch(_STEP.value)
   before = _CONFIG.value.peft.before_texts

@@ -31,7 +31,7 @@ from train.metrics import MetricsLog
 from train.preemption import Preemption
 from train.processes import joined
 from train.program import Program, build_program, check_batch, local_rows, put_batch
-from train.resolve import check_fit, resolved
+from train.resolve import check_base, check_fit, resolved
 from train.sample import check_sample, sample
 from train.step import TrainState
 from train.workdir import (
@@ -55,6 +55,7 @@ def train(config: Config, workdir: Path) -> int:
   """
   config = with_its_model(config, workdir)
   check_fit(config)
+  check_base(config)
   with joined(config.barrier_seconds) as group:
     check_same_config(group, config)
     use_compilation_cache(config.cache_dir)

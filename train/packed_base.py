@@ -12,6 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
+from model.errors import InputError
 from model.loading import leaf_reader
 from model.peft.config import PeftConfig
 from model.peft.parts import Parts
@@ -56,7 +57,10 @@ def packing_of(config: PeftConfig, parts: Parts | None, shapes: dict, info: dict
     return Packing({}, info)
   wanted, infos = Format.parse(config.base_format), _flat(info)
   frozen = {p: a for p, a in _flat(shapes).items() if parts.rows[p] == ()}
-  found = {p: format_of(infos[p], a.shape, wanted, _name(p)) for p, a in frozen.items()}
+  try:
+    found = {p: format_of(infos[p], a.shape, wanted, _name(p)) for p, a in frozen.items()}
+  except InputError as error:
+    raise InputError(str(error).replace("quantize=", "peft.base_format=", 1)) from error
   return Packing({p: f for p, f in found.items() if f is not None}, info)
 
 

@@ -63,11 +63,6 @@ def check_fit(config: Config) -> None:
   check_columns(config)
   _check_task(config)
   _check_virtual(config)
-  if config.init_from is None and not config.peft.trains_all:
-    raise InputError(
-      f"peft.method={config.peft.method!r} trains a part of a model and init_from is not set: name "
-      "the checkpoint that has the rest."
-    )
   writes = model.shape == "encoder_decoder" and fitting[model.shape] == "language"
   if writes and config.target_len is None:
     raise InputError("target_len is not set: tokens that the decoder of a row reads are needed.")
@@ -110,6 +105,15 @@ def _check_virtual(config: Config) -> None:
     raise InputError(
       f"{field}={length} and peft.virtual_tokens={count} before each text are together more than "
       f"model.max_positions={limit}: shorten the sequences to {limit - count}."
+    )
+
+
+def check_base(config: Config) -> None:
+  """Raises an InputError if a part of a model is trained and nothing has the rest."""
+  if config.init_from is None and not config.peft.trains_all:
+    raise InputError(
+      f"peft.method={config.peft.method!r} trains a part of a model and init_from is not set: name "
+      "the checkpoint that has the rest."
     )
 
 

@@ -22,9 +22,11 @@ from model.trained import Model
 from model.vocabulary import build_tokenizer
 from tests.train import tiny
 from train.config import Config, DataConfig, MeshConfig, OptimizerConfig, PeftConfig
+from train.data.pipeline import load_data
 from train.loop import train
 from train.objectives import make_objective
 from train.program import build_program, make_loss, put_batch
+from train.resolve import resolved
 
 WIDE = dataclasses.replace(
   tiny.ROTARY, num_layers=2, d_model=64, d_ff=128, head_dim=16, layer_pattern=("global",),
@@ -32,6 +34,7 @@ WIDE = dataclasses.replace(
 )  # fmt: skip
 MODELS = {
   "plain": WIDE,
+  "deep": dataclasses.replace(WIDE, num_layers=4),
   "experts": dataclasses.replace(
     WIDE, layer_pattern=("global+experts",), num_experts=4, balance_loss=0.0, router_z_loss=0.0,
     shared_experts=1,
@@ -50,25 +53,33 @@ def started(peft, body="plain", mesh=None, **changes):
   settings = OptimizerConfig(warmup_steps=1, learning_rate=0.05)
   more = {} if mesh is None else dict(mesh=mesh)
   config = tiny.config(MODELS[body], peft=PeftConfig(**peft), optimizer=settings, **changes, **more)
-  devices = jax.devices()[: 1 if mesh is None else 8]
-  grid = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+  return config, *begun(config, 1 if mesh is None else 8)
+
+
+def begun(config, devices):
+  """(program, mesh in use, the first state with an adapter that does something)."""
+  grid = make_mesh(**dataclasses.asdict(config.mesh), devices=jax.devices()[:devices])
   with jax.set_mesh(grid):
     program = build_program(config, grid)
     state = program.init()
     noise = lambda a: a + 0.05 * jax.random.normal(jax.random.key(1), a.shape, a.dtype)
     moved = jax.jit(lambda tree: jax.tree.map(noise, tree))(state.params)
-  return config, program, grid, dataclasses.replace(state, params=moved)
+  return program, grid, dataclasses.replace(state, params=moved)
 
 
 CASES = [
   (LORA, "nf4", "plain", None),
   *(pytest.param(*case, marks=slow) for case in (
-    (LORA, "nf4", "plain", MIX), (LORA, "int4", "plain", MIX),
-    (LORA, "int8", "plain", None), (LORA, "fp8", "plain", None),
+    (LORA, "nf4", "plain", MIX), (LORA, "int4", "plain", MIX), (LORA, "int8", "plain", MIX),
+    (LORA, "int8", "plain", None), (LORA, "fp8", "plain", None), (LORA, "int4", "plain", None),
+    (LORA, "int4", "plain", MeshConfig(data=8)),
     (LORA, "nf4", "plain", MeshConfig(data=1, fsdp=8)),
     (LORA, "nf4", "plain", MeshConfig(data=1, seq=4, tensor=2)),
+    (LORA, "nf4", "deep", MeshConfig(data=2, slices=2, stage=2)),
+    (LORA, "int8", "deep", MeshConfig(data=1, fsdp=2, stage=2, tensor=2)),
     (LORA, "int4", "experts", None), (LORA, "int8", "latent", None),
     (LORA, "int8", "experts", MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
+    (LORA, "nf4", "experts", MeshConfig(data=1, slices=2, expert=4)),
     (LORA | dict(method="dora"), "nf4", "plain", MIX), (dict(method="ia3"), "int4", "plain", MIX),
     (LORA | dict(init="pissa"), "nf4", "plain", None),
   )),
@@ -78,14 +89,21 @@ CASES = [
 @pytest.mark.parametrize(("peft", "name", "body", "mesh"), CASES)
 def test_gradients_are_those_through_the_dequantized_base(peft, name, body, mesh):
   config, program, grid, state = started(peft | dict(base_format=name), body, mesh)
-  assert name in {w.format.name for w in quantized_leaves(state.frozen).values()}
+  with jax.set_mesh(grid):
+    batch = put_batch(program, tiny.random_batch(0))
+  assert_right_gradients(config, program, grid, state, batch)
+
+
+def assert_right_gradients(config, program, grid, state, batch):
+  """Loss and gradients of adapters are those through the dequantized float base."""
   loss = make_loss(program.graphdef, make_objective(config), program.parts)
 
   def total(params, frozen, batch):
     return loss(params, frozen, batch, None).terms["loss"]
 
+  formats = {w.format.name for w in quantized_leaves(state.frozen).values()}
+  assert config.peft.base_format in formats
   with jax.set_mesh(grid):
-    batch = put_batch(program, tiny.random_batch(0))
     gradient = jax.jit(jax.value_and_grad(total))
     value, got = gradient(state.params, state.frozen, batch)
     plain = dequantize_params(state.frozen, jnp.float32)
@@ -94,6 +112,59 @@ def test_gradients_are_those_through_the_dequantized_base(peft, name, body, mesh
   most = max(np.abs(a).max() for a in jax.tree.leaves(want))
   assert most > 1e-2
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * most), got, want)
+
+
+@slow
+@pytest.mark.parametrize(("shape", "name", "mesh"), [
+  ("encoder", "nf4", MIX), ("encoder", "int8", None), ("encoder", "int4", MeshConfig(fsdp=4)),
+  ("encoder_decoder", "nf4", MIX), ("encoder_decoder", "int4", None),
+  ("encoder_decoder", "int8", MeshConfig(data=4, tensor=2)),
+])  # fmt: skip
+def test_models_with_an_encoder_learn_over_a_packed_base(tmp_path, shape, name, mesh):
+  rng, words = np.random.default_rng(0), ["def", "return", "self", "in", "(x)", "= 1"]
+  lines = [" ".join(rng.choice(words, rng.integers(2, 9))) for _ in range(200)]
+  (tmp_path / "text.txt").write_text("\n".join(lines))
+  config = tiny.shape_config(
+    shape, str(tmp_path / "text.txt"), str(tmp_path / "cache"), d_model=64, d_ff=128,
+    peft=PeftConfig(**LORA, base_format=name, also=()), mesh=mesh or MeshConfig(),
+  )  # fmt: skip
+  data = load_data(config)
+  config = resolved(config, data)
+  program, grid, state = begun(config, 1 if mesh is None else 8)
+  with jax.set_mesh(grid):
+    batch = put_batch(program, data.batch(0))
+    assert_right_gradients(config, program, grid, state, batch)
+    before = jax.device_get(state)
+    after = jax.device_get(program.train_step(state, batch)[0])
+  assert_frozen(before, after)
+
+
+def assert_frozen(before, after):
+  same = jax.tree.map(np.array_equal, before.frozen, after.frozen)
+  assert all(jax.tree.leaves(same))
+  changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before.params, after.params)
+  assert all(jax.tree.leaves(changed))
+
+
+@pytest.mark.parametrize("body", ["plain", "experts"])
+@pytest.mark.parametrize(("name", "bits"), [("nf4", 4), ("int4", 4), ("int8", 8)])
+def test_a_state_has_moments_of_adapters_alone_and_matrices_of_few_bits(name, bits, body):
+  config = tiny.config(MODELS[body], peft=PeftConfig(**LORA, base_format=name))
+  grid = make_mesh(devices=jax.devices()[:1])
+  with jax.set_mesh(grid):
+    state = build_program(config, grid).state
+  size = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+  trained = flatten_dict(state.params)
+  assert all(KEY in path and a.dtype == jnp.float32 for path, a in trained.items())
+  assert size([a for a in jax.tree.leaves(state.opt_state) if a.ndim]) == 2 * size(state.params)
+  packed = quantized_leaves(state.frozen)
+  matrices = {path: w for path, w in packed.items() if "table" not in path}
+  assert {path[-2] for path in matrices} >= {"q_proj", "o_proj", "up_proj", "down_proj"}
+  for w in matrices.values():
+    assert w.format.name == name and w.values.size * w.values.dtype.itemsize == w.size * bits // 8
+    assert w.nbytes <= w.size * bits // 8 * {"nf4": 1.05, "int4": 1.12, "int8": 1.1}[name]
+  floats = [a for p, a in flatten_dict(state.frozen).items() if p not in packed]
+  assert size(floats) < 0.05 * 4 * sum(w.size for w in packed.values())
 
 
 def steps(peft, mesh=None, **changes):
@@ -107,22 +178,18 @@ def steps(peft, mesh=None, **changes):
 
 
 @slow
-@pytest.mark.parametrize("mesh", [MIX, MeshConfig(data=2, stage=2, fsdp=2)], ids=["mix", "stage"])
-def test_the_base_keeps_its_bits_on_eight_devices_as_on_one_and_has_no_state(mesh):
-  layers = dict(num_layers=4) if mesh.stage != 1 else {}
-  MODELS["deep"] = dataclasses.replace(WIDE, **layers)
-  peft = LORA | dict(base_format="nf4")
+@pytest.mark.parametrize(("name", "mesh"), [
+  ("nf4", MIX), ("int4", MeshConfig(data=2, stage=2, fsdp=2)),
+  ("int8", MeshConfig(data=1, slices=2, seq=2, tensor=2)),
+])  # fmt: skip
+def test_the_base_keeps_its_bits_on_eight_devices_as_on_one_and_has_no_state(name, mesh):
+  peft = LORA | dict(base_format=name)
   before, after, losses = steps(peft, body="deep")
   _, other, other_losses = steps(peft, mesh=mesh, body="deep")
-  same = jax.tree.map(np.array_equal, before.frozen, after.frozen)
-  assert all(jax.tree.leaves(same)) and len(set(losses)) == 3
+  assert_frozen(before, after)
+  assert len(set(losses)) == 3
   np.testing.assert_allclose(other_losses, losses, rtol=1e-4)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), other.params, after.params)
-  trained = sum(leaf.nbytes for leaf in jax.tree.leaves(after.params))
-  moments = sum(leaf.nbytes for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim)
-  assert moments == 2 * trained
-  floats = sum(w.size for w in quantized_leaves(after.frozen).values()) * 4
-  assert sum(w.nbytes for w in quantized_leaves(after.frozen).values()) < floats / 5
 
 
 BODY = ModelConfig(
@@ -184,3 +251,8 @@ def test_formats_that_let_no_gradient_through_or_are_not_known_are_refused():
     with pytest.raises(InputError) as error:
       PeftConfig(**settings)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_group_that_does_not_divide_is_told_by_the_setting_that_asked_for_it():
+  with pytest.raises(InputError, match=r"^peft\.base_format='int4:48': groups of 48 do not divide"):
+    started(LORA | dict(base_format="int4:48"))
