@@ -17,8 +17,8 @@ from model.errors import InputError, nearest
 NAMES = ("int8", "int4", "nf4", "fp8", "int8_dynamic", "fp8_dynamic")
 Arrays = dict[str, Array]
 
-INT4_GROUP = 32  # Inputs that share a scale, unless another number is asked for.
-NF4_BLOCK = 64  # Inputs that share a scale, as in QLoRA.
+# Inputs that share a scale, unless another number is asked for; of nf4 as in QLoRA.
+GROUPS = {"int4": 32, "nf4": 64}
 SCALES = 256  # Scales of nf4 that share a scale of their own.
 _E4M3_MOST = 448.0
 
@@ -48,25 +48,24 @@ class Format:
 
   @classmethod
   def parse(cls, name: str) -> "Format":
-    """`int8`, `int4`, `nf4`, `fp8`, `int8_dynamic`, `fp8_dynamic`, or `int4:GROUP`.
+    """`int8`, `int4`, `nf4`, `fp8`, `int8_dynamic`, `fp8_dynamic`, `int4:GROUP` or `nf4:GROUP`.
 
     Raises:
       InputError: for another name, or a group that is no even number from 2.
     """
     kind, colon, group = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if kind not in NAMES or (colon and kind != "int4"):
-      known = f"{', '.join(NAMES)} or int4:GROUP"
+    if kind not in NAMES or (colon and kind not in GROUPS):
+      known = f"{', '.join(NAMES)}, int4:GROUP or nf4:GROUP"
       raise InputError(f"quantize={name!r} is not known: use one of {known}.{nearest(kind, NAMES)}")
     if colon and not (group.isdecimal() and int(group) > 0 and int(group) % 2 == 0):
       raise InputError(f"quantize={name!r}: a group must be an even number of inputs, from 2.")
     kind, _, dynamic = kind.partition("_")
-    own = {"int4": INT4_GROUP, "nf4": NF4_BLOCK}.get(kind)
-    return cls(kind, int(group) if colon else own, bool(dynamic))
+    return cls(kind, int(group) if colon else GROUPS.get(kind), bool(dynamic))
 
   @property
   def name(self) -> str:
     """What `parse` takes."""
-    own = self.kind != "int4" or self.group == INT4_GROUP
+    own = self.group == GROUPS.get(self.kind)
     return self.kind + ("" if own else f":{self.group}") + ("_dynamic" if self.dynamic else "")
 
 

@@ -25,7 +25,7 @@ _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, a step in it, PATH@best, a Hugging Face folder or a GGUF file."
 )
 _QUANTIZE = flags.DEFINE_string(
-  "quantize", None, f"Keep matrices in fewer bits: {', '.join(NAMES)} or int4:GROUP."
+  "quantize", None, f"Keep matrices in fewer bits: {', '.join(NAMES)}, int4:GROUP or nf4:GROUP."
 )
 _TASK = flags.DEFINE_enum("task", None, ["perplexity"], "What is measured.")
 _DATA = flags.DEFINE_string("data", None, "A text file in UTF-8: one text.")

@@ -52,7 +52,7 @@ class PeftConfig:
   init: str = "default"
   learning_rate_ratio: float | None = None  # Of B's to A's (LoRA+, Hayou et al., arXiv:2402.12354).
   dtype: str = "float32"  # Of an adapter's parameters.
-  # The frozen matrices in fewer bits: int8, int4, int4:GROUP, nf4 or fp8 (QLoRA, Dettmers et al.,
+  # The frozen matrices in fewer bits: int8, int4 or nf4 (:GROUP), fp8 (QLoRA, Dettmers et al.,
   # arXiv:2305.14314); None: as they are.
   base_format: str | None = None
 

@@ -29,13 +29,16 @@ def test_nf4_equals_bitsandbytes():
   np.testing.assert_array_equal(formats.NF4, table.numpy())
   dynamic = functional.create_dynamic_map().numpy()
   np.testing.assert_allclose(formats.dynamic_values(), dynamic, rtol=1e-6)
-  for seed, shape in enumerate([(576, 1536), (8, 64)]):
+  for seed, (shape, block) in enumerate([((576, 1536), 64), ((8, 64), 64), ((192, 576), 32)]):
     w = np.random.default_rng(seed).standard_normal(shape, np.float32) * 0.02
     packed, state = functional.quantize_4bit(
-      torch.from_numpy(w), blocksize=64, compress_statistics=True, quant_type="nf4"
+      torch.from_numpy(w), blocksize=block, compress_statistics=True, quant_type="nf4"
     )
     want = functional.dequantize_4bit(packed, state).numpy()
-    got = np.asarray(quantize(jnp.asarray(w), "nf4", table=True).dequantize())
+    name = "nf4" if block == 64 else f"nf4:{block}"
+    kept = quantize(jnp.asarray(w), name, table=True)
+    assert kept.format.name == name
+    got = np.asarray(kept.dequantize())
     # The mean of scales is summed in another order: few of them go to the value beside.
     same = np.isclose(got, want, rtol=1e-5, atol=1e-8)
     assert same.mean() > 0.997
@@ -152,7 +155,8 @@ def test_a_model_computes_with_its_dequantized_matrices_and_is_restored_with_the
 @pytest.mark.parametrize(
   ("name", "said"),
   [("int3", "int3.*int8, int4"), ("int4:7", "even"), ("int4:40", "40.*64 inputs"),
-   ("nf4:32", "nf4:32"), ("", "not known"), (8, "not known")],
+   ("nf4:3", "even"), ("nf4:40", "40.*64 inputs"), ("fp8:32", "fp8:32.*nf4:GROUP"),
+   ("", "not known"), (8, "not known")],
 )  # fmt: skip
 def test_wrong_formats_are_refused(name, said):
   with pytest.raises(InputError, match=said):
