@@ -133,7 +133,7 @@ def fp8(w: Float[Array, "O I"]) -> Arrays:
   widest = _wide(_nonzero(jnp.max(jnp.abs(w), axis=1) / _E4M3_MOST))
 
   def tried(i, best):
-    scale = (widest * 2.0 ** (i / 16)).astype(jnp.bfloat16)
+    scale = _short(widest * 2.0 ** (i / 16))
     wide = _wide(scale)[:, None]
     kept = (w / wide).astype(jnp.float8_e4m3fn).astype(w.dtype) * wide
     error = jnp.sum(jnp.square(w - kept), axis=1)
@@ -330,7 +330,12 @@ def _relative(x: Float[Array, "..."], most: Float[Array, "..."]) -> Float[Array,
 
 
 def _nonzero(scale: Float[Array, "..."]) -> BFloat16[Array, "..."]:
-  return jnp.where(scale == 0, 1, scale).astype(jnp.bfloat16)
+  return _short(jnp.where(scale == 0, 1, scale))
+
+
+def _short(scale: Float[Array, "..."]) -> BFloat16[Array, "..."]:
+  # XLA may leave out a cast that is undone at once, but never this.
+  return jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
 
 
 def _wide(scale: BFloat16[Array, "..."]) -> Float32[Array, "..."]:
