@@ -42,7 +42,7 @@ _CHECKPOINT = flags.DEFINE_string(
   "Workdir of a run, a step inside it, PATH@best, a Hugging Face folder or a GGUF file.",
 )
 _QUANTIZE = flags.DEFINE_string(
-  "quantize", None, f"Keep matrices in fewer bits: {', '.join(NAMES)} or int4:GROUP."
+  "quantize", None, f"Keep matrices in fewer bits: {', '.join(NAMES)}, int4:GROUP or nf4:GROUP."
 )
 _ADAPTER = flags.DEFINE_multi_string(
   "adapter", [], "Adapter for the checkpoint: a folder of PEFT's, or the workdir of its run; or "

@@ -29,7 +29,7 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _TARGET = flags.DEFINE_string("target", None, "A new or empty folder: the workdir to be.")
 _FORMAT = flags.DEFINE_string(
-  "format", "int4", "int8, int4, int4:GROUP, nf4, fp8, int8_dynamic or fp8_dynamic."
+  "format", "int4", "int8, int4, int4:GROUP, nf4, nf4:GROUP, fp8, int8_dynamic or fp8_dynamic."
 )
 _METHOD = flags.DEFINE_string("method", "plain", f"What chooses the values: {', '.join(METHODS)}.")
 _DATA = flags.DEFINE_string("data", None, "A text file in UTF-8 to calibrate with.")

@@ -47,13 +47,13 @@ class Quantized:
 
   `values` are int8, float8_e4m3fn or codes of four bits, of two outputs in a byte
   (`quant_formats.pack`). `scales` multiply an output or a group of its inputs; of int4 and nf4 they
-  are in eight bits themselves (`quant_formats.int4_scales`, `nf4_scales`), and `steps` multiply
+  are in few bits themselves (`quant_formats.int4_scales`, `nf4_scales`), and `steps` multiply
   them. A `table` (Embed) has its outputs, the rows, first in `shape`, other matrices their inputs.
   """
 
   values: Array  # (…, O, I), or (…, O/2, I) uint8.
-  scales: Array  # (…, O) float32; int4, nf4: (…, O, groups) uint8.
-  steps: Array | None  # int4: (…) float32; nf4: (…, groups of a matrix / 256, rounded up).
+  scales: Array  # (…, O) bfloat16; int4, nf4: (…, O, groups) uint8.
+  steps: Array | None  # int4: (…, O) uint8; nf4: (…, groups of a matrix / 256, rounded up) float32.
   offset: Array | None  # int4: zero points (…, O/2, groups) uint8; nf4: (…) float32.
   format: Format = dataclasses.field(metadata={"static": True})
   inputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})

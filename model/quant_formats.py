@@ -9,15 +9,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, BFloat16, Float, Float32, Int, Int32, UInt8
 
 from model.errors import InputError, nearest
 
 NAMES = ("int8", "int4", "nf4", "fp8", "int8_dynamic", "fp8_dynamic")
 Arrays = dict[str, Array]
 
-INT4_GROUP = 32  # Inputs that share a scale, unless another number is asked for.
-NF4_BLOCK = 64  # Inputs that share a scale, as in QLoRA.
+# Inputs that share a scale, unless another number is asked for; of nf4 as in QLoRA.
+GROUPS = {"int4": 32, "nf4": 64}
 SCALES = 256  # Scales of nf4 that share a scale of their own.
 _E4M3_MOST = 448.0
 
@@ -47,25 +47,24 @@ class Format:
 
   @classmethod
   def parse(cls, name: str) -> "Format":
-    """`int8`, `int4`, `nf4`, `fp8`, `int8_dynamic`, `fp8_dynamic`, or `int4:GROUP`.
+    """`int8`, `int4`, `nf4`, `fp8`, `int8_dynamic`, `fp8_dynamic`, `int4:GROUP` or `nf4:GROUP`.
 
     Raises:
       InputError: for another name, or a group that is no even number from 2.
     """
     kind, colon, group = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if kind not in NAMES or (colon and kind != "int4"):
-      known = f"{', '.join(NAMES)} or int4:GROUP"
+    if kind not in NAMES or (colon and kind not in GROUPS):
+      known = f"{', '.join(NAMES)}, int4:GROUP or nf4:GROUP"
       raise InputError(f"quantize={name!r} is not known: use one of {known}.{nearest(kind, NAMES)}")
     if colon and not (group.isdecimal() and int(group) > 0 and int(group) % 2 == 0):
       raise InputError(f"quantize={name!r}: a group must be an even number of inputs, from 2.")
     kind, _, dynamic = kind.partition("_")
-    own = {"int4": INT4_GROUP, "nf4": NF4_BLOCK}.get(kind)
-    return cls(kind, int(group) if colon else own, bool(dynamic))
+    return cls(kind, int(group) if colon else GROUPS.get(kind), bool(dynamic))
 
   @property
   def name(self) -> str:
     """What `parse` takes."""
-    own = self.kind != "int4" or self.group == INT4_GROUP
+    own = self.group == GROUPS.get(self.kind)
     return self.kind + ("" if own else f":{self.group}") + ("_dynamic" if self.dynamic else "")
 
 
@@ -116,12 +115,13 @@ def grouped(w: Array, group: int) -> Array:
   return w.reshape(len(w), -1, group)
 
 
-# int8: a scale for each output, symmetric.
+# int8: a scale for each output, symmetric. Scales have eight bits of fraction, so that the largest
+# element still goes to 127, and to 448 of fp8.
 
 
 def int8(w: Float[Array, "O I"]) -> Arrays:
   scale = _nonzero(jnp.max(jnp.abs(w), axis=1) / 127)
-  return {"values": jnp.round(w / scale[:, None]).astype(jnp.int8), "scales": scale}
+  return {"values": jnp.round(w / _wide(scale)[:, None]).astype(jnp.int8), "scales": scale}
 
 
 # fp8: four bits of exponent, three of mantissa, and a scale for each output.
@@ -129,55 +129,70 @@ def int8(w: Float[Array, "O I"]) -> Arrays:
 
 def fp8(w: Float[Array, "O I"]) -> Arrays:
   """Of scales within a power of two, those with the least squared error."""
-  widest = _nonzero(jnp.max(jnp.abs(w), axis=1) / _E4M3_MOST)
+  widest = _wide(_nonzero(jnp.max(jnp.abs(w), axis=1) / _E4M3_MOST))
 
   def tried(i, best):
-    scale = widest * 2.0 ** (i / 16)
-    kept = (w / scale[:, None]).astype(jnp.float8_e4m3fn).astype(w.dtype) * scale[:, None]
+    scale = _short(widest * 2.0 ** (i / 16))
+    wide = _wide(scale)[:, None]
+    kept = (w / wide).astype(jnp.float8_e4m3fn).astype(w.dtype) * wide
     error = jnp.sum(jnp.square(w - kept), axis=1)
     better = error < best[0]
     return jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])
 
-  scale = jax.lax.fori_loop(0, 16, tried, (jnp.full(widest.shape, jnp.inf), widest))[1]
-  return {"values": (w / scale[:, None]).astype(jnp.float8_e4m3fn), "scales": scale}
+  start = jnp.full(widest.shape, jnp.inf), widest.astype(jnp.bfloat16)
+  scale = jax.lax.fori_loop(0, 16, tried, start)[1]
+  return {"values": (w / _wide(scale)[:, None]).astype(jnp.float8_e4m3fn), "scales": scale}
 
 
-# int4: codes from 0 to 15, for each group a scale, in eight bits beside one for the whole matrix,
-# and in four bits which code stands for 0. Groups reach as far as they must to either side.
+# int4: codes from 0 to 15. A group has a scale, in 64 equal parts of what an output's power of two
+# stands for, and a zero point, which code stands for 0, finer near the middle; of six bits each.
 
-_ZEROS = 3  # Zero points lie so close between two codes: 5, 5 1/3, … 10.
-_UP, _DOWN = 8, 2  # How many scales are tried above and below the one that just reaches all.
+_PARTS = 64  # Of a scale.
+_MIDDLE = 32  # The code of the zero point 8.
+# Scales that are tried: shares of one that just reaches all of a group, and parts that are added
+# before the rest of a part is cut off.
+_TRIED = ((1, 0), (1, 1), *((1 - 0.03 * i, 0.5) for i in range(1, 9)))
 
 
 def int4(w: Float[Array, "O I"], group: int) -> Arrays:
-  """The scales and zero points with the least squared error among some near the widest, which
-  counts more for large elements.
+  """The scales and zero points with the least squared error among some up to the widest scale,
+  which counts more for large elements.
   """
   w = grouped(w, group)
-  weight = jnp.abs(w) + jnp.sqrt(jnp.mean(jnp.square(w), axis=-1, keepdims=True))
-  least, most = jnp.min(w, axis=-1), jnp.max(w, axis=-1)
-  middle, reach = (least + most) / 2, (most - least) / 15
-  # From the outermost zero points, 5 and 10, it is ten codes to the farther end.
-  reach = jnp.maximum(reach, jnp.maximum(most, -least) / 10)
-  step = _nonzero(jnp.max(reach) / small_float(jnp.uint8(255)))
-  first = _small_code(reach / step).astype(jnp.int32)
+  weight = jnp.abs(w) + 2 * jnp.sqrt(jnp.mean(jnp.square(w), axis=-1, keepdims=True))
+  total = jnp.maximum(jnp.sum(weight, axis=-1), 1e-30)
+  least = jnp.minimum(jnp.min(w, axis=-1), 0)
+  reach = (jnp.maximum(jnp.max(w, axis=-1), 0) - least) / 15
+  steps = _power_above(jnp.max(reach, axis=1) / _PARTS)
+  step = power_of_two(steps)[:, None]
 
   def tried(i, best):
-    scales = jnp.clip(first + i // 2 - _UP, 0, 255).astype(jnp.uint8)
-    size = small_float(scales) * step
-    zeros = jnp.floor((-middle / size) * _ZEROS + 7.5) + i % 2
-    zeros = jnp.clip(zeros, 0, 15).astype(jnp.uint8)
+    share, added = jnp.asarray(_TRIED, jnp.float32)[i // 2]
+    scales = jnp.clip(jnp.floor(share * reach / step + added) - 1, 0, _PARTS - 1)
+    size = (scales + 1) * step
+    near = w / size[..., None]
+    # The codes that the zero point in the middle of the group gives, and the zero point that gives
+    # them the least error.
+    codes = jnp.clip(jnp.round(near + (7.5 - middle / size)[..., None]), 0, 15)
+    zero = jnp.sum(weight * (codes - near), axis=-1) / total
+    zeros = jnp.clip(_zero_below(zero) + i % 2, 0, 63)
     error = jnp.sum(weight * jnp.square(_int4_values(w, size, zeros)[1] - w), axis=-1)
     better = error < best[0]
     return tuple(
       jnp.where(better, *pair) for pair in zip((error, scales, zeros), best, strict=True)
     )
 
-  start = jnp.full(reach.shape, jnp.inf), first.astype(jnp.uint8), jnp.zeros_like(first, jnp.uint8)
-  _, scales, zeros = jax.lax.fori_loop(0, 2 * (_UP + _DOWN + 1), tried, start)
-  codes = _int4_values(w, small_float(scales) * step, zeros)[0]
-  values = pack(codes.reshape(len(w), -1))
-  return {"values": values, "scales": scales, "steps": step, "offset": pack(zeros)}
+  middle = least + 7.5 * reach
+  start = jnp.full(reach.shape, jnp.inf), jnp.zeros_like(reach), jnp.zeros_like(reach)
+  _, scales, zeros = jax.lax.fori_loop(0, 2 * len(_TRIED), tried, start)
+  codes = _int4_values(w, (scales + 1) * step, zeros)[0]
+  scales, zeros = scales.astype(jnp.uint8), zeros.astype(jnp.uint8)
+  return {
+    "values": pack(codes.reshape(len(w), -1)),
+    "scales": scales | (zeros >> 4 << 6),
+    "steps": steps,
+    "offset": pack(zeros & 15),
+  }
 
 
 def int4_parts(arrays: Arrays) -> tuple[Array, Array]:
@@ -195,43 +210,53 @@ def int4_centred(arrays: Arrays) -> tuple[Array, Array]:
 
 
 def int4_scales(arrays: Arrays) -> Float32[Array, "O groups"]:
-  return small_float(arrays["scales"]) * arrays["steps"]
+  return int4_sizes(arrays["scales"]) * power_of_two(arrays["steps"])[:, None]
 
 
 def int4_shifts(arrays: Arrays) -> Float32[Array, "O groups"]:
   """What is added to (code - 8) * scale in each group."""
-  zeros = interleaved(unpack(arrays["offset"]), 0).astype(jnp.float32)
-  return (8 - zero_point(zeros)) * int4_scales(arrays)
+  low = interleaved(unpack(arrays["offset"]), 0)
+  return int4_shift(arrays["scales"], low) * int4_scales(arrays)
 
 
-def int4_codes(w: Float[Array, "O groups group"], arrays: Arrays) -> UInt8[Array, "O groups group"]:
-  """The nearest codes for scales and zero points that are given."""
-  low = int4_shifts(arrays) - 8 * int4_scales(arrays)
-  codes = jnp.round((w - low[..., None]) / int4_scales(arrays)[..., None])
-  return jnp.clip(codes, 0, 15).astype(jnp.uint8)
+def int4_sizes(scales: Int[Array, "..."]) -> Float32[Array, "..."]:
+  """Scales of groups in parts of their output's."""
+  return ((scales.astype(jnp.int32) & 63) + 1).astype(jnp.float32)
+
+
+def int4_shift(scales: Int[Array, "..."], low: Int32[Array, "..."]) -> Float32[Array, "..."]:
+  """8 less the zero point, whose upper bits lie in `scales`; `low` are its other four."""
+  return 8 - zero_point((low | (scales.astype(jnp.int32) >> 6 << 4)).astype(jnp.float32))
 
 
 def _int4_values(w: Array, scales: Array, zeros: Array) -> tuple[Array, Array]:
   """(the nearest codes, what they stand for)."""
-  zero, scale = zero_point(zeros.astype(jnp.float32))[..., None], scales[..., None]
+  zero, scale = zero_point(zeros)[..., None], scales[..., None]
   codes = jnp.clip(jnp.round(w / scale + zero), 0, 15)
   return codes.astype(jnp.uint8), (codes - zero) * scale
 
 
 def zero_point(zeros: Float32[Array, "..."]) -> Float32[Array, "..."]:
-  return 7.5 + (zeros - 7.5) / _ZEROS
+  """From 0 to almost 16: its codes lie a ninth apart in the middle, half at the ends."""
+  u = (zeros - _MIDDLE) / _MIDDLE
+  return 8 + u * (3.5 + 4.5 * u * u)
 
 
-def small_float(codes: UInt8[Array, "..."]) -> Float32[Array, "..."]:
-  """Three bits of exponent and five of a fraction: from 1/128 to almost 2."""
-  bits = (codes.astype(jnp.int32) << 18) + (120 << 23)
-  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+def _zero_below(zero: Float32[Array, "..."]) -> Float32[Array, "..."]:
+  """The code of the last `zero_point` that is not above."""
+  points = zero_point(jnp.arange(64, dtype=jnp.float32))
+  return jnp.searchsorted(points, zero, side="right").astype(jnp.float32) - 1
 
 
-def _small_code(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
-  """The nearest of `small_float`."""
-  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) - (120 << 23)
-  return jnp.clip((bits + (1 << 17)) >> 18, 0, 255).astype(jnp.uint8)
+def power_of_two(codes: UInt8[Array, "..."]) -> Float32[Array, "..."]:
+  """2 ** (code - 127), of codes from 1 to 254."""
+  return jax.lax.bitcast_convert_type(codes.astype(jnp.int32) << 23, jnp.float32)
+
+
+def _power_above(x: Float[Array, "..."]) -> UInt8[Array, "..."]:
+  """The least `power_of_two` that is not below."""
+  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+  return jnp.clip((bits + 0x7FFFFF) >> 23, 1, 254).astype(jnp.uint8)
 
 
 # nf4 with double quantization: the nearest quantile, times the largest element of a block; of these
@@ -311,5 +336,14 @@ def _relative(x: Float[Array, "..."], most: Float[Array, "..."]) -> Float[Array,
   return jnp.clip(x * (1 / jnp.maximum(most, 1e-38)), -1, 1)
 
 
-def _nonzero(scale: Float[Array, "..."]) -> Float32[Array, "..."]:
-  return jnp.where(scale == 0, 1, scale).astype(jnp.float32)
+def _nonzero(scale: Float[Array, "..."]) -> BFloat16[Array, "..."]:
+  return _short(jnp.where(scale == 0, 1, scale))
+
+
+def _short(scale: Float[Array, "..."]) -> BFloat16[Array, "..."]:
+  # XLA may leave out a cast that is undone at once, but never this.
+  return jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
+
+
+def _wide(scale: BFloat16[Array, "..."]) -> Float32[Array, "..."]:
+  return scale.astype(jnp.float32)

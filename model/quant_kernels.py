@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
-from model.quant_formats import SCALES, Arrays, quantile, small_float, zero_point
+from model.quant_formats import SCALES, Arrays, int4_shift, int4_sizes, power_of_two, quantile
 from model.sharding import platform
 
 _MOST_ROWS = 32  # Beyond them a product costs more than the reading of its matrix.
@@ -62,7 +62,8 @@ def product(
   if kind == "nf4":
     y = _kernel(flat, codes, nf4_scales(arrays), None, group, interpret)
   else:
-    y = _kernel(flat, codes, arrays["scales"], arrays["offset"], group, interpret) * arrays["steps"]
+    y = _kernel(flat, codes, arrays["scales"], arrays["offset"], group, interpret)
+    y = y * power_of_two(arrays["steps"])
   return y.reshape(*x.shape[:-1], -1)
 
 
@@ -156,12 +157,15 @@ def _turn(scales, zeros, wide, turned):
   from jax.experimental import pallas as pl
 
   pairs = turned.shape[2]
-  wide[...] = small_float(scales[...]) if zeros else scales[...]
+  wide[...] = scales[...].astype(jnp.int32).astype(jnp.float32) if zeros else scales[...]
   for odds in range(2):
-    turned[odds] = wide[pl.ds(odds, pairs, stride=2)].T
+    kept = wide[pl.ds(odds, pairs, stride=2)]
     if zeros:
-      zero = (zeros[0][...].astype(jnp.int32) >> 4 * odds) & 15
-      turned[2 + odds] = (8 - zero_point(zero.astype(jnp.float32))).T
+      kept = kept.astype(jnp.int32)
+      low = (zeros[0][...].astype(jnp.int32) >> 4 * odds) & 15
+      turned[2 + odds] = int4_shift(kept, low).T
+      kept = int4_sizes(kept)
+    turned[odds] = kept.T
 
 
 def _int4(code: Int32[Array, "n I"]) -> Float32[Array, "n I"]:

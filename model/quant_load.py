@@ -117,7 +117,7 @@ def places(w: Any, info: ParamInfo, mesh: Mesh | None) -> Any:
   made = {
     "values": at(out, into),
     "scales": at(out) if w.format.group is None else at(out, into),
-    "steps": at() if w.format.kind == "int4" else at(None),
+    "steps": at(out) if w.format.kind == "int4" else at(None),
     "offset": at(out, into) if w.format.kind == "int4" else at(),
   }
   where: dict[str, Any] = {name: made[name] if name in w.arrays() else None for name in made}

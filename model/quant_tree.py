@@ -13,14 +13,12 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from model import quant_formats as formats
 from model.errors import InputError
 from model.layers import ParamInfo
 from model.quant import Quantized, is_quantized, quantize
-from model.quant_formats import Format, check_sizes
+from model.quant_formats import GROUPS, Format, check_sizes
 
 _WORDS = Format("int8")  # A score is a sum over a whole row: of eight bits, these lose the least.
-_OWN_GROUP = {"int4": formats.INT4_GROUP, "nf4": formats.NF4_BLOCK}
 
 
 def format_of(
@@ -42,7 +40,7 @@ def format_of(
   inputs, outputs = math.prod(own[: info.inputs]), math.prod(own[info.inputs :])
   if format.group is None or (inputs % format.group == 0 and outputs % 2 == 0):
     return format
-  if format.group != _OWN_GROUP[format.kind]:
+  if format.group != GROUPS[format.kind]:
     check_sizes(format, inputs, outputs, name)
   return Format("int8")
 

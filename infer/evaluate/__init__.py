@@ -1,5 +1,5 @@
 """How well a trained model does what it does, in numbers that others report too."""
 
-from infer.evaluate.perplexity import Perplexity, perplexity
+from infer.evaluate.perplexity import Perplexity, perplexity, rise
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["Perplexity", "perplexity", "rise"]

@@ -13,7 +13,7 @@ import sys
 
 from absl import flags
 
-from infer.evaluate.perplexity import perplexity
+from infer.evaluate.perplexity import Perplexity, perplexity, rise
 from infer.text import text_of_file
 from model import load
 from model.compilation import use_compilation_cache
@@ -25,7 +25,7 @@ _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, a step in it, PATH@best, a Hugging Face folder or a GGUF file."
 )
 _QUANTIZE = flags.DEFINE_string(
-  "quantize", None, f"Keep matrices in fewer bits: {', '.join(NAMES)} or int4:GROUP."
+  "quantize", None, f"Keep matrices in fewer bits: {', '.join(NAMES)}, int4:GROUP or nf4:GROUP."
 )
 _TASK = flags.DEFINE_enum("task", None, ["perplexity"], "What is measured.")
 _DATA = flags.DEFINE_string("data", None, "A text file in UTF-8: one text.")
@@ -36,6 +36,12 @@ _STRIDE = flags.DEFINE_integer(
   "stride", None,
   "Tokens between the beginnings of two windows, which share the others (default: one is shared).",
 )  # fmt: skip
+_WINDOWS = flags.DEFINE_integer(
+  "windows", None, "How many windows are read, evenly spaced over the text (default: all)."
+)
+_BESIDE_FLOAT = flags.DEFINE_bool(
+  "beside_float", False, "With --quantize: say what it costs beside the model as it is stored."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 _CACHE_DIR = flags.DEFINE_string(
   "cache_dir", "~/.cache/triune", "Where compiled programs are kept."
@@ -48,21 +54,41 @@ def main(argv: list[str]) -> int:
   for name, what in (("checkpoint", "a checkpoint"), ("task", "perplexity"), ("data", "a file")):
     if not flags.FLAGS[name].value:
       raise InputError(f"--{name} is missing: give {what}.")
+  if _BESIDE_FLOAT.value and not _QUANTIZE.value:
+    raise InputError("--beside_float compares with --quantize=FORMAT: give a format.")
   text = text_of_file(_DATA.value or "")
   use_compilation_cache(_CACHE_DIR.value)
-  m = load(_CHECKPOINT.value or "", quantize=_QUANTIZE.value)
-  if is_quantized(m.params):
-    print(report(m.params), file=sys.stderr)
-  found = perplexity(m, text, window=_WINDOW.value, stride=_STRIDE.value)
+  found = _measured(text, _QUANTIZE.value)
   told = {"task": _TASK.value, **dataclasses.asdict(found), "protocol": found.protocol()}
+  if _BESIDE_FLOAT.value:
+    told |= _beside(found, _measured(text, None))
   if _JSON.value:
     print(json.dumps(told))
     return 0
   print(f"perplexity {found.perplexity:.4f} per token ({found.tokens:,} tokens)")
   print(f"perplexity {found.word_perplexity:.4f} per word ({found.words:,} words)")
   print(f"perplexity {found.byte_perplexity:.4f} per byte, {found.bits_per_byte:.4f} bits per byte")
+  if _BESIDE_FLOAT.value:
+    error = told["rise_error_percent"]
+    print(
+      f"perplexity {told['float_perplexity']:.4f} per token as it is stored: quantized "
+      f"{told['rise_percent']:+.2f} %" + (f" ± {error:.2f}" if error is not None else "")
+    )
   print(f"protocol: {found.protocol()}")
   return 0
+
+
+def _measured(text: str, quantize: str | None) -> Perplexity:
+  m = load(_CHECKPOINT.value or "", quantize=quantize)
+  if is_quantized(m.params):
+    print(report(m.params), file=sys.stderr)
+  return perplexity(m, text, window=_WINDOW.value, stride=_STRIDE.value, windows=_WINDOWS.value)
+
+
+def _beside(found: Perplexity, plain: Perplexity) -> dict[str, float | None]:
+  """What --beside_float adds; one window alone has no standard error."""
+  more, error = rise(found, plain)
+  return {"float_perplexity": plain.perplexity, "rise_percent": more, "rise_error_percent": error}
 
 
 if __name__ == "__main__":

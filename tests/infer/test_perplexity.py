@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import model
-from infer.evaluate import perplexity
+from infer.evaluate import Perplexity, perplexity, rise
 from model.errors import InputError
 from tests.commands import run
 from tests.infer import tiny
@@ -45,12 +45,56 @@ def test_each_token_is_scored_once_with_what_its_window_holds_before_it(window, 
   np.testing.assert_allclose(found.word_perplexity, found.byte_perplexity ** (size / found.words))
 
 
+def test_a_sample_of_windows_is_evenly_spaced_and_counts_what_they_score():
+  m = tiny.model()
+  whole = perplexity(m, TEXT, window=20, stride=7)
+  assert not whole.sampled and sum(n for n, _ in whole.windows) == whole.tokens
+  number = len(whole.windows)
+  some = perplexity(m, TEXT, window=20, stride=7, windows=4)
+  places = [0, round((number - 1) / 3), round(2 * (number - 1) / 3), number - 1]
+  assert number > 12 and some.sampled
+  assert [n for n, _ in some.windows] == [whole.windows[i][0] for i in places]
+  nats = [whole.windows[i][1] for i in places]
+  np.testing.assert_allclose([n for _, n in some.windows], nats, rtol=1e-5)
+  np.testing.assert_allclose(some.perplexity, math.exp(sum(nats) / some.tokens), rtol=1e-5)
+  # By word and byte it stands for the whole text.
+  per_byte = whole.tokens / whole.bytes * sum(nats) / some.tokens
+  np.testing.assert_allclose(some.byte_perplexity, math.exp(per_byte), rtol=1e-5)
+  assert (some.words, some.bytes) == (whole.words, whole.bytes)
+  assert "of them 4, evenly spaced, are read" in some.protocol()
+  every = perplexity(m, TEXT, window=20, stride=7, windows=number)
+  assert every == whole
+
+
+def test_a_rise_is_told_with_the_standard_error_of_its_windows():
+  rng = np.random.default_rng(0)
+  plain, more = rng.normal(1200, 200, 40), rng.normal(4, 2, 40)
+
+  def measured(nats, tokens):
+    mean = nats.sum() / sum(tokens)
+    windows = tuple(zip(tokens, nats, strict=True))
+    return Perplexity(math.exp(mean), 1, 1, 1, nats.sum(), sum(tokens), 1, 1, 401, 400, False,
+                      windows, True)  # fmt: skip
+
+  found, base = measured(plain + more, [400] * 40), measured(plain, [400] * 40)
+  percent, error = rise(found, base)
+  assert percent == pytest.approx(100 * (found.perplexity / base.perplexity - 1))
+  # Nats of one window have far more variance than what is told of each beside itself.
+  want = np.std(more / 400, ddof=1) / math.sqrt(40)
+  assert error == pytest.approx(found.perplexity / base.perplexity * 100 * want)
+  assert rise(measured(plain[:1], [400]), measured(plain[:1], [400])) == (0, None)
+  with pytest.raises(ValueError, match="same windows"):
+    rise(found, measured(plain, [300] + [400] * 39))
+
+
 @pytest.mark.parametrize(
   ("changes", "settings", "text", "said"),
   [
     ({}, dict(window=97), TEXT, "window=97 must be between 2 and the model's 96 positions"),
     ({}, dict(window=20, stride=20), TEXT, "stride=20 must be between 1 and 19"),
     ({}, dict(stride=0), TEXT, "stride=0"),
+    ({}, dict(windows=0), TEXT, "windows=0 must be between 1 and the 2 windows"),
+    ({}, dict(windows=3), TEXT, "windows=3 must be between 1 and the 2 windows"),
     ({}, {}, "", "no token that could be scored"),
     (dict(shape="encoder", layer_pattern=("global",), window=None), {}, TEXT, "needs a decoder"),
   ],
@@ -74,3 +118,27 @@ def test_the_command_says_the_numbers_and_the_protocol(tmp_path):
   wrong = run("infer.evaluate", *command[:2], f"--data={tmp_path}")
   assert wrong.returncode == 2
   assert wrong.stderr.splitlines()[-1].startswith(f"error: --data={str(tmp_path)!r} is no text")
+
+
+@pytest.mark.slow
+def test_the_command_says_what_fewer_bits_cost_beside_the_stored_model(tmp_path):
+  m = tiny.model(d_model=64, d_ff=128)
+  model.save(m, tmp_path / "gpt")
+  (tmp_path / "text.txt").write_text(TEXT)
+  command = [f"--checkpoint={tmp_path / 'gpt'}", "--task=perplexity", "--window=20",
+             f"--data={tmp_path / 'text.txt'}", f"--cache_dir={tmp_path}", "--windows=5",
+             "--beside_float"]  # fmt: skip
+  done = run("infer.evaluate", *command, "--quantize=int4", "--json")
+  assert done.returncode == 0, done.stderr
+  told = json.loads(done.stdout)
+  settings = dict(window=20, windows=5)
+  plain, kept = perplexity(m, TEXT, **settings), model.load(tmp_path / "gpt", quantize="int4")
+  percent, error = rise(perplexity(kept, TEXT, **settings), plain)
+  assert told["float_perplexity"] == pytest.approx(plain.perplexity, rel=1e-5)
+  assert told["rise_percent"] == pytest.approx(percent, abs=1e-2) and percent != 0
+  assert told["rise_error_percent"] == pytest.approx(error, abs=1e-2) and len(told["windows"]) == 5
+  said = run("infer.evaluate", *command, "--quantize=int4").stdout
+  assert f"quantized {told['rise_percent']:+.2f} % ± {told['rise_error_percent']:.2f}" in said
+  wrong = run("infer.evaluate", *command)
+  assert wrong.returncode == 2
+  assert wrong.stderr.splitlines()[-1].startswith("error: --beside_float compares")

@@ -29,13 +29,16 @@ def test_nf4_equals_bitsandbytes():
   np.testing.assert_array_equal(formats.NF4, table.numpy())
   dynamic = functional.create_dynamic_map().numpy()
   np.testing.assert_allclose(formats.dynamic_values(), dynamic, rtol=1e-6)
-  for seed, shape in enumerate([(576, 1536), (8, 64)]):
+  for seed, (shape, block) in enumerate([((576, 1536), 64), ((8, 64), 64), ((192, 576), 32)]):
     w = np.random.default_rng(seed).standard_normal(shape, np.float32) * 0.02
     packed, state = functional.quantize_4bit(
-      torch.from_numpy(w), blocksize=64, compress_statistics=True, quant_type="nf4"
+      torch.from_numpy(w), blocksize=block, compress_statistics=True, quant_type="nf4"
     )
     want = functional.dequantize_4bit(packed, state).numpy()
-    got = np.asarray(quantize(jnp.asarray(w), "nf4", table=True).dequantize())
+    name = "nf4" if block == 64 else f"nf4:{block}"
+    kept = quantize(jnp.asarray(w), name, table=True)
+    assert kept.format.name == name
+    got = np.asarray(kept.dequantize())
     # The mean of scales is summed in another order: few of them go to the value beside.
     same = np.isclose(got, want, rtol=1e-5, atol=1e-8)
     assert same.mean() > 0.997
@@ -82,6 +85,35 @@ def test_int4_keeps_elements_that_are_far_from_their_group():
   np.testing.assert_allclose([got[3, 5], got[4, 40]], [2, -3], rtol=0.03)
 
 
+def test_int4_follows_groups_that_lie_on_a_grid_of_four_bits():
+  """As those of files of llama.cpp's Q4_1 do: code * scale + least, with any least."""
+  rng = np.random.default_rng(0)
+  codes = rng.integers(0, 16, (64, 18, 32))
+  codes[..., :2] = 0, 15
+  scale = 0.01 * np.exp2(rng.normal(0, 0.35, (64, 18, 1)))
+  least = -scale * np.clip(rng.normal(7.5, 1.4, (64, 18, 1)), 2, 13)
+  w = (codes * scale + least).reshape(64, 576).astype(np.float32)
+  off = np.asarray(quantize(jnp.asarray(w), "int4", table=True).dequantize()) - w
+  steps = np.sqrt(np.mean(np.square(off.reshape(64, 18, 32) / scale)))
+  assert steps < 0.08  # Of numbers on no grid 0.29 are lost at least.
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_int4_loses_no_more_of_normal_numbers_than_the_widest_scale_without_rounding(seed):
+  w = np.random.default_rng(seed).standard_normal((96, 192)).astype(np.float32)
+  w *= np.logspace(-6, 1, 96, dtype=np.float32)[:, None]  # Outputs far apart keep a scale each.
+  w[5] = 0
+  groups = w.reshape(96, 6, 32)
+  least, most = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+  size = np.where(most > least, (most - least) / 15, 1)
+  widest = np.round((groups - least) / size) * size + least
+  got = np.asarray(quantize(jnp.asarray(w), "int4", table=True).dequantize())
+  each = np.maximum(np.square(w).mean(1), 1e-30)
+  lost = np.square(got - w).mean(1) / each
+  assert np.mean(lost) < 0.95 * np.mean(np.square(widest.reshape(w.shape) - w).mean(1) / each)
+  assert np.all(lost < 0.012) and np.all(got[5] == 0)
+
+
 def test_packed_bytes_hold_two_outputs_and_a_table_gives_its_rows():
   codes = np.random.default_rng(0).integers(0, 16, (6, 10)).astype(np.uint8)
   packed = formats.pack(jnp.asarray(codes))
@@ -123,7 +155,8 @@ def test_a_model_computes_with_its_dequantized_matrices_and_is_restored_with_the
 @pytest.mark.parametrize(
   ("name", "said"),
   [("int3", "int3.*int8, int4"), ("int4:7", "even"), ("int4:40", "40.*64 inputs"),
-   ("nf4:32", "nf4:32"), ("", "not known"), (8, "not known")],
+   ("nf4:3", "even"), ("nf4:40", "40.*64 inputs"), ("fp8:32", "fp8:32.*nf4:GROUP"),
+   ("", "not known"), (8, "not known")],
 )  # fmt: skip
 def test_wrong_formats_are_refused(name, said):
   with pytest.raises(InputError, match=said):
