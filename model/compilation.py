@@ -24,13 +24,29 @@ def use_compilation_cache(cache_dir: str | Path) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def jit_few_rows(call: Callable[..., Any], **options: Any) -> Any:
+class FewRows:
   """`jax.jit` of a program that multiplies few rows with many matrices, such as a decoding step.
 
   On a CPU its loops take vectors of 512 bits where the processor has them: XLA's own choice, 256,
   is up to 2.3 times as slow with whole numbers in eight bits.
   """
-  compiled = functools.cache(
-    lambda cpu: jax.jit(call, compiler_options=_WIDE_VECTORS if cpu else None, **options)
-  )
-  return functools.wraps(call)(lambda *args, **named: compiled(platform() == "cpu")(*args, **named))
+
+  def __init__(self, call: Callable[..., Any], **options: Any):
+    """
+    Args:
+      options: of `jax.jit`.
+    """
+    self._call, self._options = call, options
+    functools.update_wrapper(self, call)
+
+  def __call__(self, *args: Any, **named: Any) -> Any:
+    return self.jitted()(*args, **named)
+
+  @functools.cache  # noqa: B019
+  def _jitted(self, cpu: bool) -> Any:
+    wide = _WIDE_VECTORS if cpu else None
+    return jax.jit(self._call, compiler_options=wide, **self._options)
+
+  def jitted(self) -> Any:
+    """The jitted function for the devices in use."""
+    return self._jitted(platform() == "cpu")

@@ -328,7 +328,6 @@ def _whole_times(x: Int8[Array, "... I"], w: Int8[Array, "O I"]) -> Int32[Array,
   # As `_settled`, of whole numbers.
   rows = jax.lax.div(rows, jnp.where(rows == -128, rows, jnp.int8(1)))
 
-
   def one(row):
     row, own = jax.lax.optimization_barrier((row, w))  # As `beside`.
     return jnp.matmul(row.astype(jnp.int32), own.astype(jnp.int32).T)
