@@ -55,8 +55,7 @@ _WRITE = flags.DEFINE_bool("write", False, "Write the result under benchmarks/re
 
 # An engine, and bits of its weights or what cache it is told to have.
 CPU_WAYS = [
-  ("triune", "float32"), ("triune", "8 bits"), ("triune", "8 bits, activations too"),
-  ("triune", "4 bits"),
+  ("triune", "float32"), ("triune", "8 bits"), ("triune", "8 bits dynamic"), ("triune", "4 bits"),
   ("transformers", "default cache"), ("transformers", "static cache"),
   ("llama.cpp", "float32"), ("llama.cpp", "8 bits"), ("llama.cpp", "4 bits"),
   ("ctranslate2", "float32"), ("ctranslate2", "8 bits"),
@@ -184,7 +183,7 @@ def ratios(speeds: dict[str, float]) -> dict[str, float]:
   """How often each of ours is as fast as our float and as the others at equal bits."""
   out, ours = {}, [way for way in speeds if way.startswith("triune")]
   for way in ours:
-    bits = way.removeprefix("triune ").partition(",")[0]
+    bits = way.removeprefix("triune ").removesuffix(" dynamic")
     others = [other for other in speeds if other.endswith(bits) and other not in ours]
     if way == ours[0]:
       others += [other for other in speeds if other.startswith("transformers")]

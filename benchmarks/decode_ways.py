@@ -21,9 +21,7 @@ from model.loading import Model
 Generate = Callable[[np.ndarray, int], list[list[int]]]  # (tokens (B, T), how many new) -> these.
 Way = tuple[Generate, float]  # The call, and bytes of the weights that a step reads.
 # llama.cpp and CTranslate2 round activations to eight bits as well, as our int8_dynamic does.
-TRIUNE = {
-  "float32": None, "8 bits": "int8", "8 bits, activations too": "int8_dynamic", "4 bits": "int4"
-}  # fmt: skip
+TRIUNE = {"float32": None, "8 bits": "int8", "8 bits dynamic": "int8_dynamic", "4 bits": "int4"}
 
 
 def triune(folder: Path, bits: str) -> Way:
