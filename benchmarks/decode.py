@@ -12,14 +12,17 @@ Transformers.
 
 Each way has a process of its own, with huge pages under malloc, and they take turns. Measured are
 new tokens a second of a batch, the time of reading its prompts included; the time to the first
-token behind a prompt of --first_tokens; and memory that is resident after all that, libraries
-included. The share of bandwidth is bytes of the weights times steps a second, over what the cores
-(or the GPU) read from memory when they do nothing else, measured in the same run: an
+token behind a prompt of --first_tokens; and memory, libraries included: what is held after all that
+and the most that was. The share of bandwidth is bytes of the weights times steps a second, over
+what the cores (or the GPU) read from memory when they do nothing else, measured in the same run: an
 underestimate, since it counts neither the cache nor the reading of the prompt.
 """
 
+import ctypes
 import functools
+import resource
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -52,7 +55,7 @@ _WRITE = flags.DEFINE_bool("write", False, "Write the result under benchmarks/re
 
 # An engine, and bits of its weights or what cache it is told to have.
 CPU_WAYS = [
-  ("triune", "float32"), ("triune", "8 bits"), ("triune", "4 bits"),
+  ("triune", "float32"), ("triune", "8 bits"), ("triune", "8 bits dynamic"), ("triune", "4 bits"),
   ("transformers", "default cache"), ("transformers", "static cache"),
   ("llama.cpp", "float32"), ("llama.cpp", "8 bits"), ("llama.cpp", "4 bits"),
   ("ctranslate2", "float32"), ("ctranslate2", "8 bits"),
@@ -151,11 +154,13 @@ def measured(shape: str, workers: dict[str, Worker], speed: float) -> list[dict]
            for way, t in times.items()},
     ratios=ratios({way: 1 / statistics.median(t) for way, t in times.items()}),
   ))  # fmt: skip
-  resident = {way: worker.ask("told")["resident"] / 2**20 for way, worker in workers.items()}
-  rows.append(dict(
-    what=f"{shape}, resident memory after that", unit="MiB",
-    rates={way: dict(median=r, least=r, greatest=r) for way, r in resident.items()}, ratios={},
-  ))  # fmt: skip
+  told = {way: worker.ask("told") for way, worker in workers.items()}
+  for name, what in (("resident", "memory held after that"), ("peak", "the most memory held")):
+    held = {way: each[name] / 2**20 for way, each in told.items()}
+    rows.append(dict(
+      what=f"{shape}, {what}", unit="MiB",
+      rates={way: dict(median=r, least=r, greatest=r) for way, r in held.items()}, ratios={},
+    ))  # fmt: skip
   return rows
 
 
@@ -178,7 +183,7 @@ def ratios(speeds: dict[str, float]) -> dict[str, float]:
   """How often each of ours is as fast as our float and as the others at equal bits."""
   out, ours = {}, [way for way in speeds if way.startswith("triune")]
   for way in ours:
-    bits = way.removeprefix("triune ")
+    bits = way.removeprefix("triune ").removesuffix(" dynamic")
     others = [other for other in speeds if other.endswith(bits) and other not in ours]
     if way == ours[0]:
       others += [other for other in speeds if other.startswith("transformers")]
@@ -233,7 +238,8 @@ class Work:
   def __call__(self, work: str) -> dict[str, Any] | None:
     """`decode B`, `first`, or `told`: what has been seen."""
     if work == "told":
-      return dict(tokens=self._tokens, bytes=self._way[1], resident=_resident())
+      held = dict(resident=_resident(), peak=_peak())
+      return dict(tokens=self._tokens, bytes=self._way[1], **held)
     if work == "first":
       self._generate(prompts(1, _FIRST.value), 1)
     else:
@@ -261,10 +267,20 @@ def prompts(rows: int, length: int) -> np.ndarray:
 
 
 def _resident() -> int:
-  """Bytes of this process in memory."""
+  """Bytes of this process in memory, less what malloc only keeps: it is told to give nothing back
+  (`model.host_memory`).
+  """
   import psutil
 
+  if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+    library.malloc_trim(0)
   return psutil.Process().memory_info().rss
+
+
+def _peak() -> int:
+  """Bytes of this process in memory when they were most, loading and compiling included."""
+  kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return kibibytes if sys.platform == "darwin" else 1024 * kibibytes
 
 
 if __name__ == "__main__":

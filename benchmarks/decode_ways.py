@@ -20,7 +20,8 @@ from model.loading import Model
 
 Generate = Callable[[np.ndarray, int], list[list[int]]]  # (tokens (B, T), how many new) -> these.
 Way = tuple[Generate, float]  # The call, and bytes of the weights that a step reads.
-TRIUNE = {"float32": None, "8 bits": "int8", "4 bits": "int4"}
+# llama.cpp and CTranslate2 round activations to eight bits as well, as our int8_dynamic does.
+TRIUNE = {"float32": None, "8 bits": "int8", "8 bits dynamic": "int8_dynamic", "4 bits": "int4"}
 
 
 def triune(folder: Path, bits: str) -> Way:

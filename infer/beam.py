@@ -24,6 +24,7 @@ from infer.requests import bucket, end_ids, request_of
 from infer.settings import Settings
 from infer.shaping import History
 from model.cache import Cache
+from model.compilation import FewRows
 from model.errors import InputError
 from model.transformer import Inputs
 
@@ -184,7 +185,7 @@ def _begin(
   return _start(nnx.merge(graphdef, params), behind, said, room, shape)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "shape"), donate_argnames=("state",))
+@functools.partial(FewRows, static_argnames=("graphdef", "shape"), donate_argnames=("state",))
 def _advance(
   graphdef: nnx.GraphDef, params: dict, state: Search, request: Request, most: Int[Array, ""],
   rules: Float[Array, "2"], *, shape: Shape,

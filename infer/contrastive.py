@@ -24,6 +24,7 @@ from infer.requests import bucket, end_ids, request_of
 from infer.settings import Settings
 from infer.shaping import History
 from model.cache import Cache
+from model.compilation import FewRows
 from model.transformer import Inputs
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _begin(
   return _start(nnx.merge(graphdef, params), behind, said, room)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "among"), donate_argnames=("state",))
+@functools.partial(FewRows, static_argnames=("graphdef", "among"), donate_argnames=("state",))
 def _advance(
   graphdef: nnx.GraphDef, params: dict, state: Search, request: Request, alpha: Float[Array, ""],
   *, among: int,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from infer.sampling import Sampler
 from infer.shaping import History, Shaping
 from model.cache import Cache
+from model.compilation import FewRows
 from model.transformer import Inputs
 
 
@@ -106,7 +107,7 @@ def active(progress: Progress, until: Int[Array, ""]) -> Bool[Array, "B"]:
   return ~progress.ended & (progress.count < until)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache",))
+@functools.partial(FewRows, static_argnames=("graphdef",), donate_argnames=("cache",))
 def decode(
   graphdef: nnx.GraphDef, params: dict, cache: Cache, progress: Progress,
   stopped: Bool[Array, "B"], until: Int[Array, ""], request: Request,

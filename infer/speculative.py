@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from infer.decode import Progress, Request, active, choose, pick
 from infer.shaping import History
 from model.cache import Cache
+from model.compilation import FewRows
 from model.config import ModelConfig
 from model.errors import InputError
 from model.peft.named import chosen
@@ -96,7 +97,7 @@ class Tally:
 
 
 @functools.partial(
-  jax.jit, static_argnames=("graphdef", "drafter", "ahead"), donate_argnames=("cache", "drafts")
+  FewRows, static_argnames=("graphdef", "drafter", "ahead"), donate_argnames=("cache", "drafts")
 )
 def speculate(
   graphdef: nnx.GraphDef, params: dict, drafter: nnx.GraphDef | None, draft_params: Any,

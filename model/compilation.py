@@ -1,10 +1,18 @@
-"""The cache of compiled programs on disk, so that a program that ran before starts at once."""
+"""How programs are compiled: their cache on disk, so that a program that ran before starts at once,
+and what XLA is asked for where a processor computes few rows.
+"""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from model.sharding import platform
+
 MAX_BYTES = 8 * 2**30  # The least recently used programs are removed beyond this size.
+_WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 
 
 def use_compilation_cache(cache_dir: str | Path) -> None:
@@ -14,3 +22,31 @@ def use_compilation_cache(cache_dir: str | Path) -> None:
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+class FewRows:
+  """`jax.jit` of a program that multiplies few rows with many matrices, such as a decoding step.
+
+  On a CPU its loops take vectors of 512 bits where the processor has them: XLA's own choice, 256,
+  is up to 2.3 times as slow with whole numbers in eight bits.
+  """
+
+  def __init__(self, call: Callable[..., Any], **options: Any):
+    """
+    Args:
+      options: of `jax.jit`.
+    """
+    self._call, self._options = call, options
+    functools.update_wrapper(self, call)
+
+  def __call__(self, *args: Any, **named: Any) -> Any:
+    return self.jitted()(*args, **named)
+
+  @functools.cache  # noqa: B019
+  def _jitted(self, cpu: bool) -> Any:
+    wide = _WIDE_VECTORS if cpu else None
+    return jax.jit(self._call, compiler_options=wide, **self._options)
+
+  def jitted(self) -> Any:
+    """The jitted function for the devices in use."""
+    return self._jitted(platform() == "cpu")

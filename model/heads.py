@@ -1,5 +1,9 @@
 """Heads, and the whole network: embeddings, an encoder or decoder or both, and a head."""
 
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -243,8 +247,14 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict:
   return nnx.to_pure_dict(nnx.state(build(cfg, nnx.Rngs(params=key)), nnx.Param))
 
 
-def unstack(cfg: ModelConfig, params: dict) -> dict:
-  """Parameters of stacked layers -> parameters with one entry per layer (`stacked=False`)."""
+def unstack(
+  cfg: ModelConfig, params: dict, layer: Callable[[Any, int], Any] = operator.getitem
+) -> dict:  # fmt: skip
+  """Parameters of stacked layers -> parameters with one entry per layer (`stacked=False`).
+
+  Args:
+    layer: takes one of a stacked array.
+  """
   out = dict(params)
   for name in cfg.stacks:
     layers, stack = [], 0
@@ -253,7 +263,7 @@ def unstack(cfg: ModelConfig, params: dict) -> dict:
       for r in range(repeats):
         own = r // cfg.layer_uses(name)
         for place in range(len(pattern)):
-          layers.append(jax.tree.map(lambda a: a[own], stacks[stack + place]))  # noqa: B023
+          layers.append(jax.tree.map(lambda a: layer(a, own), stacks[stack + place]))  # noqa: B023
       stack += len(pattern)
     out[name] = {**params[name], "layers": dict(enumerate(layers))}
   return out

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8, Int32
 
 from model import quant_formats as formats
 from model import quant_kernels as kernels
@@ -217,10 +217,11 @@ def _product(x: Float[Array, "... I"], w: Quantized) -> Float[Array, "... O"]:
   kind, group = w.format.kind, w.format.group
   if kernels.fits(x, w.arrays(), kind, group):
     return kernels.product(x, w.arrays(), kind, group or 0)
+  if group is not None and _few(x):
+    return _grouped_few(x, w, wide)
   x, w = beside(x, w)
   if _few(x) and not w.format.dynamic:
-    x, power = _divided(x)
-    return _kept_product(x, w, wide) * power
+    x = _settled(x)
   return _kept_product(x, w, wide)
 
 
@@ -287,17 +288,13 @@ def _few(x: Float[Array, "... I"]) -> bool:
   return math.prod(x.shape[:-1]) <= _SINGLE_ROWS and _on_one_cpu() and x.dtype == jnp.float32
 
 
-def _divided(x: Float[Array, "... I"]) -> tuple[Float[Array, "... I"], Float[Array, "... 1"]]:
-  """(x over a power of two, that power for each row): exact.
+def _settled(x: Float[Array, "... I"]) -> Float[Array, "... I"]:
+  """x, exactly, by a division that XLA cannot see through.
 
   On a CPU, XLA puts what computes x, the norm before it and all, into the loop over the matrix and
-  repeats it for every output, unless x has another reader such as this power.
+  repeats it for every output, unless its last operation is as dear as a division.
   """
-  most = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-  exponent = jax.lax.bitcast_convert_type(most, jnp.int32) & 0x7F800000
-  power = jax.lax.bitcast_convert_type(exponent, jnp.float32)
-  power = jnp.where(jnp.isfinite(power) & (power > 0), power, 1.0)
-  return x / power, power
+  return x / jnp.where(jnp.isnan(x), x, 1.0)
 
 
 def _grouped(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, "... O"]:
@@ -309,6 +306,23 @@ def _grouped(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, 
     return y
   sums = x.reshape(*x.shape[:-1], -1, w.format.group or 0).astype(wide).sum(axis=-1)
   return y + _times(sums, formats.int4_shifts(arrays).astype(wide), wide)
+
+
+def _grouped_few(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, "... O"]:
+  """The same for few rows on a CPU. What belongs to groups is computed beside the matrix: once,
+  before a loop of steps.
+  """
+  arrays = w.arrays()
+  if w.format.kind == "int4":
+    groups = formats.int4_scales(arrays), formats.int4_starts(arrays)
+    x, w = beside(x, w)
+    parts = formats.int4_moved(w.arrays(), *groups)
+  else:
+    groups = formats.nf4_scales(arrays)
+    x, w = beside(x, w)
+    parts = formats.nf4_parts(w.arrays(), groups)
+  x = _settled(x)
+  return _in_order(tuple(_times(x, part, wide) for part in parts))
 
 
 def _on_one_cpu() -> bool:
@@ -345,13 +359,30 @@ def _times(x: Float[Array, "... I"], w: Float[Array, "O I"], wide: Any) -> Float
 def _dynamic(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, "... O"]:
   """Both rounded to eight bits; each row of x has a scale of its own."""
   small, scale = _rounded(x, w.format.kind, wide)
-  if platform() == "cpu":  # XLA has no fast product of small numbers there.
+  few = math.prod(x.shape[:-1]) <= _FEW_ROWS and _on_one_cpu()
+  if few and w.format.kind == "int8":
+    y = _whole_times(small.astype(jnp.int8), w.values).astype(wide)
+  elif platform() == "cpu":  # XLA has no fast product of small numbers there.
     y = _times(small.astype(wide), _widened(w.values, wide), wide)
   else:
     small = small.astype(w.values.dtype)
     exact = jnp.int32 if w.format.kind == "int8" else jnp.float32
     y = jnp.matmul(small, w.values.T, preferred_element_type=exact).astype(wide)
   return y * scale * w.scales.astype(wide)
+
+
+def _whole_times(x: Int8[Array, "... I"], w: Int8[Array, "O I"]) -> Int32[Array, "... O"]:
+  """x · wᵀ, exactly, row by row: XLA widens both in one loop of a CPU's own sums of products."""
+  rows = x.reshape(-1, x.shape[-1])
+  # As `_settled`, of whole numbers.
+  rows = jax.lax.div(rows, jnp.where(rows == -128, rows, jnp.int8(1)))
+
+  def one(row):
+    row, own = jax.lax.optimization_barrier((row, w))  # As `beside`.
+    return jnp.matmul(row.astype(jnp.int32), own.astype(jnp.int32).T)
+
+  y = one(rows[0])[None] if len(rows) == 1 else jax.lax.map(one, rows)
+  return y.reshape(*x.shape[:-1], -1)
 
 
 def _rounded(x: Float[Array, "... I"], kind: str, wide: Any) -> tuple[Array, Array]:

@@ -58,7 +58,7 @@ class Model:
 
   @functools.cached_property
   def _unstacked(self) -> tuple[nnx.GraphDef, dict]:
-    params = _separate(self.config, self.params)
+    params = _separated(self.config, self.params)
     net = attached(abstract(self.config, stacked=False), params)
     params = turn(net, params)
     return nnx.split(net, nnx.Param)[0], params
@@ -381,6 +381,24 @@ def _apply(graphdef, cfg: ModelConfig, params, inputs: Inputs, source: Inputs | 
 
 _logits = jax.jit(_apply, static_argnums=(0, 1, 5))
 _separate = jax.jit(unstack, static_argnums=0)  # One program for all models of a config.
+
+
+def _separated(cfg: ModelConfig, params: dict) -> dict:
+  """`unstack`; on one CPU without copies, as views of the stacked arrays."""
+  leaves = jax.tree.leaves(params)
+  here = all(isinstance(a, jax.Array) and not isinstance(a, Tracer) for a in leaves)
+  if not here or any({d.platform for d in a.devices()} != {"cpu"} for a in leaves):
+    return _separate(cfg, params)
+  if any(len(a.devices()) > 1 for a in leaves):
+    return _separate(cfg, params)
+  return unstack(cfg, params, _view)
+
+
+def _view(a: jax.Array, layer: int) -> jax.Array:
+  """One layer of a stacked array in the CPU's memory, where it lies; a copy of one that lies at no
+  multiple of what XLA's loads need.
+  """
+  return jax.device_put(np.asarray(a)[layer], a.sharding, may_alias=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -367,7 +367,7 @@ def test_streams_batches_and_short_texts(m):
 @pytest.mark.slow
 def test_steps_languages_and_settings_share_programs(m):
   ask = lambda **s: infer.generate(m, list(tiny.PROMPTS), max_new_tokens=30, **s)
-  counted = (infer.decode.prefill, infer.decode.decode, infer.constrain_ahead._compare,
+  counted = (infer.reading.read_chunk, infer.decode.decode.jitted(), infer.constrain_ahead._compare,
              infer.constrain_ahead._guess, infer.constrain_ahead._lookup)  # fmt: skip
   sizes = lambda: [program._cache_size() for program in counted]
   draft = dict(draft="layers:1", speculate=3)

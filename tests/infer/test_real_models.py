@@ -20,8 +20,10 @@ PROMPTS = (
   "The capital of France is",
   "def fibonacci(n):\n",
   "Once upon a time there was a small dragon who",
+  "Water boils at",
+  "The three primary colours are red,",
 )
-MOST = 16
+MOST = 24
 PLAIN = {
   "greedy": {},
   "a repetition penalty": dict(repetition_penalty=1.3),
