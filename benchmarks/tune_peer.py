@@ -5,6 +5,10 @@ that its memory is that of its users. What it learns, in which order and at whic
 plan that it is given.
 """
 
+# Their types are not ours, and the packages need not be there.
+# pyright: reportMissingImports=false, reportPrivateImportUsage=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
+
 import json
 import time
 from pathlib import Path

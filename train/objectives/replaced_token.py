@@ -131,7 +131,7 @@ class ReplacedToken:
     tokens, replaced = corrupted(batch, sampled(jax.lax.stop_gradient(logits), keys[2]))
     x, _, more = net.hidden(dataclasses.replace(inputs, tokens=tokens), key=keys[1])
     term, means = _detection(net.logits(x)[..., 0], replaced, inputs.pos >= 0)
-    counted = self._work(inputs, jnp.sum(batch["masked_weights"] > 0))
+    counted: Any = self._work(inputs, jnp.sum(batch["masked_weights"] > 0))
     scored = lambda scores: scores
     loss = word_loss(
       config, cfg, scored, logits, batch, stats, side=MASKED, accuracy=True, **counted
