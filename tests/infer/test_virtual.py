@@ -51,26 +51,26 @@ def made(kind, cfg=BODY):
   return Model(cfg, together(base, adapter))
 
 
-def greedy(m, prompt):
-  """(tokens, log-probabilities) by one full pass for each."""
-  said, told = list(prompt), []
-  encoder = m.config.shape == "encoder_decoder"
-  out = [0] if encoder else said
-  for _ in range(NEW):
-    more = dict(decoder_tokens=np.array([out])) if encoder else {}
-    logits = m(np.array([said]), **more)[0, -1]
-    told.append(float(jax.nn.log_softmax(logits).max()))
-    out.append(int(logits.argmax()))
-  return out[-NEW:], told
-
-
 def check(m, **settings):
-  want = [greedy(m, prompt) for prompt in PROMPTS]
-  for done, (tokens, told) in zip(
-    generate(m, PROMPTS, max_new_tokens=NEW, **settings), want, strict=True
-  ):
-    assert done.tokens == tokens
-    np.testing.assert_allclose(done.logprobs, told, rtol=1e-4, atol=1e-4)
+  """Each token is the likeliest one behind all before it, in one pass without a cache."""
+  found = generate(m, PROMPTS, max_new_tokens=NEW, **settings)
+  behind = m.config.shape == "encoder_decoder"
+  for prompt, done in zip(PROMPTS, found, strict=True):
+    assert len(done.tokens) == NEW
+    read = [0, *done.tokens[:-1]] if behind else [*prompt, *done.tokens[:-1]]
+    rows = [padded(prompt), padded(read)] if behind else [padded(read)]
+    names = ("tokens", "positions", "decoder_tokens", "decoder_positions")
+    logits = m(**dict(zip(names, [a for row in rows for a in row], strict=False)))[0]
+    told = jax.nn.log_softmax(logits[len(read) - NEW : len(read)])
+    assert told.argmax(-1).tolist() == done.tokens
+    np.testing.assert_allclose(done.logprobs, told.max(-1), rtol=1e-4, atol=1e-4)
+
+
+def padded(row):
+  """(tokens, positions) of one row, on the right to 32."""
+  tokens, pos = np.zeros((1, 32), np.int32), np.full((1, 32), -1, np.int32)
+  tokens[0, : len(row)], pos[0, : len(row)] = row, np.arange(len(row))
+  return tokens, pos
 
 
 @pytest.mark.parametrize("kind", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])

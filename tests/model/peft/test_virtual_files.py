@@ -8,7 +8,7 @@ import pytest
 import model
 from tests.model.peft import theirs, theirs_virtual
 
-QUICK = {("llama", "prompt"), ("t5", "prefix")}
+QUICK = {("llama", "prefix")}
 CASES = [
   pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow)
   for name in ("llama", "gpt2", "phi3", "t5")
