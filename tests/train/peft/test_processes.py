@@ -9,7 +9,10 @@ from model.quant_tree import quantized_leaves
 from tests.train.test_processes import alone, assert_near, together
 from tests.train.test_run import Bench
 
-WIDE = ("--config.model.d_model=64", "--config.model.d_ff=128", "--config.model.dropout=0")
+WIDE = (
+  "--config.model.d_model=64", "--config.model.d_ff=128", "--config.model.dropout=0",
+  "--config.model.vocab_multiple=128",
+)  # fmt: skip
 MESHES = {
   "data": ("--config.mesh.data=None",),
   "fsdp": ("--config.mesh.data=1", "--config.mesh.fsdp=None"),
@@ -49,9 +52,7 @@ def test_processes_learn_what_one_learns_over_a_packed_base(
   bench, bases, form, format, count, mesh
 ):
   flags = begun(bases[form], format)
-  reference = bench.folder / f"one_{form}_{format}"
-  if not reference.exists():
-    alone(bench, reference.name, *flags)
+  reference = alone(bench, f"one_{count}_{mesh}_{form}_{format}", *flags)
   workdir = together(bench, f"{count}_{mesh}_{form}_{format}", count, *flags, *MESHES[mesh])
   assert_near(workdir, reference)
   # Going on reads the base once more, onto the mesh of then.
