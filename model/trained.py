@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
@@ -398,7 +399,10 @@ def _view(a: jax.Array, layer: int) -> jax.Array:
   """One layer of a stacked array in the CPU's memory, where it lies; a copy of one that lies at no
   multiple of what XLA's loads need.
   """
-  return jax.device_put(np.asarray(a)[layer], a.sharding, may_alias=True)
+  sharding: Any = a.sharding
+  if isinstance(sharding, NamedSharding):
+    sharding = sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
+  return jax.device_put(np.asarray(a)[layer], sharding, may_alias=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)
