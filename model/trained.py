@@ -399,7 +399,7 @@ def _view(a: jax.Array, layer: int) -> jax.Array:
   """One layer of a stacked array in the CPU's memory, where it lies; a copy of one that lies at no
   multiple of what XLA's loads need.
   """
-  sharding: Any = a.sharding
+  sharding: Any = a.sharding if a.committed else None  # Else programs would be compiled twice.
   if isinstance(sharding, NamedSharding):
     sharding = sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
   return jax.device_put(np.asarray(a)[layer], sharding, may_alias=True)

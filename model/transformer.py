@@ -227,7 +227,7 @@ class Stack(nnx.Module):
   @property
   def prefix_tokens(self) -> int:
     """Virtual tokens of each text that are keys and values in each layer."""
-    return self.layers[0].attn.prefix_tokens
+    return self.layers[0].attn.prefix_tokens if len(self.layers) else 0
 
   def begun(self, embed: Embed, cache: Cache, length: Int[Array, "B"]) -> Cache:
     """An empty cache with the virtual tokens that stand before each text.

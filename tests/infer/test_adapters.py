@@ -12,7 +12,7 @@ import infer
 import model
 from model import sharding
 from model.errors import InputError
-from model.heads import abstract, init_params
+from model.heads import abstract
 from model.layers import param_info
 from model.loading import Model
 from model.peft.attach import attached
@@ -255,10 +255,9 @@ def test_adapters_that_are_not_there_or_do_not_go_together_are_refused(tmp_path)
     with pytest.raises(InputError, match=words) as error:
       call()
     assert "\n" not in str(error.value)
-  params = init_params(base.config, jax.random.key(1))
-  strange = params | {"decoder": params["decoder"] | {"prompt": {"adapter": {"table": tokens}}}}
-  with pytest.raises(InputError, match=r"decoder\.prompt"):
-    named({"a": own["chat"], "b": dataclasses.replace(own["chat"], params=strange)})
+  virtual = tiny.adapted(base, 1, method="prompt", alpha=None, virtual_tokens=2)
+  with pytest.raises(InputError, match="decoder"):
+    named({"a": own["chat"], "b": virtual})
 
 
 @pytest.mark.slow

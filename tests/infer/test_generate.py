@@ -98,12 +98,12 @@ def test_seeds_of_one_call_are_those_of_single_calls_and_differ(m):
 
 def test_new_values_of_settings_and_lengths_compile_nothing(m):
   infer.generate(m, "warm", max_new_tokens=20)
-  sizes = [f._cache_size() for f in (read_chunk, start, decode)]
+  sizes = [f._cache_size() for f in (read_chunk, start, decode.jitted())]
   for i, prompt in enumerate(("a", "other words", "!" * 12)):
     settings = dict(temperature=0.5 * i, top_k=i + 3, top_p=0.9, min_p=0.1 * i, seed=i)
     infer.generate(m, prompt, max_new_tokens=17 + i, min_new_tokens=i, stop=[5, "q"], **settings)
     "".join(infer.stream(m, prompt, max_new_tokens=18, **settings))
-  assert [f._cache_size() for f in (read_chunk, start, decode)] == sizes
+  assert [f._cache_size() for f in (read_chunk, start, decode.jitted())] == sizes
 
 
 def test_each_setting_changes_the_outcome(m):

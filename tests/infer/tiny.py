@@ -9,7 +9,7 @@ from model.heads import abstract, init_params
 from model.loading import Model
 from model.peft.attach import together
 from model.peft.config import PeftConfig
-from model.peft.create import new_adapters, sites
+from model.peft.create import adapter_maker
 from model.vocabulary import build_tokenizer
 
 CONFIG = ModelConfig(
@@ -29,8 +29,7 @@ def model(seed: int = 0, **changes) -> Model:
 def adapted(m: Model, seed: int, noise: float = 0.1, **settings) -> Model:
   """`m` with a random adapter that does something."""
   config = PeftConfig(**{**dict(method="lora", alpha=3.0), **settings})
-  new = new_adapters(config, sites(config, m.config, abstract(m.config)), m.params,
-                     jax.random.key(seed))  # fmt: skip
+  new = adapter_maker(config, m.config, abstract(m.config))(m.params, jax.random.key(seed))
   moved = lambda a: a + noise * jax.random.normal(jax.random.key(seed), a.shape)
   stays = ("scale", "start_a", "start_b")
   new = jax.tree_util.tree_map_with_path(lambda p, a: a if p[-1].key in stays else moved(a), new)

@@ -130,7 +130,6 @@ def test_the_base_is_quantized_while_it_is_read_and_the_adapter_is_written_as_ov
 def test_what_quantized_matrices_do_not_allow_is_refused(tmp_path):
   m = adapted(quantized(tiny.model(**BODIES["decoder"]), "int8"), method="lora", rank=2)
   cases = {
-    "is quantized, and an adapter is merged into floats": m.merged,
     "has an adapter": lambda: model.save(m, tmp_path / "whole"),
     "quantize m.merged()": lambda: calibrated(m, None, format="int8", method="plain"),
   }
