@@ -59,19 +59,9 @@ def trained_there(pm, name):
   return first, losses
 
 
-def trained_here(m, name):
-  rows, read, targets = batch(name)
-  more = {} if read is None else dict(decoder_tokens=read)
-  base, adapter = apart(m.params)
-  fixed = {p: a for p, a in flatten_dict(adapter).items() if p[-1] == "scale"}
-  moving = {p: a for p, a in flatten_dict(adapter).items() if p[-1] != "scale"}
-
-  def loss(moving):
-    leaves = flatten_dict(base) | fixed | moving
-    logits = m.apply(unflatten_dict(leaves), rows, **more)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-  tx = optax.adam(RATE, b1=0.9, b2=0.999, eps=1e-8)
+def twenty_steps(loss, moving, rate):
+  """Adam as torch has it: (what is trained after it, the first gradient, losses)."""
+  tx = optax.adam(rate, b1=0.9, b2=0.999, eps=1e-8)
 
   @jax.jit
   def step(moving, state):
@@ -84,6 +74,22 @@ def trained_here(m, name):
     moving, state, value, grads = step(moving, state)
     first = grads if first is None else first
     losses.append(float(value))
+  return moving, first, losses
+
+
+def trained_here(m, name):
+  rows, read, targets = batch(name)
+  more = {} if read is None else dict(decoder_tokens=read)
+  base, adapter = apart(m.params)
+  fixed = {p: a for p, a in flatten_dict(adapter).items() if p[-1] == "scale"}
+  moving = {p: a for p, a in flatten_dict(adapter).items() if p[-1] != "scale"}
+
+  def loss(moving):
+    leaves = flatten_dict(base) | fixed | moving
+    logits = m.apply(unflatten_dict(leaves), rows, **more)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+  moving, first, losses = twenty_steps(loss, moving, RATE)
   return first, losses, unflatten_dict(flatten_dict(base) | fixed | moving)
 
 

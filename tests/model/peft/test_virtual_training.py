@@ -11,6 +11,7 @@ from model.peft.attach import apart
 from model.peft.names import KEY
 from model.peft.written import written_out
 from tests.model.peft import theirs, theirs_virtual
+from tests.model.peft.test_training import twenty_steps
 
 CASES = [
   pytest.param(name, kind, marks=() if (name, kind) == ("llama", "lstm") else pytest.mark.slow)
@@ -103,19 +104,7 @@ def trained_here(m, name, moving):
     logits = m.apply(params, theirs.tokens(), **more)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets(name)).mean()
 
-  tx = optax.adam(RATE)
-
-  @jax.jit
-  def step(moving, state):
-    value, grads = jax.value_and_grad(loss)(moving)
-    updates, state = tx.update(grads, state)
-    return optax.apply_updates(moving, updates), state, value, grads
-
-  state, losses, first = tx.init(moving), [], None
-  for _ in range(STEPS):
-    moving, state, value, grads = step(moving, state)
-    first = grads if first is None else first
-    losses.append(float(value))
+  moving, first, losses = twenty_steps(loss, moving, RATE)
   return first, losses, moving
 
 

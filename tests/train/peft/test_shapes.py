@@ -36,15 +36,8 @@ TRAINED = {
 }  # fmt: skip
 
 
-def run(folder, shape, peft, devices, mesh):
-  settings = OptimizerConfig(warmup_steps=1, learning_rate=0.02)
-  more = dict(mlp_bias=True, attention_bias=True) if peft["method"] == "bitfit" else {}
-  config = tiny.shape_config(
-    shape, str(folder / "text.txt"), str(folder / "cache"), dtype="float64", param_dtype="float64",
-    optimizer=settings, peft=PeftConfig(**peft), mesh=mesh, **more,
-  )  # fmt: skip
-  data = load_data(config)
-  config = resolved(config, data)
+def three_steps(config, data, mesh, devices):
+  """The states before and after three steps on so many devices, and their losses."""
   grid = make_mesh(**dataclasses.asdict(mesh), devices=jax.devices()[:devices])
   with jax.set_mesh(grid):
     program = build_program(config, grid)
@@ -54,6 +47,18 @@ def run(folder, shape, peft, devices, mesh):
       state, metrics = program.train_step(state, put_batch(program, data.batch(step)))
       losses.append(float(metrics["loss"]))
     return before, jax.device_get(state), losses
+
+
+def run(folder, shape, peft, devices, mesh):
+  settings = OptimizerConfig(warmup_steps=1, learning_rate=0.02)
+  more = dict(mlp_bias=True, attention_bias=True) if peft["method"] == "bitfit" else {}
+  config = tiny.shape_config(
+    shape, str(folder / "text.txt"), str(folder / "cache"), dtype="float64", param_dtype="float64",
+    optimizer=settings, peft=PeftConfig(**peft), mesh=mesh, **more,
+  )  # fmt: skip
+  data = load_data(config)
+  config = resolved(config, data)
+  return three_steps(config, data, mesh, devices)
 
 
 def text(folder):

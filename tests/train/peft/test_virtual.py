@@ -23,11 +23,12 @@ from model.trained import Model
 from tests.train import tiny
 from tests.train.objectives import tasks
 from tests.train.peft.test_run import BODY, TOKENS, config, refused, same, world  # noqa: F401
+from tests.train.peft.test_shapes import three_steps
 from train.config import Config, DataConfig, MeshConfig, OptimizerConfig, PeftConfig
 from train.data.pipeline import load_data
 from train.loop import train
 from train.objectives import make_objective
-from train.program import build_program, make_loss, put_batch
+from train.program import build_program, make_loss
 from train.resolve import check_fit, resolved
 
 slow = pytest.mark.slow
@@ -142,15 +143,7 @@ def run(folder, shape, settings, devices=1, mesh=None, **changes):
     made = tiny.shape_config(shape, text, cache, **wide, **more, **changes)
   data = load_data(made)
   made = resolved(made, data)
-  grid = make_mesh(**dataclasses.asdict(mesh), devices=jax.devices()[:devices])
-  with jax.set_mesh(grid):
-    program = build_program(made, grid)
-    state, losses = program.init(), []
-    before = jax.device_get(state)
-    for step in range(3):
-      state, metrics = program.train_step(state, put_batch(program, data.batch(step)))
-      losses.append(float(metrics["loss"]))
-    return before, jax.device_get(state), losses
+  return three_steps(made, data, mesh, devices)
 
 
 @pytest.fixture(scope="module")
