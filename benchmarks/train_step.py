@@ -19,6 +19,7 @@ from absl import app, flags
 from benchmarks import torch_steps
 from benchmarks.measure import Worker, has_gpu, interleaved, rates, report, serve
 from configs import bert_base, gpt_small, t5_base
+from model.compilation import run_one_at_a_time
 from model.sharding import make_mesh
 from train.config import Config
 from train.objectives import make_objective
@@ -96,6 +97,7 @@ def random_batch(config: Config) -> Batch:
 
 def ours(config: Config, batch: Batch, steps: int) -> Callable[[], None]:
   """The compiled step of train/program.py."""
+  run_one_at_a_time()  # As train/loop.py does.
   mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     program = build_program(config, mesh)

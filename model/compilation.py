@@ -24,6 +24,16 @@ def use_compilation_cache(cache_dir: str | Path) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def run_one_at_a_time() -> None:
+  """On a CPU a program ends before the call returns; to be called before JAX knows its devices.
+
+  Those in flight would each hold temporary memory, and two devices of a process wait for each other
+  for ever (jax 0.10) when steps are dispatched while their collectives run. Accelerators are not
+  changed: they wait for nothing but their own queue.
+  """
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 class FewRows:
   """`jax.jit` of a program that multiplies few rows with many matrices, such as a decoding step.
 

@@ -200,9 +200,7 @@ class Joined(Group):
   def _initialize(self, outcome: list[Exception | None]) -> None:
     import jax
 
-    # Two devices in a process of the CPU wait for each other for ever (jax 0.10) when steps are
-    # dispatched while their collectives run. Signals stay ours: this group agrees on the last step.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # Signals stay ours: this group agrees on the last step.
     jax.config.update("jax_enable_preemption_service", False)
     wait = max(1, round(self._bound))
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from model.checkpoint import Checkpoints
-from model.compilation import use_compilation_cache
+from model.compilation import run_one_at_a_time, use_compilation_cache
 from model.errors import DONE, NON_FINITE, PREEMPTED, Stop
 from model.peft.written import written_out
 from model.sharding import make_mesh
@@ -53,6 +53,7 @@ def train(config: Config, workdir: Path) -> int:
     InputError: for what a user can put right.
     Stop: with the status for a loss that stays non-finite.
   """
+  run_one_at_a_time()
   config = with_its_model(config, workdir)
   check_fit(config)
   check_base(config)

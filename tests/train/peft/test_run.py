@@ -76,11 +76,13 @@ def test_an_adapter_is_trained_resumed_loaded_merged_and_writes(world, capfd):
   assert trained[1] == f"{sum(np.prod(a.shape) for a in leaves.values()):,}"
   assert saved.meta["base"]["path"] == str(world / "base" / "checkpoints" / "0")
 
-  # Continued from step 2, it arrives where it had arrived.
+  # Continued from step 2 with a base that lies elsewhere, it arrives where it had arrived.
   shutil.copytree(world / "run", world / "again")
+  shutil.copytree(world / "base", world / "moved")
   for step in ("3", "4"):
     shutil.rmtree(world / "again" / "checkpoints" / step, ignore_errors=True)
-  assert train(config(world, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), world / "again") == 0
+  moved = dict(init_from=str(world / "moved"), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+  assert train(config(world, **moved), world / "again") == 0
   m, again = model.load(world / "run"), model.load(world / "again")
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), m.params, again.params)
 
@@ -134,6 +136,8 @@ def test_an_adapter_is_not_taken_for_a_model_nor_put_on_another_base(world, tmp_
   model.save(other, tmp_path / "other")
   refused(lambda: model.load(run, base=tmp_path / "other"), "another hash", "base=")
   refused(lambda: train(config(world, init_from=str(run)), tmp_path / "b"), "holds an adapter")
+  on_other = config(world, init_from=str(tmp_path / "other"))
+  refused(lambda: train(on_other, run), "holds other weights than when the run began")
 
 
 def test_what_has_no_adapter_or_would_not_learn_is_refused(world, tmp_path):
