@@ -19,7 +19,7 @@ from model.errors import InputError
 from model.hardware import peak_flops
 from train.config import Config
 from train.curves import draw_curves
-from train.objectives import step_flops
+from train.flops import step_flops
 from train.program import Program
 from train.report import Progress
 
@@ -47,6 +47,7 @@ class MetricsLog:
     self._pending: tuple[int, dict[str, Any]] | None = None
     self._sums, self._seconds = {}, 0.0
     self._tracing = False
+    self._flops = step_flops(config)
     peak = peak_flops(jax.devices()[0].device_kind, config.model.compute_dtype)
     mesh = program.batch["tokens"].sharding.mesh
     self._peak = None if peak is None else peak * mesh.size
@@ -137,7 +138,7 @@ class MetricsLog:
       {n.removeprefix(kind): v for n, v in self._sums.items() if n.startswith(kind)}
       for kind in _WORK
     )
-    flops = step_flops(self._config, tokens, pairs)
+    flops = self._flops(tokens, pairs)
     rate = sum(tokens[stack] for stack in self._config.model.stacks) / self._seconds
     mfu = None if self._peak is None else flops / self._seconds / self._peak
     self._sums, self._seconds = {}, 0.0

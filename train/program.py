@@ -90,7 +90,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   net = nnx.eval_shape(lambda: objective.build(config.model, nnx.Rngs(0)))
   plain = nnx.to_pure_dict(nnx.state(net, nnx.Param))
   own = param_info(net)
-  adapt, parts, net = _adaptation(config, net, plain)
+  adapt, parts, net = adaptation(config, net, plain)
   pack = packing_of(config.peft, parts, plain, own)
   places = pack.placed(placed(plain, own, mesh), mesh)
   info = param_info(net)
@@ -138,10 +138,10 @@ def build_program(config: Config, mesh: Mesh) -> Program:
   )  # fmt: skip
 
 
-def _adaptation(
+def adaptation(
   config: Config, net: nnx.Module, plain: dict
 ) -> tuple[Callable[[dict], dict], Parts | None, nnx.Module]:
-  """(base parameters -> those with adapters, what of them is trained, the adapted network)."""
+  """(parameters of the base -> those with adapters, what of them is trained, the adapted network)."""
   if config.peft.trains_all:
     return lambda base: base, None, net
   make = adapter_maker(config.peft, config.model, net)

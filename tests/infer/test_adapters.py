@@ -237,7 +237,7 @@ def test_adapters_that_are_not_there_or_do_not_go_together_are_refused(tmp_path)
   cases = {
     "adapter='chta' is none of the model's: chat, scaled": lambda: ask(adapter="chta"),
     "Did you mean 'chat'": lambda: ask(adapter=["chta", None]),
-    "adapter has 3 names for 2 prompts": lambda: ask(adapter=["chat", None, "chat"]),
+    "adapter has 3 values for 2 prompts": lambda: ask(adapter=["chat", None, "chat"]),
     "adapter=3 must be": lambda: ask(adapter=[3, "chat"]),
     "the model has no adapters by name": lambda: infer.generate(base, "a", adapter="chat"),
     "has no adapters by name. Load": lambda: base.with_adapter("chat", own["chat"]),
@@ -285,7 +285,7 @@ def test_the_command_gives_each_prompt_the_adapter_that_is_named(tmp_path):
     "--adapter names a, b, and no prompt has one": [*named_ones],
     "told apart by names": [named_ones[0], named_ones[0], "--prompt_adapter=a"],
     "several adapters are told": [*(f"--adapter={tmp_path / name}" for name in own)],
-    "adapter has 2 names for 3 prompts": [*named_ones, *each[:2]],
+    "adapter has 2 values for 3 prompts": [*named_ones, *each[:2]],
     "adapter='c' is none of the model's: a, b": [*named_ones, "--prompt_adapter=c"],
     "has no adapters by name": ["--prompt_adapter=a"],
     "is no adapter": [f"--adapter=x={tmp_path / 'base'}", "--prompt_adapter=x"],

@@ -24,7 +24,7 @@ from train.analysis.memory import state_bytes
 from train.analysis.model_work import model_flops
 from train.analysis.report import allocations
 from train.analysis.work import instruction_flops, work
-from train.config import DataConfig, MeshConfig, OptimizerConfig
+from train.config import DataConfig, MeshConfig, OptimizerConfig, PeftConfig
 from train.program import build_program
 
 DENSE = ModelConfig(
@@ -40,12 +40,15 @@ def instruction(text: str) -> hlo.Instruction:
 
 
 @functools.cache
-def report(layers: int = 2, *, scan: bool = True, remat: str = "none", mesh=(1, 1, 1), rows=8):
+def report(
+  layers: int = 2, *, scan: bool = True, remat: str = "none", mesh=(1, 1, 1), rows=8, **peft
+):
   data, fsdp, tensor = mesh
   model = dataclasses.replace(DENSE, num_layers=layers, scan_layers=scan, remat=remat)
   config = tiny.config(
-    model, mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor), batch_size=rows, seq_len=16
-  )
+    model, mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor), batch_size=rows, seq_len=16,
+    peft=PeftConfig(**peft),
+  )  # fmt: skip
   return attempt(config, jax.devices()[: data * fsdp * tensor], None)
 
 
@@ -75,6 +78,16 @@ def test_model_flops_are_six_per_parameter_and_token_and_the_pairs_that_are_seen
   weights = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 32 * 64
   pairs = 8 * 16 * 17 / 2
   assert model_flops(config) == 6 * 8 * 16 * weights + 3 * 2 * (2 * 2 * pairs * 32)
+
+
+@pytest.mark.parametrize("peft", [
+  dict(method="lora", rank=2, alpha=2.0), dict(method="full", targets=("attn", "head")),
+  pytest.param(dict(method="pfeiffer", bottleneck=4), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_model_flops_of_a_part_that_is_trained_are_what_its_program_saves(peft):
+  whole, part = report(), report(**peft)
+  # The compiled attention computes pairs that are masked too, the same ones in both.
+  assert whole.done.flops - part.done.flops == whole.model_flops_total - part.model_flops_total > 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])

@@ -7,14 +7,15 @@ from jax.sharding import Mesh
 from model.config import ModelConfig
 from model.flops import visible_pairs
 from train.config import Config
-from train.objectives import make_objective, step_flops
+from train.flops import step_flops
+from train.objectives import make_objective
 from train.objectives.objective import Side
 
 FULL_ROWS = "each row is one text without padding"
 
 
 def model_flops(config: Config) -> float:
-  """Model FLOPs of a step over all devices (`train.objectives.step_flops`), of full rows."""
+  """Model FLOPs of a step over all devices (`train.flops.step_flops`), of full rows."""
   cfg, rows = config.model, config.batch_size
   sides = make_objective(config).sides
   read = [side for side in sides.values() if side.read]
@@ -34,7 +35,7 @@ def model_flops(config: Config) -> float:
     for counts in (tokens, pairs):
       counts.update({f"generator.{name}": n for name, n in counts.copy().items()})
     tokens["head"] = tokens["encoder"]  # The generator reads the masked places, the model all.
-  return step_flops(config, tokens, pairs)
+  return step_flops(config)(tokens, pairs)
 
 
 def used_rows(cfg: ModelConfig, mesh: Mesh) -> float:

@@ -1,8 +1,5 @@
 """What is learned: one file for each objective."""
 
-from collections.abc import Mapping
-
-from model.flops import model_flops
 from model.tokenizer import Tokenizer
 from train.config import Config
 from train.objectives.causal_lm import CausalLM
@@ -13,7 +10,7 @@ from train.objectives.masked_lm import MaskedLM
 from train.objectives.objective import Objective
 from train.objectives.prefix_lm import DecoderPrefixLM, EncoderPrefixLM
 from train.objectives.prompted import prompted, shortened
-from train.objectives.replaced_token import ReplacedToken, generator_flops
+from train.objectives.replaced_token import ReplacedToken
 from train.objectives.seq2seq import Seq2Seq
 from train.objectives.sft import SFT
 from train.objectives.span_corruption import SpanCorruption
@@ -22,7 +19,7 @@ from train.objectives.special_tokens import bare, extra_tokens
 from train.objectives.tagging import Tagging
 from train.objectives.ul2 import UL2
 
-__all__ = ["bare", "extra_tokens", "make_objective", "step_flops"]
+__all__ = ["bare", "extra_tokens", "make_objective"]
 
 
 def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Objective:
@@ -43,11 +40,3 @@ def make_objective(config: Config, tokenizer: Tokenizer | None = None) -> Object
   }  # fmt: skip
   objective = kinds[config.objective.name].of(shortened(config), tokenizer)
   return prompted(objective, config) if config.peft.before_texts else objective
-
-
-def step_flops(config: Config, tokens: Mapping[str, float], pairs: Mapping[str, float]) -> float:
-  """FLOPs of a step over all that is trained; `tokens` and `pairs` are those of the Loss."""
-  flops = model_flops(config.model, tokens, pairs)
-  if config.objective.name == "replaced_token":
-    flops += generator_flops(config, tokens, pairs)
-  return flops

@@ -27,7 +27,8 @@ from tests.train.objectives.test_masked_lm import (
 from train.config import Config, ObjectiveConfig
 from train.data.pipeline import Data
 from train.loop import restore_or_init
-from train.objectives import make_objective, replaced_token, step_flops
+from train.flops import step_flops
+from train.objectives import make_objective, replaced_token
 from train.program import build_program
 
 DISCRIMINATOR = dataclasses.replace(
@@ -167,7 +168,7 @@ def test_model_flops_count_the_matrices_of_both_networks(width):
   matrices = sum(np.prod(shape) for info, shape in pairs if info.role == "matrix")
   tokens = {"encoder": 0, "head": 0, "generator.encoder": 1, "generator.head": 1}
   none = {f"{name}encoder.None": 0 for name in ("", "generator.")}
-  assert step_flops(cfg, tokens, none) == 6 * (matrices + 260 * (width or 16))
+  assert step_flops(cfg)(tokens, none) == 6 * (matrices + 260 * (width or 16))
 
 
 def test_wrong_settings_are_named():
