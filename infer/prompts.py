@@ -9,8 +9,8 @@ from infer.ranking import check_scorer
 from infer.requests import prefix_tokens, spellings
 from infer.settings import Settings
 from model.errors import InputError
+from model.inputs import decoder_start
 from model.peft.virtual import virtual_tokens
-from model.trained import decoder_start
 
 if TYPE_CHECKING:
   from model import Model

@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from model.inputs import padded
 from model.peft.named import chosen
-from model.trained import padded
 from model.transformer import Inputs
 
 if TYPE_CHECKING:

@@ -17,6 +17,15 @@ from jaxtyping import Array, Float, Int
 from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import TEXT_HEADS, abstract, pool, unstack
+from model.inputs import (
+  check_decoder,
+  check_ids,
+  check_positions,
+  most_segments,
+  padded,
+  shifted,
+  whole_numbers,
+)
 from model.layers import turn
 from model.mask import positions_of
 from model.peft.attach import attached
@@ -25,7 +34,6 @@ from model.tokenizer import Tokenizer
 from model.transformer import Inputs
 
 _TEXTS = 64  # Texts that `embed` reads at a time.
-_LEAST_LENGTH = 16  # Lengths are rounded up to powers of two from here, so that few are compiled.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +177,7 @@ class Model:
     are `decoder_tokens`. Arguments and errors as in calling the model.
     """
     if self.config.shape == "encoder_decoder" and decoder_tokens is None:
-      _check_decoder(decoder_tokens, decoder_segments, decoder_positions)
+      check_decoder(decoder_tokens, decoder_segments, decoder_positions)
       source = self._side(tokens, segments, positions, token_types)
       return _encoded(self.graphdef, self.params, source)
     inputs, source, _ = self._checked(
@@ -222,7 +230,7 @@ class Model:
       return source, None, texts
     if self.config.head_kind == "embedding" and decoder_tokens is not None:
       raise InputError("decoder_tokens were given, and the encoder alone embeds texts.")
-    _check_decoder(decoder_tokens, decoder_segments, decoder_positions)
+    check_decoder(decoder_tokens, decoder_segments, decoder_positions)
     if self.config.head_kind == "embedding":
       return source, None, texts
     if decoder_tokens is not None:
@@ -237,7 +245,7 @@ class Model:
   def _texts(self, segments: Any) -> int | None:
     if segments is None:
       return 1
-    return _most(segments)
+    return most_segments(segments)
 
   def _side(self, tokens: Any, segments: Any, positions: Any, types: Any, name="") -> Inputs:
     """The arrays as int32; of what is traced only the shape is checked."""
@@ -255,115 +263,21 @@ class Model:
         raise InputError(f"{what} have shape {array.shape}, but tokens {tokens.shape}.")
       arrays.append(array)
     segments, positions, types = arrays
-    self._check_ids(f"{name}token", tokens, self.config.real_vocab)
+    check_ids(f"{name}token", tokens, self.config.real_vocab)
     if types is not None:
       if not self.config.token_types:
         raise InputError("token_types were given, and this model has none.")
-      self._check_ids("token type", types, self.config.token_types)
+      check_ids("token type", types, self.config.token_types)
     stack = "decoder" if name else self.config.stacks[0]
-    self._check_positions(self.room(stack), tokens.shape[1], segments, positions)
+    check_positions(self.room(stack), tokens.shape[1], segments, positions, self.config)
     if positions is None and segments is not None:
       positions = positions_of(jnp.asarray(segments))
     elif positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     prompted = has_prompt(self.params) and not name and segments is not None
-    return Inputs(tokens, positions, segments, types, texts=_most(segments) if prompted else 1)
-
-  def _check_ids(self, name: str, ids: Any, size: int) -> None:
-    if not isinstance(ids, Tracer) and np.max(ids) >= size:
-      raise InputError(f"{name} {np.max(ids)} is outside of the vocabulary of {size}.")
-
-  def _check_positions(self, limit: int | None, length: int, segments: Any, positions: Any) -> None:
-    if limit is None or isinstance(positions, Tracer) or isinstance(segments, Tracer):
-      return
-    last = length - 1
-    if positions is not None:
-      last = int(np.max(positions))
-    elif segments is not None:
-      with jax.ensure_compile_time_eval():  # Also where only the parameters are traced.
-        last = int(np.max(positions_of(jnp.asarray(segments))))
-    if last >= limit:
-      raise InputError(
-        f"position {last} is beyond the {limit} that the model has for a text "
-        f"(max_positions={self.config.max_positions}): shorten the input."
-      )
-
-
-def _most(segments: Any) -> int:
-  """The most segments of a row.
-
-  Raises:
-    InputError: if they are traced.
-  """
-  if isinstance(segments, Tracer):
-    raise InputError(
-      "segments must be known when they are traced: a head on whole texts, or a prompt, has "
-      "something for each."
+    return Inputs(
+      tokens, positions, segments, types, texts=most_segments(segments) if prompted else 1
     )
-  return max(1, int(np.max(np.asarray(segments))))
-
-
-def _check_decoder(tokens: Any, segments: Any, positions: Any) -> None:
-  if tokens is None and (segments is not None or positions is not None):
-    raise InputError("decoder_segments or decoder_positions were given without decoder_tokens.")
-
-
-def decoder_start(model: ModelConfig, tokenizer: Tokenizer | None) -> int | None:
-  """What the decoder of an encoder–decoder reads first: the config's id, else the tokenizer's
-  padding (as T5 has it), beginning or end of a text; None for other shapes.
-
-  Raises:
-    InputError: if there is none.
-  """
-  if model.shape != "encoder_decoder":
-    return None
-  if model.decoder_start_id is not None:
-    return model.decoder_start_id
-  found = () if tokenizer is None else (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
-  start = next((i for i in found if i is not None), None)
-  if start is None:
-    raise InputError("there is no token that could start a decoder: set model.decoder_start_id.")
-  return start
-
-
-def whole_numbers(name: str, values: Any, *, least: int) -> Any:
-  """int32 (B, T); of a tracer only the shape and dtype are checked.
-
-  Raises:
-    InputError: for another shape or dtype, or a number below `least`.
-  """
-  array = values if isinstance(values, Tracer) else np.asarray(values)
-  if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or not array.size:
-    raise InputError(
-      f"{name} have shape {array.shape} and dtype {array.dtype}: whole numbers of shape (B, T), "
-      "neither of them 0, are needed."
-    )
-  if not isinstance(array, Tracer) and array.min() < least:
-    raise InputError(f"{name} hold {array.min()}, the least that they may hold is {least}.")
-  return array.astype(np.int32)
-
-
-def shifted(inputs: Inputs, start: int) -> Inputs:
-  """What a decoder reads that says the encoder's tokens again: each one place later, `start` first.
-
-  Tokens of a segment must lie next to each other, in order.
-  """
-  tokens = jnp.where(inputs.pos == 0, start, jnp.roll(jnp.asarray(inputs.tokens), 1, axis=1))
-  return dataclasses.replace(inputs, tokens=tokens, types=None)
-
-
-def padded(rows: list[list[int]], limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-  """Token ids as (tokens, positions) int32, padded on the right to a power of two in length and
-  number, at most `limit` long.
-  """
-  longest = max(map(len, rows))
-  length = max(_LEAST_LENGTH, 1 << (longest - 1).bit_length())
-  length = length if limit is None else min(length, limit)
-  tokens: Any = np.zeros((1 << (len(rows) - 1).bit_length(), length), np.int32)
-  pos: Any = np.full(tokens.shape, -1, np.int32)
-  for i, row in enumerate(rows):
-    tokens[i, : len(row)], pos[i, : len(row)] = row, np.arange(len(row))
-  return tokens, pos
 
 
 def _apply(graphdef, cfg: ModelConfig, params, inputs: Inputs, source: Inputs | None, texts):
@@ -387,10 +301,10 @@ _separate = jax.jit(unstack, static_argnums=0)  # One program for all models of 
 def _separated(cfg: ModelConfig, params: dict) -> dict:
   """`unstack`; on one CPU without copies, as views of the stacked arrays."""
   leaves = jax.tree.leaves(params)
-  here = all(isinstance(a, jax.Array) and not isinstance(a, Tracer) for a in leaves)
-  if not here or any({d.platform for d in a.devices()} != {"cpu"} for a in leaves):
+  if any(not isinstance(a, jax.Array) or isinstance(a, Tracer) for a in leaves):
     return _separate(cfg, params)
-  if any(len(a.devices()) > 1 for a in leaves):
+  devices = {device for a in leaves for device in a.devices()}
+  if len(devices) > 1 or devices.pop().platform != "cpu":
     return _separate(cfg, params)
   return unstack(cfg, params, _view)
 

@@ -141,7 +141,7 @@ def build_program(config: Config, mesh: Mesh) -> Program:
 def adaptation(
   config: Config, net: nnx.Module, plain: dict
 ) -> tuple[Callable[[dict], dict], Parts | None, nnx.Module]:
-  """(parameters of the base -> those with adapters, what of them is trained, the adapted network)."""
+  """(parameters -> those with adapters, what of them is trained, the network with adapters)."""
   if config.peft.trains_all:
     return lambda base: base, None, net
   make = adapter_maker(config.peft, config.model, net)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
 from model.errors import InputError
+from model.inputs import decoder_start
 from model.peft.config import VIRTUAL, PeftConfig
 from model.tokenizer import Tokenizer
-from model.trained import decoder_start
 from train.config import Config
 from train.data.roles import check_columns
 

@@ -17,9 +17,9 @@ from infer.generate import generate
 from infer.settings import Settings
 from infer.text import BROKEN
 from model.errors import InputError
+from model.inputs import decoder_start, shifted
 from model.observe import observe
 from model.peft.virtual_files import has_virtual
-from model.trained import decoder_start, shifted
 from model.transformer import Inputs
 
 if TYPE_CHECKING:

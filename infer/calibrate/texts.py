@@ -10,7 +10,7 @@ from infer.calibrate.layers import Batch
 from infer.generate import generate
 from infer.tasks.passes import listed, tokenizer_of
 from model.errors import InputError
-from model.trained import decoder_start, padded, shifted
+from model.inputs import decoder_start, padded, shifted
 from model.transformer import Inputs
 
 if TYPE_CHECKING:

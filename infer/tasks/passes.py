@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model.errors import InputError
+from model.inputs import padded
 from model.tokenizer import Encoded, Tokenizer
-from model.trained import padded
 
 if TYPE_CHECKING:
   from model import Model

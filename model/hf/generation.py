@@ -8,7 +8,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.errors import InputError
 from model.hf.source import Source
-from model.trained import decoder_start
+from model.inputs import decoder_start
 
 FILE = "generation_config.json"
 

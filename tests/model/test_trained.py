@@ -9,7 +9,8 @@ import pytest
 
 from model.config import ModelConfig
 from model.heads import init_params
-from model.trained import Model, decoder_start
+from model.inputs import decoder_start
+from model.trained import Model
 from model.vocabulary import build_tokenizer
 
 BASE = ModelConfig(

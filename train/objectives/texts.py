@@ -10,9 +10,9 @@ from jaxtyping import Array, Float
 
 from model.config import ModelConfig
 from model.heads import pool
+from model.inputs import shifted
 from model.peft.virtual import own_tokens
 from model.template import Template
-from model.trained import shifted
 from model.transformer import Aux, Inputs
 from train.config import Config
 from train.data.arrays import Corpus

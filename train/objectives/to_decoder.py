@@ -10,8 +10,8 @@ from jaxtyping import Array, Int64
 
 from model.config import ModelConfig
 from model.errors import InputError
+from model.inputs import decoder_start
 from model.tokenizer import Tokenizer
-from model.trained import decoder_start
 from train.config import Config, ObjectiveConfig
 from train.objectives.causal_lm import TOKENS, WEIGHTS, word_loss
 from train.objectives.loss import Loss, inputs_of, work

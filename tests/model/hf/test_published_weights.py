@@ -11,7 +11,7 @@ import model
 from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import init_params
-from model.trained import padded
+from model.inputs import padded
 from tests.weights import fetch, shared
 
 # Cosines that sentence-transformers publishes for all-MiniLM-L6-v2 (its README).

@@ -26,8 +26,8 @@ from tests.train.objectives.test_masked_lm import (
 )
 from train.config import Config, ObjectiveConfig
 from train.data.pipeline import Data
-from train.loop import restore_or_init
 from train.flops import step_flops
+from train.loop import restore_or_init
 from train.objectives import make_objective, replaced_token
 from train.program import build_program
 
