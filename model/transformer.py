@@ -1,4 +1,4 @@
-"""Block, and the Stack made of it: encoder or decoder, layers that are scanned, or unrolled."""
+"""The Stack of blocks: encoder or decoder, layers that are scanned, or unrolled."""
 
 import dataclasses
 import functools
@@ -10,19 +10,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from model import positions
-from model.attention import Attention, Context, Where, relative_bias, relative_table
+from model.attention import Context, Where, relative_bias, relative_table
+from model.block import Aux, Block, fold
 from model.cache import Cache, LayerCache
 from model.config import LayerKind, ModelConfig
 from model.context import balanced, balanced_parts, sent_home
-from model.convolution import Convolution
 from model.disentangled import RelativeTable
-from model.layers import MLP, Embed, Linear, Norm, dropout, noisy
-from model.moe import Experts
-from model.peft.virtual import Prefix, Prompt, later, with_positions
+from model.layers import Embed, Linear, Norm, dropout, noisy
+from model.peft.virtual import Prompt, later, with_positions
 from model.pipeline import Plan, current_plan, of_round, pipelined, stage_policy
-from model.sharding import constrain_residual, constrain_rows, constrain_tokens
-
-Aux = dict[str, Array]
+from model.sharding import constrain_rows
 
 
 @jax.tree_util.register_dataclass
@@ -49,99 +46,6 @@ class Inputs:
   noise: float = dataclasses.field(default=0.0, metadata={"static": True})
   placed: bool = dataclasses.field(default=False, metadata={"static": True})
   texts: int = dataclasses.field(default=1, metadata={"static": True})
-
-
-class Block(nnx.Module):
-  """Attention, cross-attention where there is an encoder, and an MLP or experts, each added to a
-  residual stream.
-
-  `norm_placement`: pre  x + f(norm(x));  post  norm(x + f(x));  sandwich  x + norm(f(norm(x)));
-  output  x + norm(f(x)).  `residual`: parallel adds attention and MLP of the same normed input.
-  """
-
-  def __init__(self, cfg: ModelConfig, kind: LayerKind, *, rngs: nnx.Rngs):
-    self.cfg = cfg
-    before, after = cfg.norm_placement in ("pre", "sandwich"), cfg.norm_placement != "pre"
-    self.attn = Attention(cfg, kind, rngs=rngs)
-    if before and kind.normed:
-      self.attn_norm = Norm(cfg, rngs=rngs)
-    if after:
-      self.attn_post_norm = Norm(cfg, rngs=rngs)
-    if kind.cross:
-      self.cross_attn = Attention(cfg, kind, rngs=rngs, cross=True)
-      if before:
-        self.cross_attn_norm = Norm(cfg, rngs=rngs)
-      if after:
-        self.cross_attn_post_norm = Norm(cfg, rngs=rngs)
-    self.mlp = Experts(cfg, rngs=rngs) if kind.experts else MLP(cfg, rngs=rngs)
-    if before and cfg.residual != "parallel":
-      self.mlp_norm = Norm(cfg, rngs=rngs)
-    if after:
-      self.mlp_post_norm = Norm(cfg, rngs=rngs)
-    if kind.conv and cfg.conv_width is not None:
-      self.conv = Convolution(cfg, cfg.conv_width, rngs=rngs)
-
-  def __call__(
-    self, x: Float[Array, "B T D"], where: Where, *,
-    cache: LayerCache | None = None, key: jax.Array | None = None,
-  ) -> tuple[Float[Array, "B T D"], LayerCache | None, Aux]:  # fmt: skip
-    keys = (None,) * 6 if key is None else jax.random.split(key, 6)
-    start = x = constrain_residual(x)
-    normed = self._read("attn_norm", x)
-    own, cross = (None, None) if cache is None else (cache.own, cache.cross)
-    y, own = self.attn(normed, where, cache=own, key=keys[0])
-    cache = None if own is None else LayerCache(own, cross)
-    if self.cfg.residual == "serial":
-      x = self._add("attn", x, normed, y, keys[1])
-      if hasattr(self, "cross_attn"):
-        normed = self._read("cross_attn_norm", x)
-        y, _ = self.cross_attn(normed, where, cache=cross, key=keys[3])
-        x = self._add("cross_attn", x, normed, y, keys[4])
-      normed = self._read("mlp_norm", x)
-      y, aux = self._mlp(normed, where, keys[5])
-      x = self._add("mlp", x, normed, y, keys[2])
-      return self._beside(start, x, where, key), cache, aux
-    both = normed if self.cfg.residual == "parallel" else self._read("mlp_norm", x)
-    z, aux = self._mlp(both, where, keys[5])
-    x = self._add("attn", x, normed, y, keys[1])
-    x = self._add("mlp", x, both, z, keys[2])
-    return self._beside(start, x, where, key), cache, aux
-
-  def _beside(self, x: Array, y: Array, where: Where, key: jax.Array | None) -> Array:
-    """What the block made of `x`, with the convolution where it has one."""
-    if not hasattr(self, "conv"):
-      return y
-    return self.conv(x, y, where.pos, where.seg, _fold(key, 6))
-
-  def _norm(self, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return getattr(self, name)(x) if hasattr(self, name) else x
-
-  def _read(self, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """What the matrices of a part of the block read: normed, and gathered over `tensor`."""
-    return constrain_tokens(self._norm(name, x))
-
-  def _mlp(
-    self, x: Float[Array, "B T D"], where: Where, key: jax.Array | None
-  ) -> tuple[Float[Array, "B T D"], Aux]:
-    if isinstance(self.mlp, Experts):
-      return self.mlp(x, where.pos >= 0)
-    return self.mlp(x, key), {}
-
-  def _add(
-    self, part: str, x: Array, read: Array, y: Array, key: jax.Array | None
-  ) -> Float[Array, "B T D"]:
-    """The residual stream with what a part of the block gives, `y`, for what it has read; an
-    adapter of the part (model.peft.bottleneck) changes that first.
-    """
-    post, norm, owner = self.cfg.norm_placement == "post", f"{part}_post_norm", getattr(self, part)
-    # First what a product gives, whole: asked for parts of it, XLA gathers what is multiplied.
-    y = constrain_residual(constrain_tokens(y))
-    if hasattr(owner, "adapter") and not isinstance(owner.adapter, Prefix):
-      y = owner.adapter(read, y)
-    y = dropout(y if post else self._norm(norm, y), self.cfg.dropout, key)
-    if self.cfg.residual_scale is not None:
-      y *= jnp.asarray(self.cfg.residual_scale, y.dtype)
-    return self._norm(norm, x + y) if post else x + y
 
 
 class Stack(nnx.Module):
@@ -350,7 +254,7 @@ class Stack(nnx.Module):
 
     def stage(layers, x, where, turn, part):
       own = self._derived(where, cached=False)
-      body = functools.partial(_one_repeat, cfg=cfg, where=own, key=_fold(key, part), turn=turn)
+      body = functools.partial(_one_repeat, cfg=cfg, where=own, key=fold(key, part), turn=turn)
       blocks, index = layers
       scan = jax.lax.scan if cfg.scan_layers else _unrolled
       x, (_, aux) = scan(body, x, (blocks, (None,) * len(blocks), index))
@@ -368,7 +272,7 @@ class Stack(nnx.Module):
     out, auxes = [], []
     for i, block in enumerate(self.layers):
       cache = None if caches is None else caches[i]
-      x, cache, aux = block(x, where, cache=cache, key=_fold(key, i))
+      x, cache, aux = block(x, where, cache=cache, key=fold(key, i))
       out.append(cache)
       auxes.extend([jax.tree.map(lambda a: a[None], aux)] if aux else [])
     return x, (None if caches is None else tuple(out)), join_aux(auxes)
@@ -403,7 +307,7 @@ def _one_repeat(
   for place, (block, cache) in enumerate(zip(stacks, caches, strict=True)):
     call = lambda block, x, where, cache, key: own(block)(x, where, cache=cache, key=key)
     run = _remat(cfg, call, piped=turn is not None)
-    x, cache, aux = run(block, x, where, cache, _fold(key, index + place))
+    x, cache, aux = run(block, x, where, cache, fold(key, index + place))
     out.append((cache, aux))
   return x, tuple(zip(*out, strict=True))
 
@@ -433,10 +337,6 @@ def _remat(cfg: ModelConfig, block: Any, *, piped: bool):
     return block
   policy = policies[cfg.remat]
   return jax.checkpoint(block, policy=stage_policy(policy) if piped else policy)
-
-
-def _fold(key: jax.Array | None, index) -> jax.Array | None:
-  return None if key is None else jax.random.fold_in(key, index)
 
 
 def join_aux(auxes: list[Aux]) -> Aux:

@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, Float
 
 from infer.calibrate.folding import Path
 from model.attention import Where
+from model.block import Block
 from model.layers import Linear, activated
 from model.moe import Experts
 from model.quant import Quantized, dense, product
-from model.transformer import Block
 
 Hear = Callable[[Path, Linear, Array, Array | None], None]
 
