@@ -49,7 +49,10 @@ def base_of(path: str | File) -> str:
     return files.base_of(path)
   named = checkpoint.describe(str(path)).meta["base"]["path"]
   if not File(named).exists():
-    raise InputError(f"{path} is an adapter of {named}, which is not there: name it with base=.")
+    raise InputError(
+      f"{path} is an adapter of {named}, which is not there: name it with base= (of commands "
+      f"--checkpoint=BASE --adapter={path})."
+    )
   return named
 
 
