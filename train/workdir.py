@@ -18,6 +18,9 @@ RESUMABLE = (
   "model.context_attention", "objective.loss_parts",
 )  # fmt: skip
 
+# Of an adapter's run, whose base and data are compared by what they hold: they may have moved.
+MOVABLE = ("init_from", "data.tokenizer")
+
 # What the data decides where the config has this value (`train.resolve`).
 OF_THE_DATA = {
   ("model", "vocab_size"): None, ("model", "head"): None, ("model", "pair_head"): False,
@@ -42,7 +45,8 @@ def check_workdir(workdir: Path, config: Config) -> None:
     if current[section][name] == OF_THE_DATA[section, name]:
       current[section][name] = saved[section][name]
   if any((workdir / "checkpoints").glob("[0-9]*")):
-    checkpoint.check_config(saved, current, allowed=RESUMABLE)
+    movable = () if config.peft.trains_all else MOVABLE
+    checkpoint.check_config(saved, current, allowed=(*RESUMABLE, *movable))
   elif saved != current:
     _forget(workdir)
 
