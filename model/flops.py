@@ -80,7 +80,7 @@ def counted_params(
 
 def _once(path: Path) -> bool:
   """Whether a matrix is multiplied with vectors of positions or of virtual tokens, once a batch."""
-  return "relative" in path or path[1] == KEY
+  return "relative" in path or (path[0] != "head" and path[1] == KEY)
 
 
 def _share(cfg: ModelConfig, info: ParamInfo) -> float:

@@ -81,7 +81,8 @@ def test_model_flops_are_six_per_parameter_and_token_and_the_pairs_that_are_seen
 
 
 @pytest.mark.parametrize("peft", [
-  dict(method="lora", rank=2, alpha=2.0), dict(method="full", targets=("attn", "head")),
+  dict(method="lora", rank=2, alpha=2.0, targets=("attn", "mlp", "head")),
+  dict(method="full", targets=("attn", "head")),
   pytest.param(dict(method="pfeiffer", bottleneck=4), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_model_flops_of_a_part_that_is_trained_are_what_its_program_saves(peft):
