@@ -41,10 +41,9 @@ def _weights(config: Config) -> tuple[dict[str, float], dict[str, float]]:
   net = nnx.eval_shape(lambda: make_objective(config).build(cfg, nnx.Rngs(0)))
   plain = nnx.to_pure_dict(nnx.state(net, nnx.Param))
   _, parts, net = adaptation(config, net, plain)
-  rows = {} if parts is None else parts.rows
 
   def trained(path, leaf) -> float:
-    chosen = rows[path]
+    chosen = None if parts is None else parts.rows[path]
     return 1.0 if chosen is None else len(chosen) / leaf.shape[0]
 
   own = counted_params(cfg, net, lambda path, leaf: float(of_adapter(path)))
