@@ -17,13 +17,14 @@ Gradients flow to `x`, through the matrix dequantized once more; the matrix itse
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Int, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int, Int8, Int32
 
 from model import quant_formats as formats
 from model import quant_kernels as kernels
@@ -34,8 +35,8 @@ __all__ = ["NAMES", "Format", "Quantized", "beside", "dense", "is_quantized", "p
            "rows"]  # fmt: skip
 
 # On a CPU, XLA reads small numbers and widens them in one loop if a single row is multiplied; more
-# rows than these are cheaper by a dequantized matrix.
-_SINGLE_ROWS = 4
+# rows than these are cheaper by a dequantized matrix (docs/log.md).
+_SINGLE_ROWS = {"int8": 16, "fp8": 8, "int4": 8, "nf4": 4}
 _FEW_ROWS = 32  # As `layers.FEW_ROWS`.
 _MOST_WIDENED = 2**26  # Bytes of a matrix in eight bits, widened: a larger one is in parts.
 
@@ -217,11 +218,9 @@ def _product(x: Float[Array, "... I"], w: Quantized) -> Float[Array, "... O"]:
   kind, group = w.format.kind, w.format.group
   if kernels.fits(x, w.arrays(), kind, group):
     return kernels.product(x, w.arrays(), kind, group or 0)
-  if group is not None and _few(x):
-    return _grouped_few(x, w, wide)
+  if _few(x, kind) and not w.format.dynamic:
+    return _row_by_row(x, w)
   x, w = beside(x, w)
-  if _few(x) and not w.format.dynamic:
-    x = _settled(x)
   return _kept_product(x, w, wide)
 
 
@@ -283,9 +282,10 @@ def _part(w: Quantized, parts: int, i: Int[Array, ""]) -> Quantized:
   return dataclasses.replace(w, values=values, scales=scales, outputs=(len(values),))
 
 
-def _few(x: Float[Array, "... I"]) -> bool:
+def _few(x: Float[Array, "... I"], kind: str) -> bool:
   """Whether rows of x are multiplied one by one as a CPU reads the matrix."""
-  return math.prod(x.shape[:-1]) <= _SINGLE_ROWS and _on_one_cpu() and x.dtype == jnp.float32
+  few = math.prod(x.shape[:-1]) <= _SINGLE_ROWS[kind]
+  return few and _on_one_cpu() and x.dtype == jnp.float32
 
 
 def _settled(x: Float[Array, "... I"]) -> Float[Array, "... I"]:
@@ -308,21 +308,37 @@ def _grouped(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, 
   return y + _times(sums, formats.int4_shifts(arrays).astype(wide), wide)
 
 
-def _grouped_few(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, "... O"]:
-  """The same for few rows on a CPU. What belongs to groups is computed beside the matrix: once,
-  before a loop of steps.
+def _row_by_row(x: Float32[Array, "... I"], w: Quantized) -> Float32[Array, "... O"]:
+  """Few rows on a CPU, each with a loop of its own over the matrix as it is kept.
+
+  What belongs to groups is computed beside the matrix: once, before a loop of steps.
   """
-  arrays = w.arrays()
-  if w.format.kind == "int4":
-    groups = formats.int4_scales(arrays), formats.int4_starts(arrays)
-    x, w = beside(x, w)
-    parts = formats.int4_moved(w.arrays(), *groups)
-  else:
-    groups = formats.nf4_scales(arrays)
-    x, w = beside(x, w)
-    parts = formats.nf4_parts(w.arrays(), groups)
-  x = _settled(x)
-  return _in_order(tuple(_times(x, part, wide) for part in parts))
+  arrays, kind = w.arrays(), w.format.kind
+  starts = formats.int4_starts(arrays) if kind == "int4" else None
+  scales = {"int4": formats.int4_scales, "nf4": formats.nf4_scales}.get(kind, _own_scales)(arrays)
+
+  def one(row):
+    row, own = beside(row, w)
+    if starts is not None:
+      parts = formats.int4_moved(own.arrays(), scales, starts)
+    elif kind == "nf4":
+      parts = formats.nf4_parts(own.arrays(), scales)
+    else:
+      return jnp.matmul(row, _widened(own.values, row.dtype).T) * scales
+    return _in_order(tuple(jnp.matmul(row, part.T) for part in parts))
+
+  return _each_row(one, _settled(x))
+
+
+def _own_scales(arrays: formats.Arrays) -> Float32[Array, "O"]:
+  return arrays["scales"].astype(jnp.float32)
+
+
+def _each_row(one: Callable[[Array], Array], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+  """`one` of each row of x, in a program that is as small for many rows as for one."""
+  rows = x.reshape(-1, x.shape[-1])
+  y = one(rows[0])[None] if len(rows) == 1 else jax.lax.map(one, rows)
+  return y.reshape(*x.shape[:-1], -1)
 
 
 def _on_one_cpu() -> bool:
@@ -344,16 +360,12 @@ def _in_order(parts: tuple[Array, ...]) -> Float[Array, "... O"]:
 
 
 def _times(x: Float[Array, "... I"], w: Float[Array, "O I"], wide: Any) -> Float[Array, "... O"]:
-  """x · wᵀ; on a CPU row by row if there are few, and then the matrix first (`layers.scores`)."""
+  """x · wᵀ; on a CPU the matrix first if there are few rows (`layers.scores`)."""
   number = math.prod(x.shape[:-1])
-  if _SINGLE_ROWS < number <= _FEW_ROWS and _on_one_cpu():
+  if 1 < number <= _FEW_ROWS and _on_one_cpu():
     y = jnp.matmul(w, x.reshape(number, -1).T, preferred_element_type=wide)
     return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
-  if not 1 < number <= _SINGLE_ROWS or not _on_one_cpu():
-    return jnp.matmul(x, w.T, preferred_element_type=wide)
-  each = x.reshape(number, 1, -1)
-  one = lambda row: jnp.matmul(row, w.T, preferred_element_type=wide)
-  return jnp.concatenate([one(row) for row in each]).reshape(*x.shape[:-1], -1)
+  return jnp.matmul(x, w.T, preferred_element_type=wide)
 
 
 def _dynamic(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, "... O"]:
@@ -362,6 +374,8 @@ def _dynamic(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, 
   few = math.prod(x.shape[:-1]) <= _FEW_ROWS and _on_one_cpu()
   if few and w.format.kind == "int8":
     y = _whole_times(small.astype(jnp.int8), w.values).astype(wide)
+  elif _few(x, w.format.kind):
+    return _row_by_row(small.astype(jnp.float32), w) * scale
   elif platform() == "cpu":  # XLA has no fast product of small numbers there.
     y = _times(small.astype(wide), _widened(w.values, wide), wide)
   else:
@@ -373,16 +387,13 @@ def _dynamic(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, 
 
 def _whole_times(x: Int8[Array, "... I"], w: Int8[Array, "O I"]) -> Int32[Array, "... O"]:
   """x · wᵀ, exactly, row by row: XLA widens both in one loop of a CPU's own sums of products."""
-  rows = x.reshape(-1, x.shape[-1])
-  # As `_settled`, of whole numbers.
-  rows = jax.lax.div(rows, jnp.where(rows == -128, rows, jnp.int8(1)))
 
   def one(row):
     row, own = jax.lax.optimization_barrier((row, w))  # As `beside`.
     return jnp.matmul(row.astype(jnp.int32), own.astype(jnp.int32).T)
 
-  y = one(rows[0])[None] if len(rows) == 1 else jax.lax.map(one, rows)
-  return y.reshape(*x.shape[:-1], -1)
+  # As `_settled`, of whole numbers.
+  return _each_row(one, jax.lax.div(x, jnp.where(x == -128, x, jnp.int8(1))))
 
 
 def _rounded(x: Float[Array, "... I"], kind: str, wide: Any) -> tuple[Array, Array]:

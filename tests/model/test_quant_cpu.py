@@ -15,10 +15,12 @@ from model.quant_tree import quantize_params
 from tests.infer import tiny
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "nf4", "fp8"])
-def test_few_rows_are_multiplied_by_the_dequantized_matrix_in_a_compiled_loop(name):
+@pytest.mark.parametrize(
+  "name, rows", [("int8", 1), ("int4", 1), ("nf4", 1), ("fp8", 1), ("int8", 16), ("int4", 8)]
+)
+def test_few_rows_are_multiplied_by_the_dequantized_matrix_in_a_compiled_loop(name, rows):
   w = quantize(jax.random.normal(jax.random.key(0), (64, 48)), name)
-  x = jax.random.normal(jax.random.key(1), (1, 64)).at[0, 3].set(0.0)
+  x = jax.random.normal(jax.random.key(1), (rows, 64)).at[0, 3].set(0.0)
 
   @FewRows
   def steps(x, w):
@@ -28,6 +30,16 @@ def test_few_rows_are_multiplied_by_the_dequantized_matrix_in_a_compiled_loop(na
   for _ in range(3):
     want = (want @ np.asarray(w.dequantize(), np.float64))[:, :1] * 0.1 + want
   np.testing.assert_allclose(steps(x, w), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+def test_few_rows_in_float8_are_those_of_the_rounded_matrix_and_rows(rows):
+  w = quantize(jax.random.normal(jax.random.key(0), (64, 16)), "fp8_dynamic")
+  x = jax.random.normal(jax.random.key(1), (rows, 64)) * 7
+  scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(448)
+  small = np.asarray((x / scale).astype(jnp.float8_e4m3fn), np.float64)
+  want = small @ np.asarray(w.values, np.float64).T * scale * np.asarray(w.scales, np.float64)
+  np.testing.assert_allclose(FewRows(product)(x, w), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 32])
