@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 from model import quant
 from model.config import ModelConfig
 from model.quant import Quantized
+from model.quant_rows import FEW_ROWS
 from model.sharding import constrain, platform
 
-FEW_ROWS = 32  # Up to so many rows, a product costs the reading of its matrix.
 # Of token types: the gradient of a gather would add all tokens to few rows, one after the other. As
 # in BERT's own code, they are chosen by a product.
 _FEW_VECTORS = 16

@@ -17,27 +17,22 @@ Gradients flow to `x`, through the matrix dequantized once more; the matrix itse
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Float32, Int, Int8, Int32
+from jaxtyping import Array, Float, Int
 
 from model import quant_formats as formats
 from model import quant_kernels as kernels
+from model import quant_rows as cpu
 from model.quant_formats import NAMES, Format, check_sizes
 from model.sharding import constrain, platform
 
 __all__ = ["NAMES", "Format", "Quantized", "beside", "dense", "is_quantized", "product", "quantize",
            "rows"]  # fmt: skip
 
-# On a CPU, XLA reads small numbers and widens them in one loop if a single row is multiplied; more
-# rows than these are cheaper by a dequantized matrix (docs/log.md).
-_SINGLE_ROWS = {"int8": 16, "fp8": 8, "int4": 8, "nf4": 4}
-_FEW_ROWS = 32  # As `layers.FEW_ROWS`.
 _MOST_WIDENED = 2**26  # Bytes of a matrix in eight bits, widened: a larger one is in parts.
 
 
@@ -218,8 +213,8 @@ def _product(x: Float[Array, "... I"], w: Quantized) -> Float[Array, "... O"]:
   kind, group = w.format.kind, w.format.group
   if kernels.fits(x, w.arrays(), kind, group):
     return kernels.product(x, w.arrays(), kind, group or 0)
-  if _few(x, kind) and not w.format.dynamic:
-    return _row_by_row(x, w)
+  if cpu.few(x, kind) and not w.format.dynamic:
+    return cpu.row_by_row(x, w.arrays(), kind)
   x, w = beside(x, w)
   return _kept_product(x, w, wide)
 
@@ -234,7 +229,7 @@ def _kept_product(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Ar
     one = lambda part: _kept_product(x, part, wide)
     y = jax.lax.map(lambda i: one(_part(w, parts, i)), jnp.arange(parts))
     return jnp.moveaxis(y, 0, -1).reshape(*x.shape[:-1], -1)
-  return _times(x, _widened(w.values, x.dtype), wide) * w.scales.astype(wide)
+  return cpu.times(x, cpu.widened(w.values, x.dtype), wide) * w.scales.astype(wide)
 
 
 def _forward(x, w):
@@ -268,7 +263,7 @@ def _parts(x: Float[Array, "..."], w: Quantized) -> int:
   outputs = w.values.shape[-2]
   size = w.values.size * jnp.promote_types(x.dtype, jnp.bfloat16).itemsize
   eight = w.format.kind in ("int8", "fp8") and not w.format.dynamic
-  many = math.prod(x.shape[:-1]) > _FEW_ROWS
+  many = math.prod(x.shape[:-1]) > cpu.FEW_ROWS
   if not (eight and many and w.values.ndim == 2) or platform() == "tpu":
     return 1
   fitting = (n for n in range(1, outputs) if outputs % n == 0 and size <= n * _MOST_WIDENED)
@@ -282,118 +277,32 @@ def _part(w: Quantized, parts: int, i: Int[Array, ""]) -> Quantized:
   return dataclasses.replace(w, values=values, scales=scales, outputs=(len(values),))
 
 
-def _few(x: Float[Array, "... I"], kind: str) -> bool:
-  """Whether rows of x are multiplied one by one as a CPU reads the matrix."""
-  few = math.prod(x.shape[:-1]) <= _SINGLE_ROWS[kind]
-  return few and _on_one_cpu() and x.dtype == jnp.float32
-
-
-def _settled(x: Float[Array, "... I"]) -> Float[Array, "... I"]:
-  """x, exactly, by a division that XLA cannot see through.
-
-  On a CPU, XLA puts what computes x, the norm before it and all, into the loop over the matrix and
-  repeats it for every output, unless its last operation is as dear as a division.
-  """
-  return x / jnp.where(jnp.isnan(x), x, 1.0)
-
-
 def _grouped(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, "... O"]:
   """A product with four bits; of int4 the shifts of groups meet the sums of their inputs."""
   arrays, centred = w.arrays(), w.format.kind == "int4"
   parts = formats.int4_centred(arrays) if centred else formats.nf4_parts(arrays)
-  y = _in_order(tuple(_times(x, part.astype(x.dtype), wide) for part in parts))
+  y = cpu.in_order(tuple(cpu.times(x, part.astype(x.dtype), wide) for part in parts))
   if not centred:
     return y
   sums = x.reshape(*x.shape[:-1], -1, w.format.group or 0).astype(wide).sum(axis=-1)
-  return y + _times(sums, formats.int4_shifts(arrays).astype(wide), wide)
-
-
-def _row_by_row(x: Float32[Array, "... I"], w: Quantized) -> Float32[Array, "... O"]:
-  """Few rows on a CPU, each with a loop of its own over the matrix as it is kept.
-
-  What belongs to groups is computed beside the matrix: once, before a loop of steps.
-  """
-  arrays, kind = w.arrays(), w.format.kind
-  starts = formats.int4_starts(arrays) if kind == "int4" else None
-  scales = {"int4": formats.int4_scales, "nf4": formats.nf4_scales}.get(kind, _own_scales)(arrays)
-
-  def one(row):
-    row, own = beside(row, w)
-    if starts is not None:
-      parts = formats.int4_moved(own.arrays(), scales, starts)
-    elif kind == "nf4":
-      parts = formats.nf4_parts(own.arrays(), scales)
-    else:
-      return jnp.matmul(row, _widened(own.values, row.dtype).T) * scales
-    return _in_order(tuple(jnp.matmul(row, part.T) for part in parts))
-
-  return _each_row(one, _settled(x))
-
-
-def _own_scales(arrays: formats.Arrays) -> Float32[Array, "O"]:
-  return arrays["scales"].astype(jnp.float32)
-
-
-def _each_row(one: Callable[[Array], Array], x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-  """`one` of each row of x, in a program that is as small for many rows as for one."""
-  rows = x.reshape(-1, x.shape[-1])
-  y = one(rows[0])[None] if len(rows) == 1 else jax.lax.map(one, rows)
-  return y.reshape(*x.shape[:-1], -1)
-
-
-def _on_one_cpu() -> bool:
-  mesh = jax.sharding.get_abstract_mesh()
-  return platform() == "cpu" and (mesh.empty or mesh.size == 1)
-
-
-def _in_order(parts: tuple[Array, ...]) -> Float[Array, "... O"]:
-  """Outputs in order from those that `unpack` parts.
-
-  A CPU multiplies them in one loop with what puts them together, element by element, unless that is
-  a gather.
-  """
-  if not _on_one_cpu():
-    return formats.interleaved(parts, parts[0].ndim - 1)
-  half = parts[0].shape[-1]
-  order = np.arange(2 * half).reshape(2, half).T.reshape(-1)
-  return jnp.concatenate(parts, axis=-1)[..., order]
-
-
-def _times(x: Float[Array, "... I"], w: Float[Array, "O I"], wide: Any) -> Float[Array, "... O"]:
-  """x · wᵀ; on a CPU the matrix first if there are few rows (`layers.scores`)."""
-  number = math.prod(x.shape[:-1])
-  if 1 < number <= _FEW_ROWS and _on_one_cpu():
-    y = jnp.matmul(w, x.reshape(number, -1).T, preferred_element_type=wide)
-    return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
-  return jnp.matmul(x, w.T, preferred_element_type=wide)
+  return y + cpu.times(sums, formats.int4_shifts(arrays).astype(wide), wide)
 
 
 def _dynamic(x: Float[Array, "... I"], w: Quantized, wide: Any) -> Float[Array, "... O"]:
   """Both rounded to eight bits; each row of x has a scale of its own."""
   small, scale = _rounded(x, w.format.kind, wide)
-  few = math.prod(x.shape[:-1]) <= _FEW_ROWS and _on_one_cpu()
+  few = math.prod(x.shape[:-1]) <= cpu.FEW_ROWS and cpu.on_one_cpu()
   if few and w.format.kind == "int8":
-    y = _whole_times(small.astype(jnp.int8), w.values).astype(wide)
-  elif _few(x, w.format.kind):
-    return _row_by_row(small.astype(jnp.float32), w) * scale
+    y = cpu.whole_times(small.astype(jnp.int8), w.values).astype(wide)
+  elif cpu.few(x, w.format.kind):
+    return cpu.row_by_row(small.astype(jnp.float32), w.arrays(), w.format.kind) * scale
   elif platform() == "cpu":  # XLA has no fast product of small numbers there.
-    y = _times(small.astype(wide), _widened(w.values, wide), wide)
+    y = cpu.times(small.astype(wide), cpu.widened(w.values, wide), wide)
   else:
     small = small.astype(w.values.dtype)
     exact = jnp.int32 if w.format.kind == "int8" else jnp.float32
     y = jnp.matmul(small, w.values.T, preferred_element_type=exact).astype(wide)
   return y * scale * w.scales.astype(wide)
-
-
-def _whole_times(x: Int8[Array, "... I"], w: Int8[Array, "O I"]) -> Int32[Array, "... O"]:
-  """x · wᵀ, exactly, row by row: XLA widens both in one loop of a CPU's own sums of products."""
-
-  def one(row):
-    row, own = jax.lax.optimization_barrier((row, w))  # As `beside`.
-    return jnp.matmul(row.astype(jnp.int32), own.astype(jnp.int32).T)
-
-  # As `_settled`, of whole numbers.
-  return _each_row(one, jax.lax.div(x, jnp.where(x == -128, x, jnp.int8(1))))
 
 
 def _rounded(x: Float[Array, "... I"], kind: str, wide: Any) -> tuple[Array, Array]:
@@ -426,12 +335,3 @@ def straight_through(x: Array, rounded: Array) -> Array:
 
 
 straight_through.defjvps(lambda tangent, *_: tangent, None)
-
-
-def _widened(values: Array, dtype: Any) -> Float[Array, "O I"]:
-  """Small numbers in a wider type; of float8 by its bits, which a CPU does faster than a cast."""
-  if values.dtype != jnp.float8_e4m3fn or platform() != "cpu" or dtype != jnp.float32:
-    return values.astype(dtype)
-  bits = jax.lax.bitcast_convert_type(values, jnp.uint8).astype(jnp.uint32)
-  moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
-  return jax.lax.bitcast_convert_type(moved, jnp.float32) * jnp.float32(2.0**120)
