@@ -127,10 +127,11 @@ def test_a_kept_prefix_changes_nothing_wherever_a_prompt_leaves_it(kind):
       for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
         assert other.cached_tokens is None
-    exact = kind == "dynamic" and same + 1 > 32
-    regime = kind == "longrope" and same + 3 <= 40
-    if not exact and not regime:
-      assert got[0].cached_tokens >= same // 8 * 8 and got[1].cached_tokens == same // 8 * 8
+    for prompt, one in zip(prompts, got, strict=True):
+      if kind == "dynamic" and len(prompt) > 32:  # Keys hang on the exact length.
+        assert one.cached_tokens == 0
+      elif kind != "longrope" or len(prompt) > 40:  # Shorter ones have other keys than LONG.
+        assert one.cached_tokens >= same // 8 * 8
   pieces = infer.stream(m, LONG[:50], max_new_tokens=8, prefix_cache=kept)
   assert "".join(pieces) == infer.generate(m, LONG[:50], max_new_tokens=8)[0].text
 
