@@ -74,6 +74,8 @@ def test_a_search_equals_that_of_transformers(gpt, name):
 def test_a_search_behind_an_encoder_equals_that_of_transformers(name):
   torch = pytest.importorskip("torch")
   theirs, m = theirs_and_ours("T5ForConditionalGeneration", std=0.3)
+  # Their cache has as many layers as the encoder, which are not enough here.
+  theirs.generation_config.use_cache = False
   equal(torch, theirs, dataclasses.replace(m, end_ids=(END,)), SETTINGS[name], start=1)
 
 
