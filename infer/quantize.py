@@ -9,7 +9,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -21,6 +20,7 @@ from infer.text import text_of_file
 from model import load, save
 from model.compilation import use_compilation_cache
 from model.errors import InputError, run
+from model.loading import unused_folder
 from model.peft.attach import is_adapted
 from model.quant_tree import resident_bytes
 
@@ -57,9 +57,7 @@ def main(argv: list[str]) -> int:
   chosen: Any = dict(format=_FORMAT.value, method=_METHOD.value, samples=_SAMPLES.value,
                 length=_LENGTH.value, alpha=_ALPHA.value)  # fmt: skip
   check(**chosen, text=_DATA.value is not None)  # What is impossible is said before the load.
-  target = Path(_TARGET.value or "").expanduser()
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise InputError(f"{target} holds something already: name a new or empty folder.")
+  target = unused_folder(_TARGET.value or "")
   text = None if _DATA.value is None else text_of_file(_DATA.value)
   use_compilation_cache(_CACHE_DIR.value)
   m = load(_CHECKPOINT.value or "")

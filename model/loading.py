@@ -29,7 +29,7 @@ from model.tokenizer import Tokenizer
 from model.tokenizer_files import holds_tokenizer
 from model.trained import Adapted, Model
 
-__all__ = ["Model", "convert", "load", "save"]
+__all__ = ["Model", "convert", "load", "save", "unused_folder"]
 
 FORMATS = ("orbax", "hf", "peft")
 TRAINED_BESIDE = ("generator",)  # Parameters that a checkpoint may hold and no model has.
@@ -387,8 +387,18 @@ def _new(folder: str | Path, format: str) -> Path:
   """The folder, made if it is not there."""
   if format not in FORMATS:
     raise InputError(f"format={format!r} is not known: use one of {', '.join(FORMATS)}.")
-  folder = Path(folder)
+  folder = unused_folder(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
+def unused_folder(path: str | Path) -> Path:
+  """The path of a folder that is to be written, with the home folder in place of a tilde.
+
+  Raises:
+    InputError: if something is there that is no empty folder.
+  """
+  folder = Path(path).expanduser()
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f"{folder} holds something already: name a new or empty folder.")
-  folder.mkdir(parents=True, exist_ok=True)
   return folder
