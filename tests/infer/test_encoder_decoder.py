@@ -98,6 +98,7 @@ def test_the_encoder_reads_closing_tokens_and_an_end_token_ends(m):
   assert stopped.tokens[-1] == token and stopped.finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_positions_limit_what_is_read_and_what_is_written_each_by_itself(m):
   limit = m.config.max_positions
   full = infer.generate(m, [5] * limit, max_new_tokens=limit - 1, min_new_tokens=limit - 1)[0]

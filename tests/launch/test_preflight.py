@@ -58,6 +58,7 @@ def values(done) -> dict:
   return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_with_a_change_that_then_fits():
   config = dataclasses.replace(described(small()), mesh=MeshConfig(data=8))
   whole = attempt(config, jax.devices(), None)

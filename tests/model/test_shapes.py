@@ -56,9 +56,11 @@ SMALL = {
 
 @pytest.mark.parametrize(
   ("name", "stacked"),
-  [("t5", False), ("windows", False), ("windows", True), ("shared", True), *(
+  [("t5", False), ("windows", True), *(
     pytest.param(*case, marks=pytest.mark.slow)
-    for case in (("t5", True), ("bart", False), ("bart", True))
+    for case in (
+      ("t5", True), ("bart", False), ("bart", True), ("windows", False), ("shared", True)
+    )
   )],
 )  # fmt: skip
 def test_cached_cross_attention_equals_one_full_pass(name, stacked):

@@ -22,7 +22,7 @@ BASE = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", tiny.marked("experts"))
+@pytest.mark.parametrize("name", tiny.marked(*tiny.LONGER))
 def test_cached_and_unstacked_decoding_equal_one_full_pass(name):
   cfg = tiny.MODELS[name]
   params = init_params(cfg, jax.random.key(0))

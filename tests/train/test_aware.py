@@ -76,6 +76,7 @@ def marked(*quick: str):
   return [name if name in quick else pytest.param(name, marks=slow) for name in FORMATS]
 
 
+@slow
 @pytest.mark.parametrize("format", marked("int8_dynamic"))
 def test_what_is_trained_says_what_the_quantized_model_says(format):
   params, tokens = params_of(WIDE), jax.random.randint(jax.random.key(1), (2, 12), 0, tiny.VOCAB)
@@ -154,6 +155,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@slow
 @pytest.mark.parametrize(("mesh", "format"), CASES)
 def test_eight_devices_equal_one_in_float64(mesh, format):
   model = dict(num_kv_heads=4, head_dim=32) if mesh == "tensor" else {}

@@ -106,6 +106,7 @@ def test_another_body_or_vocabulary_is_refused(tmp_path, changes, said):
     start(tasks.config(tmp_path, "classification", **settings), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_goes_on_and_knows_its_labels(tmp_path, capsys):
   pretrained(tmp_path)
   tasks.write(tmp_path / "rows.jsonl", tasks.rows(30))

@@ -222,9 +222,8 @@ def wide(mesh: MeshConfig, **changes):
     return program, program._train.lower(program.state, program.batch)
 
 
-@pytest.mark.parametrize(
-  "rounds", [pytest.param(1, marks=slow), 2], ids=lambda n: f"{n} rounds"
-)  # fmt: skip
+@slow
+@pytest.mark.parametrize("rounds", [1, 2], ids=lambda n: f"{n} rounds")
 def test_no_device_holds_layers_of_other_stages_or_scores_their_rows(rounds):
   program, lowered = wide(MESHES["stage2 data4"], stage_rounds=rounds)
   step = lowered.compile()

@@ -123,6 +123,7 @@ def test_two_processes_give_the_losses_of_one_and_the_first_alone_writes(one, tw
   assert len(list(workdir.glob("events.*"))) == 1
 
 
+@slow
 def test_a_killed_process_is_named_and_the_next_run_is_bit_identical(bench, two):
   workdir = bench.folder / "killed"
   run = Processes(bench, workdir, 2)

@@ -139,9 +139,8 @@ def test_killed_runs_continue_bit_for_bit(bench, reference):
   kill_and_continue(bench, bench.folder / "killed", workdir, seconds, kills=2, seed=0)
 
 
-@pytest.mark.parametrize(
-  "shape", [pytest.param("encoder", marks=pytest.mark.slow), "encoder_decoder"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["encoder", "encoder_decoder"])
 def test_a_killed_run_with_an_encoder_continues_bit_for_bit(bench, shape):
   undisturbed, began = bench.folder / shape, time.monotonic()
   status, _, err = bench.run(undisturbed, *SHAPES[shape])
@@ -204,6 +203,7 @@ def last_step(workdir: Path) -> int:
   return int(found[-1]) if found else 0
 
 
+@pytest.mark.slow
 def test_another_mesh_continues_and_another_model_is_refused(bench, reference):
   workdir = bench.folder / "moved"
   done = bench.typed(Path(os.path.relpath(workdir, ROOT)), "--config.steps=10")

@@ -63,7 +63,7 @@ def run(config, batches, devices=1):
     return jax.device_get(state), losses
 
 
-@pytest.mark.parametrize("name", tiny.marked("experts"))
+@pytest.mark.parametrize("name", tiny.marked(*tiny.LONGER))
 def test_packed_equals_separate_in_loss_and_gradients(name):
   model, docs = tiny.MODELS[name], tiny.documents(1, [5, 9, 2])
   packed = tiny.batch_of([tiny.row(docs, 20)])

@@ -48,6 +48,10 @@ MODELS = {
 }  # fmt: skip
 
 
+# Those whose programs take longest to compile.
+LONGER = ("experts", "latent_grouped_experts", "shared_layers_narrow_tables_two_positions")
+
+
 def marked(*slow: str) -> list:
   """Names of MODELS for a test's cases, of which some run on request."""
   mark = lambda name: pytest.param(name, marks=pytest.mark.slow) if name in slow else name

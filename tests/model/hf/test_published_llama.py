@@ -253,6 +253,7 @@ def test_greedy_decoding_equals_theirs_also_past_the_length_of_longrope(case, tm
     assert ours.tokens == want, len(prompt)
 
 
+@pytest.mark.slow
 def test_what_longrope_computes_of_a_growing_text_is_what_a_whole_pass_does():
   cfg = ModelConfig(
     vocab_size=97, num_layers=2, d_model=16, d_ff=16, num_heads=2, max_positions=64,

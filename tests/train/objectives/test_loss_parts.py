@@ -26,7 +26,7 @@ MODELS = {
   "seq2seq": (tiny.ROTARY, {}),
   "sft": (tiny.ROTARY, {}),
 }
-DAILY = ("masked_lm", "sft")
+DAILY = ("sft",)
 
 
 def settings(name, parts=1, dtype="float32"):

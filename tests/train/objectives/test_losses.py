@@ -110,6 +110,7 @@ def step(config, batch, devices: int):
     return start, jax.device_get(state.params), jax.device_get(metrics)
 
 
+@pytest.mark.slow
 def test_contrastive_learns_against_the_global_batch_on_any_number_of_devices(tmp_path):
   tasks.write(tmp_path / "rows.jsonl", tasks.rows(20))
   made = tasks.config(tmp_path, "contrastive", pooling="mean", packing=False, batch_size=4)

@@ -65,6 +65,7 @@ def test_packed_equals_separate_in_loss_and_gradients(greedy, share, model):
     close(got, want, 5e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_big_batch(greedy):
   results = []
   for parts in (1, 4):
@@ -132,6 +133,7 @@ def test_the_generator_learns_from_its_own_loss_only():
     assert size(shared["embed"]) > 0 and size(shared["encoder"]["position_embed"]) > 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_as_the_model_alone_and_begins_another_run(tmp_path):
   cfg = electra(init_from=str(tmp_path))
   mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])

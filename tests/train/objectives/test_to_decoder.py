@@ -183,6 +183,7 @@ def test_a_pair_sees_nothing_of_the_others_in_its_row(changed):
   assert (before != after)[written == 2][:, :vocabulary].any(-1).mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, shape", [KINDS[4], *SLOW[1:3]])
 def test_a_run_trains_to_its_end_and_shows_what_it_says(texts, name, shape, tmp_path, capsys):
   one = _config(texts, name, shape, steps=2, batch_size=8, eval_batches=1, optimizer=QUICK)

@@ -68,8 +68,8 @@ def begun(config, devices):
 
 
 CASES = [
-  (LORA, "nf4", "plain", None),
   *(pytest.param(*case, marks=slow) for case in (
+    (LORA, "nf4", "plain", None),
     (LORA, "nf4", "plain", MIX), (LORA, "int4", "plain", MIX), (LORA, "int8", "plain", MIX),
     (LORA, "int8", "plain", None), (LORA, "fp8", "plain", None), (LORA, "int4", "plain", None),
     (LORA, "int4", "plain", MeshConfig(data=8)),
