@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from model import quant
 from model.config import ModelConfig
 from model.quant import Quantized
-from model.quant_rows import FEW_ROWS
+from model.quant_rows import FEW_ROWS, matrix_first
 from model.sharding import constrain, platform
 
 # Of token types: the gradient of a gather would add all tokens to few rows, one after the other. As
@@ -168,17 +168,10 @@ def turn(module: Any, params: dict) -> dict:
 def scores(
   table: Float[Array, "V D"], x: Float[Array, "... D"], dtype: Any = None
 ) -> Float[Array, "... V"]:
-  """x · tableᵀ, accumulated and returned in `dtype` (None: as they are).
-
-  On a CPU, XLA packs the second matrix of a product before it multiplies. That is cheap where it is
-  many rows' x, but for few rows the table has to come first. XLA would turn the product around if
-  it saw that its result is turned.
-  """
-  rows = math.prod(x.shape[:-1])
-  if rows > FEW_ROWS or platform() != "cpu":
-    return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=dtype)
-  y = jnp.matmul(table, x.reshape(rows, -1).T, preferred_element_type=dtype)
-  return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
+  """x · tableᵀ, accumulated and returned in `dtype` (None: as they are)."""
+  if math.prod(x.shape[:-1]) <= FEW_ROWS and platform() == "cpu":
+    return matrix_first(table, x, dtype)
+  return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=dtype)
 
 
 class Norm(nnx.Module):

@@ -76,12 +76,23 @@ def in_order(parts: tuple[Array, ...]) -> Float[Array, "... O"]:
 
 
 def times(x: Float[Array, "... I"], w: Float[Array, "O I"], wide: Any) -> Float[Array, "... O"]:
-  """x · wᵀ; on a CPU the matrix first if there are few rows (`layers.scores`)."""
-  number = math.prod(x.shape[:-1])
-  if 1 < number <= FEW_ROWS and on_one_cpu():
-    y = jnp.matmul(w, x.reshape(number, -1).T, preferred_element_type=wide)
-    return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
+  """x · wᵀ, whichever way is faster."""
+  if 1 < math.prod(x.shape[:-1]) <= FEW_ROWS and on_one_cpu():
+    return matrix_first(w, x, wide)
   return jnp.matmul(x, w.T, preferred_element_type=wide)
+
+
+def matrix_first(
+  w: Float[Array, "O I"], x: Float[Array, "... I"], dtype: Any
+) -> Float[Array, "... O"]:
+  """x · wᵀ as w · xᵀ, accumulated in `dtype` (None: as they are).
+
+  On a CPU, XLA packs the second matrix of a product before it multiplies. That is cheap where it is
+  many rows' x, but for few rows the matrix has to come first. XLA would turn the product around if
+  it saw that its result is turned.
+  """
+  y = jnp.matmul(w, x.reshape(-1, x.shape[-1]).T, preferred_element_type=dtype)
+  return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
 
 
 def on_one_cpu() -> bool:

@@ -260,8 +260,7 @@ SMALL = dict(samples=8, length=48)
 @pytest.mark.parametrize("name", SHAPES)
 def test_models_of_every_shape_are_calibrated_layer_by_layer(name):
   m = tiny.model(**SHAPES[name])
-  format = "int4:8"
-  made, report = calibrated(m, TEXT, format=format, method="gptq", **SMALL)
+  made, report = calibrated(m, TEXT, format="int4:8", method="gptq", **SMALL)
   plain, now = errors(report)
   assert now < 0.9 * plain
   names = {part.name: part for part in report.parts}
@@ -273,7 +272,7 @@ def test_models_of_every_shape_are_calibrated_layer_by_layer(name):
   assert all(part.method == "gptq" and part.error < part.plain_error for part in met)
   want = said(m, read(m))
   off = lambda other: np.square(said(other, read(m)) - want).mean()
-  assert off(made) < off(calibrated(m, None, format=format, method="plain")[0])
+  assert off(made) < off(calibrated(m, None, format="int4:8", method="plain")[0])
   if name == "encoder-decoder":
     assert names["decoder.0.cross_attn.k_proj"].tokens == 8 * 48
     assert 8 <= names["decoder.0.cross_attn.q_proj"].tokens <= 8 * 64

@@ -72,12 +72,8 @@ def nats_of(cfg, params, batches):
   return total / weight
 
 
-def marked(*quick: str):
-  return [name if name in quick else pytest.param(name, marks=slow) for name in FORMATS]
-
-
 @slow
-@pytest.mark.parametrize("format", marked("int8_dynamic"))
+@pytest.mark.parametrize("format", FORMATS)
 def test_what_is_trained_says_what_the_quantized_model_says(format):
   params, tokens = params_of(WIDE), jax.random.randint(jax.random.key(1), (2, 12), 0, tiny.VOCAB)
   rounding, net = rounding_of(WIDE, format), abstract(WIDE)
@@ -149,9 +145,9 @@ MESHES = {
 
 CASES = [
   ("data fsdp tensor", "int4"),
-  *(pytest.param("data fsdp tensor", format, marks=slow) for format in ("nf4", "int8_dynamic")),
-  *(pytest.param(mesh, "int4", marks=slow) for mesh in ("fsdp", "tensor", "seq", "stage")),
-  pytest.param("stage", "int8_dynamic", marks=slow),
+  *(("data fsdp tensor", format) for format in ("nf4", "int8_dynamic")),
+  *((mesh, "int4") for mesh in ("fsdp", "tensor", "seq", "stage")),
+  ("stage", "int8_dynamic"),
 ]  # fmt: skip
 
 

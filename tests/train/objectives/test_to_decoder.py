@@ -184,7 +184,7 @@ def test_a_pair_sees_nothing_of_the_others_in_its_row(changed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, shape", [KINDS[4], *SLOW[1:3]])
+@pytest.mark.parametrize("name, shape", KINDS[2:5])
 def test_a_run_trains_to_its_end_and_shows_what_it_says(texts, name, shape, tmp_path, capsys):
   one = _config(texts, name, shape, steps=2, batch_size=8, eval_batches=1, optimizer=QUICK)
   assert train(one, tmp_path / "run") == 0

@@ -68,24 +68,23 @@ def begun(config, devices):
 
 
 CASES = [
-  *(pytest.param(*case, marks=slow) for case in (
-    (LORA, "nf4", "plain", None),
-    (LORA, "nf4", "plain", MIX), (LORA, "int4", "plain", MIX), (LORA, "int8", "plain", MIX),
-    (LORA, "int8", "plain", None), (LORA, "fp8", "plain", None), (LORA, "int4", "plain", None),
-    (LORA, "int4", "plain", MeshConfig(data=8)),
-    (LORA, "nf4", "plain", MeshConfig(data=1, fsdp=8)),
-    (LORA, "nf4", "plain", MeshConfig(data=1, seq=4, tensor=2)),
-    (LORA, "nf4", "deep", MeshConfig(data=2, slices=2, stage=2)),
-    (LORA, "int8", "deep", MeshConfig(data=1, fsdp=2, stage=2, tensor=2)),
-    (LORA, "int4", "experts", None), (LORA, "int8", "latent", None),
-    (LORA, "int8", "experts", MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
-    (LORA, "nf4", "experts", MeshConfig(data=1, slices=2, expert=4)),
-    (LORA | dict(method="dora"), "nf4", "plain", MIX), (dict(method="ia3"), "int4", "plain", MIX),
-    (LORA | dict(init="pissa"), "nf4", "plain", None),
-  )),
+  (LORA, "nf4", "plain", None),
+  (LORA, "nf4", "plain", MIX), (LORA, "int4", "plain", MIX), (LORA, "int8", "plain", MIX),
+  (LORA, "int8", "plain", None), (LORA, "fp8", "plain", None), (LORA, "int4", "plain", None),
+  (LORA, "int4", "plain", MeshConfig(data=8)),
+  (LORA, "nf4", "plain", MeshConfig(data=1, fsdp=8)),
+  (LORA, "nf4", "plain", MeshConfig(data=1, seq=4, tensor=2)),
+  (LORA, "nf4", "deep", MeshConfig(data=2, slices=2, stage=2)),
+  (LORA, "int8", "deep", MeshConfig(data=1, fsdp=2, stage=2, tensor=2)),
+  (LORA, "int4", "experts", None), (LORA, "int8", "latent", None),
+  (LORA, "int8", "experts", MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
+  (LORA, "nf4", "experts", MeshConfig(data=1, slices=2, expert=4)),
+  (LORA | dict(method="dora"), "nf4", "plain", MIX), (dict(method="ia3"), "int4", "plain", MIX),
+  (LORA | dict(init="pissa"), "nf4", "plain", None),
 ]  # fmt: skip
 
 
+@slow
 @pytest.mark.parametrize(("peft", "name", "body", "mesh"), CASES)
 def test_gradients_are_those_through_the_dequantized_base(peft, name, body, mesh):
   config, program, grid, state = started(peft | dict(base_format=name), body, mesh)
