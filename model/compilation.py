@@ -1,5 +1,5 @@
 """How programs are compiled: their cache on disk, so that a program that ran before starts at once,
-and what XLA is asked for where a processor computes few rows.
+and what XLA is asked for on a CPU.
 """
 
 import functools
@@ -12,7 +12,6 @@ import jax
 from model.sharding import platform
 
 MAX_BYTES = 8 * 2**30  # The least recently used programs are removed beyond this size.
-_WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}
 
 
 def use_compilation_cache(cache_dir: str | Path) -> None:
@@ -34,11 +33,19 @@ def run_one_at_a_time() -> None:
   jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+def wide_vectors(kind: str) -> dict[str, int] | None:
+  """Compiler options for a platform: on a CPU loops take vectors of 512 bits if it has them.
+
+  XLA's own choice is 256. Products are not touched: their kernels are compiled beforehand.
+  """
+  return {"xla_cpu_prefer_vector_width": 512} if kind == "cpu" else None
+
+
 class FewRows:
   """`jax.jit` of a program that multiplies few rows with many matrices, such as a decoding step.
 
-  On a CPU its loops take vectors of 512 bits where the processor has them: XLA's own choice, 256,
-  is up to 2.3 times as slow with whole numbers in eight bits.
+  On a CPU with wide vectors: with XLA's it is up to 2.3 times as slow with whole numbers in eight
+  bits.
   """
 
   def __init__(self, call: Callable[..., Any], **options: Any):
@@ -53,10 +60,9 @@ class FewRows:
     return self.jitted()(*args, **named)
 
   @functools.cache  # noqa: B019
-  def _jitted(self, cpu: bool) -> Any:
-    wide = _WIDE_VECTORS if cpu else None
-    return jax.jit(self._call, compiler_options=wide, **self._options)
+  def _jitted(self, kind: str) -> Any:
+    return jax.jit(self._call, compiler_options=wide_vectors(kind), **self._options)
 
   def jitted(self) -> Any:
     """The jitted function for the devices in use."""
-    return self._jitted(platform() == "cpu")
+    return self._jitted(platform())

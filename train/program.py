@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
+from model.compilation import wide_vectors
 from model.config import ModelConfig
 from model.context import check_lengths
 from model.errors import InputError
@@ -21,7 +22,7 @@ from model.peft.parts import Parts, parts_of
 from model.peft.written import written_out
 from model.pipeline import check_pipeline
 from model.quant import Format
-from model.sharding import batch_sharding, mesh_parts, replicated, shardings, shown_axes
+from model.sharding import batch_sharding, mesh_parts, platform, replicated, shardings, shown_axes
 from train.aware import Rounding
 from train.config import Config
 from train.objectives import make_objective
@@ -63,7 +64,7 @@ class Program:
   @functools.cached_property
   def train_step(self) -> jax.stages.Compiled:
     """(state, batch) -> (state, metrics); the state is donated."""
-    return self._train.lower(self.state, self.batch).compile()
+    return _compiled(self._train.lower(self.state, self.batch))
 
   def tree(self, params: dict, frozen: dict) -> dict:
     """All parameters of the network."""
@@ -72,7 +73,12 @@ class Program:
   @functools.cached_property
   def eval_step(self) -> jax.stages.Compiled:
     """(params, frozen, batch) -> the Means of a batch."""
-    return self._evaluate.lower(self.state.params, self.state.frozen, self.batch).compile()
+    return _compiled(self._evaluate.lower(self.state.params, self.state.frozen, self.batch))
+
+
+def _compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  """The program of a step for the mesh in use."""
+  return lowered.compile(compiler_options=wide_vectors(platform()))
 
 
 def build_program(config: Config, mesh: Mesh) -> Program:

@@ -44,7 +44,7 @@ def test_greedy_decoding_equals_the_argmax_of_full_passes(m):
     np.testing.assert_allclose([p for _, p in place], np.sort(row)[::-1][:3], atol=1e-4)
 
 
-@pytest.mark.parametrize("positions", ["rotary", "t5_bias"])
+@pytest.mark.parametrize("positions", [pytest.param("rotary", marks=pytest.mark.slow), "t5_bias"])
 def test_a_prefix_lm_reads_its_prompt_as_it_was_trained_to(positions):
   m = tiny.model(prefix_attention=True, positions=positions)
   prompts = [m.tokenizer.encode_prompt(p) for p in tiny.PROMPTS]

@@ -125,6 +125,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
   assert resolve(f"{tmp_path}@best") == (tmp_path, 6)
 
 
+@pytest.mark.once
 def test_overwritten_bytes_in_any_file_are_found_or_harmless(tmp_path, caplog):
   want = {1: bits(make_state(1)), 2: bits(make_state(2))}
   folder = save(tmp_path / "whole", 1, 2)

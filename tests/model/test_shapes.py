@@ -56,10 +56,11 @@ SMALL = {
 
 @pytest.mark.parametrize(
   ("name", "stacked"),
-  [("t5", False), ("windows", True), *(
+  [("windows", True), *(
     pytest.param(*case, marks=pytest.mark.slow)
     for case in (
-      ("t5", True), ("bart", False), ("bart", True), ("windows", False), ("shared", True)
+      ("t5", False), ("t5", True), ("bart", False), ("bart", True), ("windows", False),
+      ("shared", True),
     )
   )],
 )  # fmt: skip

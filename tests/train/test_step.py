@@ -79,9 +79,12 @@ def test_packed_equals_separate_in_loss_and_gradients(name):
 @pytest.mark.parametrize(
   "change",
   [
-    dict(scan_layers=False), dict(remat="full"),
+    dict(remat="full"),
     *(
-      pytest.param(dict(remat=n), marks=pytest.mark.slow) for n in ("offload", "dots", "attention")
+      pytest.param(change, marks=pytest.mark.slow)
+      for change in (
+        dict(scan_layers=False), dict(remat="offload"), dict(remat="dots"), dict(remat="attention")
+      )
     ),
   ],
   ids=str,

@@ -130,6 +130,7 @@ def test_contrastive_learns_against_the_global_batch_on_any_number_of_devices(tm
   np.testing.assert_allclose(metrics["loss"], np.mean(log_z - np.diag(logits)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_batch_for_classification(tmp_path):
   tasks.write(tmp_path / "rows.jsonl", tasks.rows(60))
   made = tasks.config(tmp_path, "classification", batch_size=8, max_texts=5)
