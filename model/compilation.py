@@ -33,7 +33,7 @@ def run_one_at_a_time() -> None:
   jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def wide_vectors(kind: str) -> dict[str, int] | None:
+def wide_vectors(kind: str) -> dict[str, Any] | None:
   """Compiler options for a platform: on a CPU loops take vectors of 512 bits if it has them.
 
   XLA's own choice is 256. Products are not touched: their kernels are compiled beforehand.
