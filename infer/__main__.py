@@ -168,8 +168,7 @@ def _generation(prompts: list[str]) -> Callable[[Model], None]:
 
   def answer(m: Model) -> None:
     made: dict[str, Any] = {n: load(p) for n, p in setting_flags.models_of(settings).items()}
-    if settings.get("prefix_cache"):
-      made["prefix_cache"] = PrefixCache(m)
+    made["prefix_cache"] = PrefixCache(m) if settings.get("prefix_cache") else None
     print_completions(m, prompts, settings | made, how)
 
   return answer

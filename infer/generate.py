@@ -210,8 +210,9 @@ def stream(m: "Model", prompt: Prompt, **settings: Any) -> Iterator[str]:
   encoded = checked(m, prompt, chosen)
   if len(encoded) != 1:
     raise InputError(f"stream takes one prompt and got {len(encoded)}: call it once for each.")
-  for name in ("num_return_sequences", "num_beams", "best_of", "penalty_alpha", "echo"):
-    if getattr(chosen, name) not in (1, None, False, 0.0):
+  whole = ("num_return_sequences", "num_beams", "best_of", "penalty_alpha", "logprobs", "echo")
+  for name in whole:
+    if getattr(chosen, name) != getattr(Settings(), name):
       raise InputError(f"{name}={getattr(chosen, name)} cannot be streamed: call generate.")
   chosen = dataclasses.replace(chosen, max_new_tokens=next(iter(by_room(m, encoded, chosen))))
   adapters = adapters_of(m, chosen, 1)

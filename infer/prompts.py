@@ -123,7 +123,8 @@ def _check_room(m: "Model", index: int, prompt: list[int], settings: Settings) -
   longest = m.room(m.config.stacks[0])
   if limit is None or longest is None:
     return
-  asked = settings.max_new_tokens or max(1, settings.min_new_tokens)
+  least = max(1, settings.min_new_tokens, len(prefix_tokens(m, settings)))
+  asked = settings.max_new_tokens or least
   if read is prompt and len(prompt) + asked > limit:
     raise InputError(
       f"prompt {index} has {len(prompt)} tokens and {asked} new ones are asked for: together "

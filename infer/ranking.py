@@ -38,14 +38,15 @@ def scores(
   """What a scorer gives the completions of a prompt; the highest is the best.
 
   Args:
-    scorer: "mean_logprob", the mean log-probability of a completion's tokens; a function of
+    scorer: "mean_logprob", the mean log-probability of a completion's tokens, -inf where it has
+      none, as one that begins with a stop string; a function of
       (prompt, completion); or a reward model, which reads prompt and completion as one text.
 
   Raises:
     InputError: for a function that returns no number.
   """
   if scorer == "mean_logprob":
-    return [math.fsum(c.logprobs) / max(1, len(c.logprobs)) for c in completions]
+    return [_mean(c.logprobs) for c in completions]
   if hasattr(scorer, "config"):
     before = prompt if isinstance(prompt, str) else _text(m, prompt)
     ids = scorer.tokenizer.encode_batch([before + c.text for c in completions])
@@ -55,6 +56,10 @@ def scores(
     if not isinstance(value, Real) or math.isnan(value):
       raise InputError(f"scorer returned {value!r}: a number is needed.")
   return [float(value) for value in given]
+
+
+def _mean(logprobs: Sequence[float]) -> float:
+  return math.fsum(logprobs) / len(logprobs) if logprobs else -math.inf
 
 
 def _text(m: "Model", tokens: Sequence[int]) -> str:

@@ -114,10 +114,14 @@ def reader(m: "Model", settings: Settings, length: int) -> Reader:
 
 
 def chunk_of(cfg: ModelConfig, settings: Settings, length: int) -> int:
-  """The most tokens that one pass reads of each row; a prefix LM reads its prompts whole."""
+  """The most tokens that one pass reads of each row; a prefix LM reads its prompts whole.
+
+  A block of a cache of prefixes is kept from one pass.
+  """
   if cfg.prefix_attention:
     return length
-  return min(settings.prefill_chunk or PREFILL_CHUNK, length)
+  block = settings.prefix_cache.block if settings.prefix_cache is not None else 0
+  return min(settings.prefill_chunk or max(PREFILL_CHUNK, block), length)
 
 
 def kept_dtype(settings: Settings) -> str | None:

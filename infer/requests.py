@@ -129,13 +129,18 @@ def _shaping(m: "Model", settings: Settings, size: int) -> Shaping | None:
 
 
 def spellings(m: "Model", word: Word) -> list[tuple[int, ...]]:
-  """The tokens of a word: of a text those at the beginning of a text and behind a space."""
+  """The tokens of a word: of a text those at the beginning of a text and behind a space.
+
+  Where the latter end with the former, as letter by letter, the former are found in both places.
+  """
   if isinstance(word, str):
     tokenizer = m.tokenizer
     if tokenizer is None:
       return []
     encode = lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
-    return [tokens for tokens in dict.fromkeys((encode(word), encode(f" {word}"))) if tokens]
+    first, behind = encode(word), encode(f" {word}")
+    same = behind[-len(first) :] == first
+    return [tokens for tokens in ((first,) if same else (first, behind)) if tokens]
   return [tuple(word)] if isinstance(word, Sequence) else [(word,)]
 
 

@@ -21,6 +21,7 @@ from model.errors import InputError
 _FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 # Settings that may be models, and what their values are called when they are none.
 _MODELS = {"draft": ("lookup", "layers"), "scorer": ("mean_logprob",)}
+_IDS = "Token ids are written id:13, several in a row id:13,7."
 _SWITCHES = ("prefix_cache",)  # Objects that a command makes where it is asked to.
 
 
@@ -48,6 +49,15 @@ def _read_words(text: str) -> dict[str | int, float]:
   return {int(key) if key.isdecimal() else key: value for key, value in pairs.items()}
 
 
+def _read_tokens(text: str) -> str | int | tuple[int, ...]:
+  """A text as it is, or the token ids that it names."""
+  named, _, ids = text.partition("id:")
+  if named or not all(part.isdecimal() for part in ids.split(",")):
+    return text
+  tokens = tuple(int(part) for part in ids.split(","))
+  return tokens[0] if len(tokens) == 1 else tokens
+
+
 def _read_switch(text: str) -> bool | str:
   return {"true": True, "false": False}.get(text, text)
 
@@ -70,7 +80,11 @@ def _kind(annotation: Any) -> _Kind:
   if collections.abc.Mapping in whole and str not in whole:
     return _Kind(flags.DEFINE_string, _read_words, 'JSON: {"50256": -5, "very": 2}.')
   if str in items:
-    return _Kind(flags.DEFINE_multi_string)
+    ids = int in items
+    read = (lambda texts: [_read_tokens(text) for text in texts]) if ids else list
+    return _Kind(flags.DEFINE_multi_string, read, _IDS if ids else "")
+  if str in whole and items == {int}:
+    return _Kind(flags.DEFINE_string, _read_tokens, _IDS)
   if items and str not in whole:
     return _Kind(flags.DEFINE_multi_integer, _one_or_many if int in whole else list)
   if whole == {bool}:

@@ -11,6 +11,9 @@ from infer.text import text_or_file
 from model.errors import InputError, nearest
 
 DEFAULT_NEW_TOKENS = 64
+# Settings of several values, in anything that can be read from its first to its last.
+_LISTS = ("stop", "bad_words", "allowed_tokens", "prefix")
+_EACH = ("adapter", "seed")  # One value for every prompt, or one each.
 DEFAULT_GUESSES = 4
 
 Word = str | int | Sequence[int]  # A text, a token or several.
@@ -104,6 +107,11 @@ class Settings:
   echo: bool = told(False, "Also report the log-probabilities of the prompt's tokens.")
 
   def __post_init__(self):
+    for name in (*_LISTS, *_EACH):
+      value = getattr(self, name)
+      one = isinstance(value, str) or (name in _EACH and isinstance(value, Integral))
+      if value is not None and not one:  # An iterator could be read only once.
+        object.__setattr__(self, name, tuple(listed(name, value)))
     check(self)
 
   def constraint(self) -> tuple[str, str] | None:

@@ -25,7 +25,8 @@ class Perplexity:
 
   Attributes:
     perplexity: exp of the mean nats of a scored token.
-    word_perplexity: exp of the nats of all tokens over words, which are parted by white space.
+    word_perplexity: exp of the nats of all tokens over words, which are parted by white space; inf
+      where that is more than a float holds, as of a language that parts no words.
     byte_perplexity: exp of the nats of all tokens over bytes of UTF-8.
     bits_per_byte: its logarithm to the base of 2.
     nats: of all scored tokens together.
@@ -85,11 +86,19 @@ def rise(found: Perplexity, plain: Perplexity) -> tuple[float, float | None]:
   tokens = np.array([n for n, _ in found.windows], np.float64)
   more = np.array([a - b for (_, a), (_, b) in zip(found.windows, plain.windows, strict=True)])
   mean = more.sum() / tokens.sum()
-  percent, number = 100 * (math.exp(mean) - 1), len(tokens)
+  percent, number = 100 * (_exp(mean) - 1), len(tokens)
   if number == 1:
     return percent, None
   spread = np.sum(np.square(more - mean * tokens)) * number / (number - 1)
-  return percent, 100 * math.exp(mean) * math.sqrt(spread) / float(tokens.sum())
+  return percent, 100 * _exp(mean) * math.sqrt(spread) / float(tokens.sum())
+
+
+def _exp(nats: float) -> float:
+  """e to the power of nats; inf where that is more than a float holds."""
+  try:
+    return math.exp(nats)
+  except OverflowError:
+    return math.inf
 
 
 class _Span(NamedTuple):
@@ -151,7 +160,7 @@ def perplexity(
   words, size = len(text.split()), len(text.encode())
   whole = nats / tokens * (len(ids) - first)
   return Perplexity(
-    math.exp(nats / tokens), math.exp(whole / max(1, words)), math.exp(whole / size),
+    _exp(nats / tokens), _exp(whole / max(1, words)), _exp(whole / size),
     whole / size / math.log(2), nats, tokens, words, size, window, stride, bool(before),
     tuple(zip(scored, each, strict=True)), len(chosen) < len(spans),
   )  # fmt: skip

@@ -155,6 +155,11 @@ def test_what_is_kept_of_prompts_is_bounded_and_the_oldest_goes(m):
   for expected in (0, 24):
     got = infer.generate(m, LONG[:60], max_new_tokens=5, prefix_cache=long)[0]
     assert got.cached_tokens == expected and len(long) == 3
+  large = tiny.model(max_positions=1200)
+  wide = infer.PrefixCache(large, block=512)  # More tokens than the 256 of a pass.
+  for expected in (0, 512):
+    got = infer.generate(large, [5] * 700, max_new_tokens=1, prefix_cache=wide)[0]
+    assert got.cached_tokens == expected
   long.clear()
   assert len(long) == long.bytes == 0
   assert infer.generate(m, LONG[:60], max_new_tokens=1, prefix_cache=long)[0].cached_tokens == 0

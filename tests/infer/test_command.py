@@ -48,6 +48,20 @@ def test_json_holds_what_generate_returns_for_each_prompt_in_order(workdir, tmp_
     ]
 
 
+def test_token_ids_are_written_beside_texts(workdir, tmp_path):
+  m = model.load(workdir)
+  plain = infer.generate(m, "Hi", max_new_tokens=20)[0].tokens
+  own = dict(stop=["zz", plain[4]], bad_words=[(plain[1], plain[2]), "no"], prefix=[plain[0]])
+  done = command(
+    f"--checkpoint={workdir}", "--prompt=Hi", "--max_new_tokens=20", "--json", "--stop=zz",
+    f"--stop=id:{plain[4]}", f"--bad_words=id:{plain[1]},{plain[2]}", "--bad_words=no",
+    f"--prefix=id:{plain[0]}", "--noprefix_cache", folder=tmp_path,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  want = infer.generate(m, "Hi", max_new_tokens=20, **own)[0].tokens
+  assert json.loads(done.stdout)["tokens"] == want != plain
+
+
 def test_stdout_holds_the_completion_only_and_a_stream_is_the_same(workdir, tmp_path):
   want = infer.generate(model.load(workdir), list(tiny.PROMPTS[:2]), **SAME)
   typed = [sys.executable, "-m", "infer", f"--checkpoint={workdir}", *SETTINGS,
@@ -67,6 +81,7 @@ def test_stdout_holds_the_completion_only_and_a_stream_is_the_same(workdir, tmp_
     (("--checkpoint={workdir}",), "there is no prompt"),
     (("--checkpoint={workdir}", "--prompt=a", "--temperature=nan"), "temperature=nan"),
     (("--checkpoint={workdir}", "--prompt=a", "--top_kk=3"), "top_k"),
+    (("--checkpoint={workdir}", "--prompt=a", "--stop=id:9,7"), "stop=(9, 7)"),
     (("--checkpoint={workdir}/no", "--prompt=a"), "no"),
     (("--checkpoint={workdir}", "--prompts_file=/no/such/file"), "/no/such/file"),
   ],

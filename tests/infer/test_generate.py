@@ -149,6 +149,9 @@ def test_streamed_pieces_join_to_the_text_of_generate(m, seed):
     pieces = list(infer.stream(m, tiny.PROMPTS[1], **settings))
     assert "".join(pieces) == whole
     assert all(pieces)
+  for settings in (dict(echo=True), dict(logprobs=1), dict(penalty_alpha=1, top_k=2)):
+    with pytest.raises(ValueError, match="cannot be streamed"):
+      infer.stream(m, "a", **settings)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
@@ -256,5 +259,7 @@ def test_without_a_number_a_text_ends_where_the_model_has_no_positions_left(m):
   short, full = infer.generate(m, [[5, 6, 7], ids], min_new_tokens=3)
   assert len(full.tokens) <= 9 and full.tokens == infer.generate(m, ids, min_new_tokens=3)[0].tokens
   assert short.tokens == infer.generate(m, [5, 6, 7], min_new_tokens=3)[0].tokens
-  with pytest.raises(ValueError, match="new ones are asked for"):
-    infer.generate(m, ids, max_new_tokens=10)
+  assert infer.generate(m, ids, prefix=[5] * 9)[0].tokens == [5] * 9
+  for settings in (dict(max_new_tokens=10), dict(prefix=[5] * 10)):
+    with pytest.raises(ValueError, match="10 new ones are asked for"):
+      infer.generate(m, ids, **settings)

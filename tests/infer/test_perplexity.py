@@ -13,6 +13,8 @@ from infer.evaluate import Perplexity, perplexity, rise
 from model.errors import InputError
 from tests.commands import run
 from tests.infer import tiny
+from train.config import Config, DataConfig, OptimizerConfig, PeftConfig
+from train.loop import train
 
 TEXT = "Some text with é, some words and\n\nseveral lines; as long as two windows or three." * 2
 
@@ -73,8 +75,8 @@ def test_a_rise_is_told_with_the_standard_error_of_its_windows():
   def measured(nats, tokens):
     mean = nats.sum() / sum(tokens)
     windows = tuple(zip(tokens, nats, strict=True))
-    return Perplexity(math.exp(mean), 1, 1, 1, nats.sum(), sum(tokens), 1, 1, 401, 400, False,
-                      windows, True)  # fmt: skip
+    return Perplexity(math.exp(min(mean, 700)), 1, 1, 1, nats.sum(), sum(tokens), 1, 1, 401, 400,
+                      False, windows, True)  # fmt: skip
 
   found, base = measured(plain + more, [400] * 40), measured(plain, [400] * 40)
   percent, error = rise(found, base)
@@ -83,6 +85,8 @@ def test_a_rise_is_told_with_the_standard_error_of_its_windows():
   want = np.std(more / 400, ddof=1) / math.sqrt(40)
   assert error == pytest.approx(found.perplexity / base.perplexity * 100 * want)
   assert rise(measured(plain[:1], [400]), measured(plain[:1], [400])) == (0, None)
+  huge = measured(plain[:1] * 0 + 1e6, [400])
+  assert rise(huge, measured(plain[:1], [400])) == (math.inf, None)
   with pytest.raises(ValueError, match="same windows"):
     rise(found, measured(plain, [300] + [400] * 39))
 
@@ -115,9 +119,41 @@ def test_the_command_says_the_numbers_and_the_protocol(tmp_path):
   told = json.loads(done.stdout)
   assert told["perplexity"] == perplexity(m, TEXT, stride=48).perplexity
   assert "windows of 96 tokens, each begins 48 tokens behind" in told["protocol"]
+  unparted = TEXT.replace(" ", "").replace("\n", "")  # A word of more nats than exp can take.
+  (tmp_path / "text.txt").write_text(unparted)
+  done = run("infer.evaluate", *command, "--json")
+  told, found = json.loads(done.stdout), perplexity(m, unparted, stride=48)
+  assert told["word_perplexity"] is None and found.word_perplexity == math.inf
+  assert told["perplexity"] == found.perplexity
   wrong = run("infer.evaluate", *command[:2], f"--data={tmp_path}")
   assert wrong.returncode == 2
   assert wrong.stderr.splitlines()[-1].startswith(f"error: --data={str(tmp_path)!r} is no text")
+
+
+@pytest.mark.slow
+def test_an_adapter_is_measured_beside_its_float_base_whatever_its_run_kept(tmp_path):
+  (tmp_path / "text.txt").write_text(TEXT)
+  m = tiny.model(d_model=64, d_ff=128, window=None, layer_pattern=("global",))
+  model.save(m, tmp_path / "base")
+  config = Config(
+    steps=1, batch_size=8, seq_len=16, checkpoint_every=1, init_from=str(tmp_path / "base"),
+    cache_dir=str(tmp_path / "cache"), data=DataConfig(source=str(tmp_path / "text.txt")),
+    peft=PeftConfig(method="lora", rank=2, base_format="int4"),
+    optimizer=OptimizerConfig(warmup_steps=0, learning_rate=0.03),
+  )  # fmt: skip
+  assert train(config, tmp_path / "run") == 0
+  plain = model.load(tmp_path / "base", adapter=tmp_path / "run")
+  kept = model.load(tmp_path / "base", adapter=tmp_path / "run", quantize="int4")
+  settings = ["--task=perplexity", f"--data={tmp_path / 'text.txt'}", f"--cache_dir={tmp_path}",
+              "--quantize=int4", "--beside_float", "--json"]  # fmt: skip
+  alone, base, run_ = "--checkpoint={}", tmp_path / "base", tmp_path / "run"
+  for given in ([alone.format(run_)], [alone.format(base), f"--adapter={run_}"]):
+    done = run("infer.evaluate", *given, *settings)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["perplexity"] == pytest.approx(perplexity(kept, TEXT).perplexity, rel=1e-4)
+    assert told["float_perplexity"] == pytest.approx(perplexity(plain, TEXT).perplexity, rel=1e-5)
+    assert abs(told["rise_percent"]) > 1e-3
 
 
 @pytest.mark.slow

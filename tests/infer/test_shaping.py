@@ -150,6 +150,9 @@ def test_words_given_as_text_are_not_said():
   word = free.text[3:5]
   bound = infer.generate(m, "Hi", bad_words=[word], **settings)[0]
   assert word in free.text and word not in bound.text
+  # Bytes of a word are those behind a space too: its bias is added once.
+  score = lambda word: infer.generate(m, "Hi", logit_bias={word: 1.5}, num_beams=2, **settings)[0]
+  assert score("ab").score == score(tuple(b"ab")).score
 
 
 def test_a_prompt_gives_the_same_alone_and_in_a_batch_with_penalties():
@@ -174,6 +177,11 @@ def test_sequences_of_a_prompt_differ_and_the_best_of_them_is_returned():
   assert [c.tokens for c in best] == [c.tokens for c in want]
   shortest = infer.generate(m, "Hi", best_of=4, scorer=lambda p, c: -len(c.text), **settings)
   assert len(shortest[0].text) == min(len(c.text) for c in many[:4])
+  plain = settings | dict(allowed_tokens=m.tokenizer.encode("abcdefgh", add_special_tokens=False))
+  texts = [c.text for c in infer.generate(m, "Hi", num_return_sequences=4, **plain)]
+  stop = {text[0] for text in texts[:3]}  # They end before they have said anything.
+  kept = infer.generate(m, "Hi", best_of=4, stop=stop, **plain)[0].text
+  assert kept and texts[3].startswith(kept)
   judge = tiny.model(seed=4, head="sequence", num_labels=1, problem="regression")
   told = lambda text: float(judge([judge.tokenizer.encode(text)])[0, 0])
   chosen = infer.generate(m, "Hi", best_of=4, scorer=judge, **settings)[0]
@@ -200,6 +208,18 @@ def test_echo_tells_the_log_probabilities_of_the_prompt():
     )
     best = [[t for t, _ in place] for place in one.prompt_top_logprobs]
     assert best == np.argsort(-own)[:, :2].tolist()
+
+
+@pytest.mark.parametrize("of", [iter, np.array, tuple])
+def test_several_values_may_be_anything_that_is_read_in_order(of):
+  m = tiny.model()
+  ask = lambda **s: infer.generate(m, "Hi", max_new_tokens=9, **s)[0].tokens
+  plain = ask()
+  for name, value in (
+    ("stop", [plain[2]]), ("bad_words", [plain[0]]), ("prefix", [5, 6]), ("allowed_tokens", [7, 8]),
+  ):  # fmt: skip
+    assert ask(**{name: of(value)}) == ask(**{name: value}) != plain, name
+  assert ask(prefix=5) == ask(prefix=[5]) and ask(allowed_tokens=5) == [5] * 9
 
 
 @pytest.mark.parametrize(
