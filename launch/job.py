@@ -29,7 +29,7 @@ class Job:
 
   Attributes:
     command: a module of ours and its arguments, ("train", "--config=…", "--workdir=…").
-    name: of the run; lower-case letters, digits and dashes, at most 48: a name for Kubernetes too.
+    name: of the run; lower-case letters, digits and dashes, at most 48; Kubernetes takes fewer.
     processes: how many run the command; None leaves it to the target (hosts of a file, of a slice).
     environment: variables that each process gets beside what its target sets; they win.
     max_restarts: how often a failed run is started again.

@@ -97,6 +97,7 @@ def job_set(job: Job, options: Options) -> dict[str, Any]:
   hosts = part.hosts if part else options.nodes or 1
   job = dataclasses.replace(job, processes=options.slices * hosts)
   _check_names(job, options)
+  _check_length(job.name, options.slices, hosts)
   volume = "--pvc or --bucket"
   mount = check_mount(options.mount, options.bucket, options.pvc or options.bucket, volume)
   check_lasting(job, mount, volume)
@@ -280,6 +281,16 @@ def _check_names(job: Job, options: Options) -> None:
       raise InputError(
         f"--{name}={value}: a quantity of Kubernetes is needed, as 96, 500m or 400Gi."
       )
+
+
+def _check_length(name: str, count: int, hosts: int) -> None:
+  """As JobSet's webhook does: the last pod's name, with its random end, is a label of DNS."""
+  longest = 63 - len(f"-{REPLICATED}-{count - 1}-{hosts - 1}-abcde")
+  if len(name) > longest:
+    raise InputError(
+      f"--name={name}: names of pods begin with it, which leaves it at most {longest} characters "
+      f"with {count} x {hosts} hosts, and it has {len(name)}. Give a shorter --name."
+    )
 
 
 def _literal(text: str) -> str:

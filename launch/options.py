@@ -1,6 +1,7 @@
 """Settings of a target as fields of a dataclass, and the flags that follow from them."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Iterable, Mapping
 from types import UnionType
@@ -77,6 +78,8 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
   if choices and value not in choices:
     known = f" Known: {', '.join(choices)}."
     raise InputError(f"--{name}={value} is not known.{nearest(value, choices)}{known}")
+  if isinstance(value, float) and not math.isfinite(value):
+    raise InputError(f"--{name}={value}: a finite number is needed.")
   if at_least is not None and not value >= at_least:
     raise InputError(f"--{name}={value}: at least {at_least} is needed.")
   if at_most is not None and not value <= at_most:

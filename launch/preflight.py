@@ -8,6 +8,7 @@ moves and sends, and how long it takes at best. Status 0: it fits; 1: it does no
 
 import dataclasses
 import json
+import math
 import sys
 
 from absl import flags
@@ -35,8 +36,8 @@ def main(argv: list[str]) -> int:
     raise InputError(f"{argv[1]!r} is no flag: settings are written --config.name=value.")
   if not _TOPOLOGY.value:
     raise InputError("--topology is missing: name one, for example v5p:4x4x4, cpu:8 or local.")
-  if _MEMORY.value is not None and not _MEMORY.value > 0:
-    raise InputError(f"--memory_gib={_MEMORY.value} must be positive.")
+  if _MEMORY.value is not None and not 0 < _MEMORY.value < math.inf:
+    raise InputError(f"--memory_gib={_MEMORY.value} must be positive and finite.")
   if _TRIES.value < 1:
     raise InputError(f"--search_tries={_TRIES.value} must be at least 1.")
   config = _CONFIG.value

@@ -1,6 +1,7 @@
 """A run of several processes, started again when it failed, ended as a whole."""
 
 import contextlib
+import dataclasses
 import math
 import queue
 import signal
@@ -16,6 +17,8 @@ from model.errors import DEFECT, DONE, NON_FINITE, PREEMPTED, USER_ERROR
 
 SETTLE_SECONDS = 1.0  # After the first failure: most of the others end by themselves and say why.
 KILL_SECONDS = 2.0  # Between the word KILL and the end of the process that should have heard it.
+# Statuses of who is asked to stop before it can save anything.
+_UNREADY = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 _MEANING = {
   DEFECT: "a defect", USER_ERROR: "wrong input", NON_FINITE: "a loss that stays non-finite",
 }  # fmt: skip
@@ -61,7 +64,7 @@ def ending(ended: Ended, logs: Path) -> str:
   process, output = ended.running.process, ended.running.output
   name, log = f"process {process.label}", logs / f"{process.rank}.log"
   if ended.status == PREEMPTED:
-    return f"{name} was stopped with its state saved: the same command goes on."
+    return f"{name} was stopped with what it had done saved: the same command goes on."
   if ended.status > 128:
     number = ended.status - 128
     known = number in set(signal.Signals)
@@ -140,6 +143,8 @@ class Attempt:
   def _take(self, event: Ended | signal.Signals) -> None:
     if isinstance(event, Ended):
       self._left.remove(event.running)
+      if self._signals.received and event.status in _UNREADY:  # Nothing was there to save.
+        event = dataclasses.replace(event, status=PREEMPTED)
       if event.status != DONE:
         self._failed.append(event)
         self._stop_after(self._grace if event.status == PREEMPTED else SETTLE_SECONDS)

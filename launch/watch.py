@@ -4,8 +4,10 @@ Stands between a launcher and one process of a run, on the process's machine, an
 standard library only. Standard input is the line to the launcher: a line names a signal for the
 command (TERM, INT) or says KILL, an empty one says that the launcher is there. When the input ends,
 or is silent for longer than --silence seconds, the launcher is gone: the command gets SIGTERM, so
-that it saves, and SIGKILL after the grace period. What the command leaves behind in its process
-group ends with it. On Linux the command dies with this process too, whatever kills it.
+that it saves, and SIGKILL after the grace period. Only a pipe or a socket is such a line: from a
+terminal or /dev/null, as where a shell runs this command, nothing is read. What the command leaves
+behind in its process group ends with it. On Linux the command dies with this process too, whatever
+kills it.
 
 With --share=I/N it also leaves the command the I-th of N shares of this machine's devices.
 
@@ -19,6 +21,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -94,10 +97,20 @@ def main() -> int:
   print(f"{STARTED} {watch.process.pid} on {socket.gethostname()}", file=sys.stderr, flush=True)
   for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda received, _: watch.ask(signal.SIGTERM))
-  threading.Thread(target=watch.listen, args=(given.silence,), daemon=True).start()
+  if _has_launcher():
+    threading.Thread(target=watch.listen, args=(given.silence,), daemon=True).start()
   status = watch.process.wait()
   watch.kill()
   return 128 - status if status < 0 else min(status, 254)
+
+
+def _has_launcher() -> bool:
+  """Whether standard input is what a launcher, or sshd, gives."""
+  try:
+    mode = os.fstat(0).st_mode
+  except OSError:  # It is closed.
+    return False
+  return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
 def _arguments() -> argparse.Namespace:

@@ -121,6 +121,7 @@ def _quieten_libraries() -> None:
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _USER_ERRNO = {
   errno.ENOENT,
+  errno.EEXIST,
   errno.EACCES,
   errno.EPERM,
   errno.ENOSPC,

@@ -17,6 +17,7 @@ from model.config import LayerKind, ModelConfig
 from model.context import balanced, balanced_parts, sent_home
 from model.disentangled import RelativeTable
 from model.layers import Embed, Linear, Norm, dropout, noisy
+from model.peft.attach import dropout_rate, with_folded_keys
 from model.peft.virtual import Prompt, later, with_positions
 from model.pipeline import Plan, current_plan, of_round, pipelined, stage_policy
 from model.sharding import constrain_rows
@@ -155,7 +156,7 @@ class Stack(nnx.Module):
     draws the same.
     """
     cfg = self.cfg
-    rates = cfg.dropout, cfg.attention_dropout, cfg.mlp_dropout, inputs.noise
+    rates = cfg.dropout, cfg.attention_dropout, cfg.mlp_dropout, inputs.noise, dropout_rate(self)
     return key is not None and max(rates) > 0
 
   def read(self, cache: Cache, context: Context) -> Cache:
@@ -256,6 +257,8 @@ class Stack(nnx.Module):
       own = self._derived(where, cached=False)
       body = functools.partial(_one_repeat, cfg=cfg, where=own, key=fold(key, part), turn=turn)
       blocks, index = layers
+      for block in blocks:
+        with_folded_keys(block, part)
       scan = jax.lax.scan if cfg.scan_layers else _unrolled
       x, (_, aux) = scan(body, x, (blocks, (None,) * len(blocks), index))
       return x, aux

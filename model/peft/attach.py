@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Int
 
 from model.errors import InputError
 from model.layers import Embed, Linear
@@ -105,3 +106,17 @@ def with_dropout(net: nnx.Module, rate: float, key: jax.Array) -> None:
       adapter.rate = rate
       keys = jax.random.split(own, lead) if lead else own
       adapter.key = nnx.Param(jax.random.key_data(keys))
+
+
+def dropout_rate(net: nnx.Module) -> float:
+  """The highest rate at which adapters of `net` drop what they read."""
+  return max((getattr(adapter, "rate", 0.0) for _, adapter in adapters(net)), default=0.0)
+
+
+def with_folded_keys(net: nnx.Module, index: Int[Array, ""]) -> None:
+  """Lets the adapters of `net` that drop something drop something else for each index."""
+  for _, adapter in adapters(net):
+    if isinstance(adapter, LoRA | Bottleneck) and hasattr(adapter, "key"):
+      keys = jax.random.wrap_key_data(adapter.key[...])
+      own = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys.reshape(-1))
+      adapter.key = nnx.Param(jax.random.key_data(own.reshape(keys.shape)))

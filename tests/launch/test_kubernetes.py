@@ -158,11 +158,17 @@ def test_hosts_chips_and_restarts_are_where_kubernetes_looks_for_them():
   }
 
 
-@pytest.mark.parametrize("length", [1, 48])
-def test_names_of_pods_fit_into_dns(length):
-  largest = manifest(a_job(name="x" * length), topology="v5p:16x16x16", slices=99, pvc="p")
-  hosts, count = job_spec(largest)["completions"], largest["spec"]["replicatedJobs"][0]["replicas"]
-  assert len(f"{'x' * length}-{kubernetes.REPLICATED}-{count - 1}-{hosts - 1}") <= 63
+@pytest.mark.parametrize(
+  ("options", "pod"),
+  [({}, "-slice-0-0"), (dict(topology="v5p:16x16x16", slices=99), "-slice-98-1023")],
+)
+def test_names_of_pods_fit_into_dns_as_jobset_checks_it(options, pod):
+  longest = 63 - len(f"{pod}-abcde")  # What it adds to the last pod's name.
+  made = manifest(a_job(name="x" * longest), pvc="p", **options)
+  hosts, count = job_spec(made)["completions"], made["spec"]["replicatedJobs"][0]["replicas"]
+  assert pod == f"-{kubernetes.REPLICATED}-{count - 1}-{hosts - 1}"
+  with pytest.raises(InputError, match=f"at most {longest} characters"):
+    manifest(a_job(name="x" * (longest + 1)), pvc="p", **options)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ time.sleep(60)
   ("ends", "restarts", "status", "starts"),
   [
     ("[1, 75, 0][attempt]", 2, 0, 3),
-    pytest.param("3", 1, 3, 2, marks=pytest.mark.slow),
+    pytest.param("3", 1, 3, 1, marks=pytest.mark.slow),
     pytest.param("[1, 2][attempt]", 5, 2, 2, marks=pytest.mark.slow),
     pytest.param("os.kill(os.getpid(), 9)", 1, 137, 2, marks=pytest.mark.slow),
   ],
@@ -120,6 +120,20 @@ def test_a_signal_to_the_launcher_reaches_all_and_is_no_failure(folder, number):
   _, err = process.communicate(timeout=60)
   assert process.returncode == 75, err
   assert all(f"[{rank}] saved after {number.name}" in err for rank in range(2))
+  assert "the same command goes on" in err.splitlines()[-1]
+  assert (folder / "attempts0").read_text() == "x"
+
+
+def test_a_signal_before_the_processes_can_save_is_no_failure(folder):
+  process = start(
+    folder, "--processes=2", "--max_restarts=2", "--backoff=0.1", "--", "train",
+    "--run=signal.signal(signal.SIGTERM, signal.SIG_DFL); Path(f'ready{rank}').touch(); "
+    "time.sleep(60)",
+  )  # fmt: skip
+  wait_for(lambda: all((folder / f"ready{rank}").exists() for rank in range(2)))
+  process.terminate()
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 75, err
   assert "the same command goes on" in err.splitlines()[-1]
   assert (folder / "attempts0").read_text() == "x"
 
@@ -185,7 +199,7 @@ def test_a_dry_run_prints_what_a_run_starts(folder):
   )
   for line in out.splitlines():
     process = subprocess.Popen(line, shell=True, cwd=folder, env=environment(**changes),
-                               stdin=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                               stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
     wait_for(lambda process=process: process.poll() is not None)
     assert process.returncode == 0
   printed = [json.loads((folder / f"got{rank}.json").read_text()) for rank in range(2)]
@@ -244,6 +258,8 @@ else:
     (["--env=3=x", "--", "train"], "NAME=VALUE"),
     (["--port=70000", "--", "train"], "--port=70000: at most 65535"),
     (["--procesess=2", "--", "train"], "procesess"),
+    (["--logs=train/__main__.py", "--", "train"], "File exists (train/__main__.py)"),
+    (["--target=tpu", "--poll=inf", "--", "train"], "--poll=inf: a finite number"),
   ],
 )
 def test_wrong_flags_are_one_line_and_status_2(folder, words, said):

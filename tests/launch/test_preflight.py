@@ -134,6 +134,7 @@ def test_wrong_input_ends_with_one_line_and_status_2():
   cases = {
     ("--config=configs/gpt_tiny.py",): "--topology is missing",
     (*SMALL, "--memory_gib=0"): "must be positive",
+    (*SMALL, "--memory_gib=inf"): "must be positive and finite",
     (*SMALL, "extra"): "is no flag",
     (*SMALL, "--config.mesh.fsdp=3"): "does not fit 8 devices",
     (*SMALL, "--config.batch_size=3"): "is not a multiple of the 8 parts",

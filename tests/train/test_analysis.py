@@ -23,8 +23,9 @@ from train.analysis.loops import runs
 from train.analysis.memory import state_bytes
 from train.analysis.model_work import model_flops
 from train.analysis.report import allocations
+from train.analysis.variants import parts_of
 from train.analysis.work import instruction_flops, work
-from train.config import DataConfig, MeshConfig, OptimizerConfig, PeftConfig
+from train.config import DataConfig, MeshConfig, ObjectiveConfig, OptimizerConfig, PeftConfig
 from train.program import build_program
 
 DENSE = ModelConfig(
@@ -293,6 +294,25 @@ def test_a_run_out_of_memory_ends_with_a_report_and_the_flag_to_change(capsys):
   told = capsys.readouterr().err
   assert "params.embed.table" in told or "opt_state" in told
   assert "try --config.model.remat=full" in told and "--config.mesh.fsdp=8" in told
+
+
+CONTRASTIVE = dict(objective=ObjectiveConfig(name="contrastive"), data=DataConfig(text_pair="pair"))
+
+
+@pytest.mark.parametrize(
+  ("mesh", "settings", "parts"),
+  [
+    (MeshConfig(data=4), {}, [1, 2, 4, 8]),
+    (MeshConfig(data=2, stage=2), {}, [1, 2, 4, 8]),
+    (MeshConfig(data=2, stage=2), dict(micro_batches=4), [1, 2, 4]),
+    (MeshConfig(data=4), CONTRASTIVE, [1]),
+  ],
+)
+def test_only_parts_that_training_would_take_are_suggested(mesh, settings, parts):
+  own = dict(settings)
+  model = dataclasses.replace(DENSE, micro_batches=own.pop("micro_batches", None))
+  config = tiny.config(model, mesh=mesh, batch_size=32, **own)
+  assert parts_of(config, jax.devices()[:4]) == parts
 
 
 def test_arrays_that_the_compiler_names_are_read_from_its_message():

@@ -3,13 +3,17 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
+from jax.sharding import Mesh
+
 from model.errors import InputError
-from model.sharding import make_mesh, mesh_parts
+from model.pipeline import check_pipeline
+from model.sharding import make_mesh
 from train.analysis.memory import state_bytes
 from train.analysis.report import Report
 from train.config import Config, MeshConfig
-from train.program import build_program
+from train.program import build_program, check_batch
 from train.report import byte_text
+from train.resolve import check_fit
 
 REMAT = ("none", "attention", "dots", "full")  # What is kept for the backward pass falls.
 _TRIES = 8  # Programs compiled at most for one suggestion: they take minutes each.
@@ -84,10 +88,22 @@ def _smaller(config: Config, devices: list, report: Report, memory: int) -> Conf
 
 
 def parts_of(config: Config, devices: list) -> list[int]:
-  """Numbers of parts that a batch can be computed in on the config's mesh, ascending."""
+  """Numbers of parts that training would compute a batch in on the config's mesh, ascending."""
   mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-  shares, rows = mesh_parts("batch", mesh), config.batch_size
-  return [n for n in range(1, rows + 1) if rows % n == 0 and rows // n % shares == 0]
+  rows = config.batch_size
+  divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+  return [n for n in divisors if _trains(dataclasses.replace(config, accumulation=n), mesh)]
+
+
+def _trains(config: Config, mesh: Mesh) -> bool:
+  """Whether training takes the parts of the config's batch."""
+  try:
+    check_fit(config)
+    check_batch(config, mesh)
+    check_pipeline(config.model, mesh, config.batch_size // config.accumulation)
+  except InputError:
+    return False
+  return True
 
 
 def _meshes(config: Config, devices: list) -> Iterator[tuple[MeshConfig, int]]:

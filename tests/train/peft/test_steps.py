@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from model.errors import InputError
+from model.heads import build
 from model.layers import ParamInfo
-from model.peft.attach import KEY
+from model.peft.attach import KEY, attached, together, with_dropout
+from model.peft.create import adapter_maker
 from model.sharding import make_mesh
+from model.transformer import Inputs
 from tests.train import tiny
 from train.config import MeshConfig, OptimizerConfig, PeftConfig
 from train.optim import make_optimizer
@@ -175,6 +179,29 @@ def test_dropout_of_adapters_draws_anew_in_each_step_and_layer(name):
   assert losses == same_losses and same(dropped.params, again.params)
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), plain.params, dropped.params)
   assert all(most > 1e-6 for most in jax.tree.leaves(moved))
+
+
+def test_dropout_of_adapters_is_the_same_for_split_texts_and_new_for_each_micro_batch():
+  cfg = dataclasses.replace(tiny.ROTARY, num_layers=2, layer_pattern=("global",), window=None)
+  net = build(cfg, nnx.Rngs(0))
+  base, key = nnx.to_pure_dict(nnx.state(net, nnx.Param)), jax.random.key(1)
+  own = adapter_maker(PeftConfig(method="lora", rank=2), cfg, net)(base, key)
+  own = jax.tree.map(lambda a: a + 0.3, own)  # B begins as 0.
+  graphdef, _ = nnx.split(attached(net, own), nnx.Param)
+  pos = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))  # Two equal rows.
+
+  def hidden(params):
+    net = nnx.merge(graphdef, params)
+    with_dropout(net, 0.5, key)
+    return net.hidden(Inputs(pos, pos), key=key)[0]
+
+  def on(**mesh):
+    with jax.set_mesh(make_mesh(**mesh, devices=jax.devices()[:2])):
+      return jax.jit(lambda params: hidden(params))(together(base, own))
+
+  np.testing.assert_allclose(on(seq=2), jax.jit(hidden)(together(base, own)), atol=1e-5)
+  first, second = on(stage=2)
+  assert not np.allclose(first, second)
 
 
 def test_the_report_tells_how_much_is_trained():
