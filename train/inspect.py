@@ -37,9 +37,9 @@ def main(argv: list[str]) -> None:
   """
   if len(argv) > 1:
     raise InputError(f"{argv[1]!r} is not a flag of train.inspect.")
-  if _WORKDIR.value and not (Path(_WORKDIR.value) / "tokenizer").is_dir():
+  workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
+  if workdir is not None and not (workdir / "tokenizer").is_dir():
     raise InputError(f"--workdir={_WORKDIR.value} holds no tokenizer: leave it out.")
-  workdir = Path(_WORKDIR.value) if _WORKDIR.value else None
   config = with_its_model(_CONFIG.value, workdir)
   check_fit(config)
   check_base(config)

@@ -33,14 +33,8 @@ from train.processes import joined
 from train.program import Program, build_program, check_batch, local_rows, put_batch
 from train.resolve import check_base, check_fit, resolved
 from train.sample import check_sample, sample
-from train.step import TrainState
-from train.workdir import (
-  as_dict,
-  check_same_data,
-  check_workdir,
-  read_config,
-  write_config,
-)
+from train.step import TrainState, first_average
+from train.workdir import as_dict, check_same_data, check_workdir, write_config
 
 
 def train(config: Config, workdir: Path) -> int:
@@ -90,8 +84,8 @@ def prepared(config: Config, workdir: Path, group: Group) -> Config:
     check_workdir(workdir, config)
     if group.index == 0:
       workdir.mkdir(parents=True, exist_ok=True)
-      if read_config(workdir) is None:  # What a failed start leaves is known as this config's.
-        write_config(workdir, config)
+      if not (workdir / "config.json").exists():
+        write_config(workdir, config)  # What a failed start leaves is known as this config's.
   check_seen_by_all(group, workdir)
   return config
 
@@ -128,9 +122,11 @@ def run_steps(
         state, metrics = train_step(state, batch)
       log.step(step, metrics | counted)
       first.check(state, metrics)
-      if log.bad_steps >= config.max_bad_steps:
-        raise Stop(_non_finite(config, step - 1, log), NON_FINITE)
       last, validation = step == config.steps, {}
+      if last:
+        log.flush()  # No step comes after it that would wait for its metrics.
+      if log.bad_steps >= config.max_bad_steps:
+        raise Stop(_non_finite(config, log), NON_FINITE)
       if step % config.eval_every == 0 or last:
         with log.paused():
           validation = evaluate(program, state, data, group)
@@ -175,7 +171,7 @@ def restore_or_init(
   state = program.init()
   if config.init_from is not None:
     params = initial_params(config, state.params, program.state.params, data)
-    ema = jax.tree.map(lambda a: a.copy(), params) if state.ema else {}
+    ema = first_average(params) if state.ema else {}
     state = dataclasses.replace(state, params=params, ema=ema)
   return state, 0
 
@@ -198,7 +194,8 @@ def evaluate(
   return {name: total / weight for name, (total, weight) in sums.items() if weight}
 
 
-def _non_finite(config: Config, step: int, log: MetricsLog) -> str:
+def _non_finite(config: Config, log: MetricsLog) -> str:
+  step = log.last_step
   first = (step - config.max_bad_steps) * config.batch_size
   shown = ("step", "loss", "grad_norm", "learning_rate")
   finite = {k: v for k, v in log.last_finite.items() if k in shown}

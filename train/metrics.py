@@ -27,6 +27,7 @@ FILE = "metrics.jsonl"
 WANDB_ID = "wandb_id"
 FIRST = ("loss", "learning_rate", "grad_norm")  # Of a line; JAX returns metrics sorted by name.
 _WORK = ("tokens.", "pairs.")  # What model FLOPs are counted by.
+_SHOWN_AFTER = 120.0  # Seconds after which TensorBoard is to see what was written.
 
 
 class MetricsLog:
@@ -37,13 +38,14 @@ class MetricsLog:
   it: lines after `start` are removed first, atomically.
 
   Attributes:
-    bad_steps: non-finite steps in a row, up to the last step that was written down.
+    last_step: the last step that was written down; 0 before there is one.
+    bad_steps: non-finite steps in a row, up to `last_step`.
     last_finite: the metrics of the last step whose loss and gradient were finite, with its `step`.
   """
 
   def __init__(self, workdir: Path, config: Config, program: Program, start: int):
     self._workdir, self._config = workdir, config
-    self.bad_steps, self.last_finite = 0, {}
+    self.last_step, self.bad_steps, self.last_finite = 0, 0, {}
     self._pending: tuple[int, dict[str, Any]] | None = None
     self._sums, self._seconds = {}, 0.0
     self._tracing = False
@@ -106,13 +108,17 @@ class MetricsLog:
 
   def close(self) -> None:
     """Writes what is left and draws curves.png."""
-    self.flush()
-    if self._tracing:
-      self._stop_trace()
-    for writer in self._writers:
-      writer.close()
+    try:
+      self.flush()
+      if self._tracing:
+        self._stop_trace()
+    finally:
+      for writer in self._writers:
+        with contextlib.suppress(OSError):  # `flush` has said that the disk is full.
+          writer.close()
+      if self._progress is not None:
+        self._progress.close()
     if self._progress is not None:
-      self._progress.close()
       draw_curves(self._workdir / FILE, self._workdir / "curves.png")
 
   def _settle(self) -> None:
@@ -127,7 +133,7 @@ class MetricsLog:
     for name in values:
       if name.startswith(_WORK):
         self._sums[name] = self._sums.get(name, 0) + values[name]
-    self.bad_steps = values["bad_steps"]
+    self.last_step, self.bad_steps = step, values["bad_steps"]
     if self.bad_steps == 0:
       self.last_finite = {"step": step, **_without_work(values)}
     if step % self._config.log_every == 0 or step == self._config.steps:
@@ -209,6 +215,7 @@ class _JsonLines:
     self._file.flush()
 
   def flush(self) -> None:
+    self._file.flush()
     os.fsync(self._file.fileno())
 
   def close(self) -> None:
@@ -216,25 +223,40 @@ class _JsonLines:
 
 
 class _TensorBoard:
-  """Event files; TensorBoard hides what earlier files hold of the steps after `start`."""
+  """Event files; TensorBoard hides what earlier files hold of the steps after `start`.
+
+  The thread that calls writes them. SummaryWriter has one of its own: a full disk ends it, and
+  whoever goes on giving it events waits for ever.
+  """
 
   def __init__(self, workdir: Path, start: int):
-    from tensorboardX import SummaryWriter
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.summary import scalar
 
+    proto: Any = event_pb2  # Its classes are made when it is imported.
+    self._event, self._scalar = proto.Event, scalar
     # The suffix keeps files apart whose names, seconds, are equal: they would be overwritten.
-    suffix = f".{start}"
-    self._writer = SummaryWriter(str(workdir), purge_step=start + 1, filename_suffix=suffix)
+    self._writer = EventsWriter(str(workdir / "events"), f".{start}")
+    self._flushed = time.monotonic()
+    self._add(start + 1, session_log=proto.SessionLog(status=proto.SessionLog.START))
 
   def write(self, line: dict[str, Any]) -> None:
     for name, value in line.items():
       if name != "step" and value is not None:
-        self._writer.add_scalar(name, value, line["step"])
+        self._add(line["step"], summary=self._scalar(name, value))
+    if time.monotonic() - self._flushed > _SHOWN_AFTER:
+      self.flush()
 
   def flush(self) -> None:
     self._writer.flush()
+    self._flushed = time.monotonic()
 
   def close(self) -> None:
     self._writer.close()
+
+  def _add(self, step: int, **content: Any) -> None:
+    self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
 
 
 class _WandB:

@@ -41,15 +41,20 @@ class TrainState:
   params: dict  # What is trained.
   frozen: dict  # The rest of the model: {} unless an adapter is trained.
   opt_state: optax.OptState
-  ema: dict  # {} unless asked for.
+  ema: dict  # {} unless asked for; at least in float32.
   bad_steps: Int[Array, ""]  # Non-finite steps in a row.
 
 
 def init_state(params: dict, frozen: dict, tx: optax.GradientTransformation, *, ema: bool):
   """The state before the first step."""
   zero = jnp.zeros((), jnp.int32)
-  copy = jax.tree.map(jnp.copy, params) if ema else {}
-  return TrainState(zero, params, frozen, tx.init(params), copy, zero)
+  average = first_average(params) if ema else {}
+  return TrainState(zero, params, frozen, tx.init(params), average, zero)
+
+
+def first_average(params: dict) -> dict:
+  """A copy of the parameters, at least in float32: a narrower one would round its steps away."""
+  return jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), params)
 
 
 def make_train_step(
@@ -159,7 +164,8 @@ def _updated(
   params = optax.apply_updates(state.params, updates)
   ema = state.ema
   if ema_decay is not None:
-    ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+    wide = jax.tree.map(lambda p, average: p.astype(average.dtype), params, state.ema)
+    ema = optax.incremental_update(wide, state.ema, 1.0 - ema_decay)
   return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema)
 
 

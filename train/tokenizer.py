@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
   Raises:
     InputError: for a missing or empty input, or a target that is in use.
   """
-  target = Path(_TARGET.value)
+  target = Path(_TARGET.value).expanduser()
   if target.is_file() or (target.is_dir() and any(target.iterdir())):
     raise InputError(f"--target={target} exists and is not an empty folder: name a new one.")
   config = DataConfig(documents=_DOCUMENTS.value, text=_TEXT.value, data_dir=_DATA_DIR.value)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model import checkpoint
+from model.checkpoint_files import absolute, numbered
 from model.errors import InputError
 from train.config import Config
 
@@ -42,9 +43,9 @@ def check_workdir(workdir: Path, config: Config) -> None:
     return
   current = as_dict(config)
   for section, name in OF_THE_DATA:  # It was the data's then, and will be again.
-    if current[section][name] == OF_THE_DATA[section, name]:
+    if current[section][name] == OF_THE_DATA[section, name] and name in saved[section]:
       current[section][name] = saved[section][name]
-  if any((workdir / "checkpoints").glob("[0-9]*")):
+  if _has_checkpoints(workdir):
     movable = () if config.peft.trains_all else MOVABLE
     checkpoint.check_config(saved, current, allowed=(*RESUMABLE, *movable))
   elif saved != current:
@@ -52,14 +53,27 @@ def check_workdir(workdir: Path, config: Config) -> None:
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
-  """The config of the run in `workdir`; None where none was started."""
+  """The config of the run in `workdir`; None where none was started.
+
+  Where config.json is missing, the newest checkpoint knows it too.
+
+  Raises:
+    InputError: if what is there is damaged, or not a run's.
+  """
+  source = f"{workdir}/config.json"
   try:
-    return json.loads((workdir / "config.json").read_text())
+    saved = json.loads((workdir / "config.json").read_text())
   except FileNotFoundError:
-    return None
+    if not _has_checkpoints(workdir):
+      return None
+    source = f"the config in {workdir}/checkpoints"
+    saved = checkpoint.describe(str(workdir)).meta.get("config")
   except ValueError as error:
-    text = f"{workdir}/config.json is damaged ({error}): restore or delete it."
+    text = f"{source} is damaged ({error}): restore or delete it."
     raise InputError(text) from error
+  if not _is_of_a_run(saved):
+    raise InputError(f"{source} is not that of a run: name another folder as --workdir.")
+  return saved
 
 
 def write_config(workdir: Path, config: Config) -> None:
@@ -77,6 +91,18 @@ def as_dict(config: Config) -> dict[str, Any]:
 def check_same_data(saved: dict[str, Any], current: dict[str, Any]) -> None:
   """Raises an InputError if the corpus or tokenizer is not the one that the run began with."""
   checkpoint.check_config({"data": saved}, {"data": json.loads(json.dumps(current))})
+
+
+def _has_checkpoints(workdir: Path) -> bool:
+  """Whether steps were saved; a save that did not end has another name than a step."""
+  return bool(numbered(absolute(workdir) / "checkpoints"))
+
+
+def _is_of_a_run(saved: Any) -> bool:
+  sections = {section for section, _ in OF_THE_DATA}
+  if not isinstance(saved, dict) or "init_from" not in saved:
+    return False
+  return all(isinstance(saved.get(section), dict) for section in sections)
 
 
 def _forget(workdir: Path) -> None:

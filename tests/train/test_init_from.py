@@ -22,6 +22,7 @@ from train.init_from import with_its_model, with_its_tokenizer
 from train.loop import restore_or_init, train
 from train.program import build_program
 from train.resolve import resolved
+from train.workdir import as_dict
 
 DEFAULT = DataConfig().tokenizer
 BERT = dict(
@@ -126,6 +127,33 @@ def test_a_fine_tuned_run_goes_on_and_knows_its_labels(tmp_path, capsys):
   m = model.load(workdir)
   assert m.labels == ("7", "no", "yes")
   assert m(np.array([m.tokenizer.encode("a bee")])).shape == (1, 3)
+
+
+def test_the_average_of_narrow_parameters_is_wide_from_the_start_to_the_loaded_model(tmp_path):
+  pretrained(tmp_path)
+  tasks.write(tmp_path / "rows.jsonl", tasks.rows(12))
+  made = tasks.config(
+    tmp_path, "classification", tokenizer=DEFAULT, init_from=str(tmp_path / "bert"),
+    ema_decay=0.999, batch_size=2,
+  )  # fmt: skip
+  made = dataclasses.replace(made, model=dataclasses.replace(made.model, param_dtype="bfloat16"))
+  made = with_its_tokenizer(made, tmp_path / "run")
+  mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
+  checkpoints = Checkpoints(tmp_path / "run", keep=1)
+  with jax.set_mesh(mesh):
+    data = load_data(made, workdir=tmp_path / "run")
+    made = resolved(made, data)
+    program = build_program(made, mesh)
+    state, _ = restore_or_init(made, program, checkpoints, data)
+    place = lambda a: (a.dtype, a.sharding)
+    assert jax.tree.map(place, state) == jax.tree.map(place, program.state)
+    checkpoints.save(3, state, {"config": as_dict(made)}, blocking=True)
+  checkpoints.close()
+  kinds = lambda m: {a.dtype.name for a in jax.tree.leaves(m.params)}
+  kept, average = (model.load(tmp_path / "run", dtype=None, ema=ema) for ema in (False, True))
+  assert kinds(kept) == {"bfloat16"} and kinds(average) == {"float32"}
+  assert same(kept.params, average.params)
+  assert kinds(model.load(tmp_path / "run", dtype="bfloat16", ema=True)) == {"bfloat16"}
 
 
 def test_a_run_begins_from_a_hugging_face_folder(tmp_path, capsys):

@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
+import threading
 import types
 
 import jax
@@ -13,6 +15,7 @@ import pytest
 from flax import nnx
 
 from model.config import ModelConfig
+from model.errors import NON_FINITE, Stop
 from model.flops import matmul_params, model_flops, visible_pairs
 from model.hardware import peak_flops
 from model.heads import abstract
@@ -20,7 +23,10 @@ from model.layers import param_info
 from model.sharding import batch_sharding, make_mesh
 from tests.train.tiny import MODELS, config
 from train import report
+from train.group import ALONE
+from train.loop import run_steps
 from train.metrics import MetricsLog, drop_after
+from train.preemption import Preemption
 
 GPT2 = ModelConfig(
   vocab_size=50_257, positions="learned", norm="layer", gated=False, activation="gelu_tanh",
@@ -156,6 +162,40 @@ def test_lines_with_nan_are_valid_json_that_says_so(tmp_path):
   last = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
   assert last["loss"] is None and last["non_finite"] == {"loss": "nan"}
   assert log.bad_steps == 1 and log.last_finite["step"] == 1
+
+
+@pytest.mark.parametrize(("late", "steps"), [(False, 50), (True, 50), (True, 4)])
+def test_a_run_that_stays_non_finite_ends_and_names_the_last_step(
+  tmp_path, monkeypatch, late, steps
+):
+  """Whether the metrics of a step are there at once or when the next one is under way."""
+  cfg, made = config(steps=steps, max_bad_steps=3), program(ModelConfig(vocab_size=61))
+  given = [metrics(1)]
+  given += [metrics(n, math.nan) | {"bad_steps": jnp.int32(n - 1)} for n in range(2, 6)]
+  made.train_step = lambda step, batch: (step + 1, given[step])
+  monkeypatch.setattr(type(given[0]["bad_steps"]), "is_ready", lambda array: not late)
+  data = types.SimpleNamespace(batches=lambda start: itertools.repeat({}))
+  kept = types.SimpleNamespace(close=lambda: None)
+  with Preemption(ALONE) as preemption, pytest.raises(Stop) as ended:
+    run_steps(cfg, tmp_path, made, kept, data, preemption, 0, 0)  # pyright: ignore[reportArgumentType]
+  assert ended.value.status == NON_FINITE
+  assert "3 steps in a row, the last of them step 4, rows 8 to 31 of" in ended.value.message
+  assert "last finite metrics: {'step': 1," in ended.value.message
+
+
+def test_a_full_disk_is_an_error_where_events_are_written(tmp_path, monkeypatch):
+  from tensorboardX import record_writer
+
+  threads = threading.active_count()
+  monkeypatch.setattr(record_writer, "open_file", lambda path: open("/dev/full", "wb"))  # noqa: PTH123, SIM115
+  log = MetricsLog(tmp_path, config(steps=400), program(ModelConfig(vocab_size=61)), 0)
+  assert threading.active_count() == threads  # One that wrote would end, and nobody would hear it.
+  with pytest.raises(OSError, match="No space left on device"):
+    for step in range(1, 401):
+      log.step(step, metrics(step))
+  with pytest.raises(OSError, match="No space left on device"):
+    log.close()
+  assert len(lines(tmp_path)) == step
 
 
 def test_curves_are_a_png_of_a_run(tmp_path):

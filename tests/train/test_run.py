@@ -1,5 +1,6 @@
 """`python -m train` as a user runs it: to the end, killed, stopped, continued, and refused."""
 
+import dataclasses
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.errors import InputError
 from tests.commands import ROOT, Command
 from tests.quick import xla_flags
 
@@ -276,6 +278,49 @@ def test_a_start_that_failed_leaves_nothing_that_the_next_one_takes(bench):
     assert status == 2 and "holds int, not text" in err.splitlines()[-1], err
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_without_config_json_a_run_goes_on_as_its_checkpoint_says_only(tmp_path, method):
+  from model.checkpoint import Checkpoints
+  from train.config import Config, PeftConfig
+  from train.group import ALONE
+  from train.loop import prepared
+  from train.workdir import as_dict
+
+  config = Config(peft=PeftConfig(method=method), seed=3)
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  checkpoints.save(2, {}, {"config": as_dict(config)}, blocking=True)
+  checkpoints.close()
+  for _ in range(2):
+    with pytest.raises(InputError, match=r"configuration: seed: checkpoint 3, config 0\."):
+      prepared(dataclasses.replace(config, seed=0), tmp_path, ALONE)
+    prepared(dataclasses.replace(config, steps=5), tmp_path, ALONE)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 3
+
+
+def test_a_save_that_did_not_end_is_no_checkpoint_of_a_workdir(tmp_path):
+  from train.config import Config
+  from train.workdir import check_workdir, write_config
+
+  write_config(tmp_path, Config(seed=3))
+  (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+  check_workdir(tmp_path, Config(seed=0))
+  assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+  "text", ['{"model_type": "llama"}', "[1]", "null", '{"model": {}, "data": {}, "init_from": null}']
+)
+def test_a_workdir_with_the_config_of_something_else_is_refused_and_left_alone(tmp_path, text):
+  from train.config import Config
+  from train.workdir import check_workdir
+
+  (tmp_path / "config.json").write_text(text)
+  (tmp_path / "tokenizer").mkdir()
+  with pytest.raises(InputError, match=r"config\.json is not that of a run: name another folder"):
+    check_workdir(tmp_path, Config())
+  assert (tmp_path / "config.json").read_text() == text and (tmp_path / "tokenizer").is_dir()
+
+
 @pytest.mark.once
 def test_an_empty_corpus_an_unknown_platform_and_lost_precision_are_refused(bench):
   empty = bench.folder / "empty.txt"
@@ -296,4 +341,9 @@ def test_a_loss_that_stays_non_finite_ends_with_3_and_says_where(bench):
   )  # fmt: skip
   last = err.splitlines()[-1]
   assert status == 3 and last.startswith("error: "), err
-  assert "4 steps in a row" in last and "rows" in last and "last finite metrics" in last
+  assert "4 steps in a row" in last and "last finite metrics" in last
+  told = re.search(r"the last of them step (\d+), rows (\d+) to (\d+) of", last)
+  assert told is not None, last
+  step, *rows = map(int, told.groups())
+  assert rows == [(step - 4) * 8, step * 8 - 1]
+  assert {m["step"]: m["bad_steps"] for m in metrics(bench.folder / "diverged")}[step] >= 4

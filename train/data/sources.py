@@ -71,7 +71,7 @@ def open_source(spec: str, config: DataConfig) -> Source:
     InputError: if it does not exist, is empty, or is not of the kind that its name promises.
   """
   if spec == "python_stdlib":
-    return _standard_library()
+    return _standard_library(config)
   if spec.startswith("tfds:"):
     from train.data.tfds import open_tfds  # Imports a large library.
 
@@ -179,13 +179,14 @@ def _paragraphs(path: Path) -> Iterator[str]:
     yield "".join(lines).rstrip("\r\n")
 
 
-def _standard_library() -> TextSource:
+def _standard_library(config: DataConfig) -> TextSource:
   root = Path(sysconfig.get_path("stdlib"))
   found = (f for f in root.rglob("*.py") if not _LEFT_OUT & set(f.relative_to(root).parts))
   files: list[tuple[str, Path]] = sorted((f.relative_to(root).as_posix(), f) for f in found)
   sizes = []
   kept: list[Path] = []
   lines = [platform.python_version()]
+  lines += [config.documents] if config.documents != "file" else []
   for name, path in files:
     data = path.read_bytes()
     try:
@@ -203,4 +204,6 @@ def _standard_library() -> TextSource:
   if len(kept) < len(files):
     logging.warning("python_stdlib: %d of %d files left out.", len(files) - len(kept), len(files))
   decides = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-  return TextSource("python_stdlib", decides, lambda: map(_text, kept), sum(sizes))
+  return TextSource(
+    "python_stdlib", decides, lambda: (d for f in kept for d in _documents(f, config)), sum(sizes)
+  )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ import pytest
 
 from model.errors import InputError
 from model.tokenizer import Tokenizer
+from model.vocabulary import build_tokenizer
 from train.config import Config, DataConfig
 from train.data.pipeline import Data, load_data
 
@@ -215,11 +217,12 @@ def test_wrong_input_is_one_named_error(corpus):
 
 def test_the_commands_train_a_tokenizer_and_show_a_batch(corpus, tmp_path):
   run = lambda *args: subprocess.run(
-    [sys.executable, "-m", *args], cwd=ROOT, capture_output=True, text=True, check=False
-  )
+    [sys.executable, "-m", *args], cwd=ROOT, capture_output=True, text=True, check=False,
+    env=os.environ | {"HOME": str(tmp_path)},
+  )  # fmt: skip
   target = tmp_path / "tokenizer"
-  done = run("train.tokenizer", f"--input={corpus}/0*.txt", f"--input={corpus}/1*.txt",
-             "--kind=bpe", "--vocab_size=280", f"--target={target}")  # fmt: skip
+  done = run("train.tokenizer", "--input=~/0*.txt", f"--input={corpus}/1*.txt", "--kind=bpe",
+             "--vocab_size=280", "--target=~/tokenizer")  # fmt: skip
   assert (done.returncode, done.stdout) == (0, f"bpe tokenizer of 280 entries in {target}\n")
   assert Tokenizer.load(target).vocab_size == 280
   wrong = run(
@@ -233,7 +236,8 @@ def test_the_commands_train_a_tokenizer_and_show_a_batch(corpus, tmp_path):
     f"  return Config(batch_size=2, seq_len=48, cache_dir={str(corpus / 'cache')!r},\n"
     f"    data=DataConfig(source={str(corpus / '*.txt')!r}, tokenizer='bytes'))\n"
   )
-  shown = run("train.inspect", f"--config={file}", "--step=3", "--tokens=2")
+  build_tokenizer("bytes", None, []).save(tmp_path / "run" / "tokenizer")
+  shown = run("train.inspect", f"--config={file}", "--workdir=~/run", "--step=3", "--tokens=2")
   assert shown.returncode == 0, shown.stderr
   batch = load_data(_config(corpus, batch_size=2, seed=0, validation_fraction=0.05)).batch(3)
   assert f"2 rows of 48 places: {(batch['segments'] > 0).sum()} tokens" in shown.stdout

@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from model.errors import InputError
 from tests.train.objectives import tasks
-from train.config import DataConfig
+from train.config import DOCUMENTS, DataConfig
 from train.data.arrays import Corpus, read_arrays, split_validation
 from train.data.cache import Cache
 from train.data.pipeline import load_data
@@ -69,6 +69,11 @@ def test_the_standard_library_is_read_without_packages_and_tests(tmp_path, monke
   monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
   source = open_source("python_stdlib", DataConfig())
   assert list(source.documents()) == ["z = 2\n", "b = 1\n", ""]
+  (tmp_path / "b.py").write_bytes(b"b = 1\n\nc = 1\nd = 1\n")
+  assert _read("python_stdlib", documents="paragraph") == ["z = 2", "b = 1", "c = 1\nd = 1"]
+  assert _read("python_stdlib", documents="line") == ["z = 2", "b = 1", "c = 1", "d = 1"]
+  prints = {open_source("python_stdlib", DataConfig(documents=d)).fingerprint for d in DOCUMENTS}
+  assert len(prints) == 3
   (tmp_path / "b.py").write_bytes(b"b = 2\n")
   assert open_source("python_stdlib", DataConfig()).fingerprint != source.fingerprint
 
