@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -27,12 +28,11 @@ from model.quant_load import as_stored, by_layer, main_format, read_params
 from model.quant_tree import quantized_leaves
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import holds_tokenizer
-from model.trained import Adapted, Model
+from model.trained import TRAINED_BESIDE, Adapted, Model
 
 __all__ = ["Model", "convert", "load", "save", "unused_folder"]
 
 FORMATS = ("orbax", "hf", "peft")
-TRAINED_BESIDE = ("generator",)  # Parameters that a checkpoint may hold and no model has.
 
 
 def load(
@@ -134,7 +134,7 @@ def source(path: str | Path, *, dtype: str | None = None) -> Source:
       )
     return found
   found = hf.Folder(path)
-  cfg = _here(found.config, dtype or found.config.param_dtype)
+  cfg = _here(found.config, dtype or _stored(found))
   shapes: Any = flatten_dict(_wanted(cfg, None))
   leaf = lambda path: found.leaf(path, shapes[path].dtype)
   told = (found.tokenizer, found.labels, found.family, found.end_ids, found.text_limit)
@@ -172,17 +172,29 @@ def _check_dtype(dtype: str | None) -> None:
   if dtype is not None and dtype not in PARAM_DTYPES:
     raise InputError(f"dtype={dtype!r} is not known: use one of {', '.join(PARAM_DTYPES)}.")
   if dtype == "float64" and not jax.config.read("jax_enable_x64"):
-    raise InputError("dtype='float64' needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment.")
+    raise InputError(
+      "dtype='float64' needs 64-bit JAX: set JAX_ENABLE_X64=1 in the environment, or ask for "
+      "another dtype."
+    )
 
 
 def _from_folder(
   path: str | Path, dtype: str | None, mesh: jax.sharding.Mesh | None, format: Format | None
 ) -> Model:
   source = hf.Folder(path)
-  cfg = _here(source.config, dtype or source.config.param_dtype)
+  cfg = _here(source.config, dtype or _stored(source))
   if format is None:
     return _model(source, cfg, source.params(_wanted(cfg, mesh)))
   return _model(source, cfg, read_params(source.leaf, _wanted(cfg, mesh), _info(cfg), mesh, format))
+
+
+def _stored(folder: hf.Folder) -> str:
+  """The dtype that holds all tensors of a folder; where they differ, that is said."""
+  kind = folder.config.param_dtype
+  if len(folder.dtypes) > 1:
+    kinds = " and ".join(map(str, folder.dtypes))
+    logging.warning("the folder holds tensors in %s: all are taken as %s.", kinds, kind)
+  return kind
 
 
 def _model(source: hf.Folder | Source, cfg: ModelConfig, params: dict) -> Model:
@@ -235,7 +247,7 @@ def _workdir(path: str, dtype: str | None, part: str = "params") -> tuple[Source
     raise InputError(f"{path} is an adapter: load it with its base, and save what is merged.")
   config = found.meta["config"]
   formats = config.get("quantized", {})
-  table = found.state["params"]["embed"]["table"]
+  table = found.state.get(part, found.state["params"])["embed"]["table"]
   stored = config["model"]["param_dtype"] if formats else table.dtype.name
   cfg = _here(ModelConfig.from_dict(config["model"]), dtype or stored)
   labels = config.get("data", {}).get("labels")
@@ -257,7 +269,12 @@ def _workdir(path: str, dtype: str | None, part: str = "params") -> tuple[Source
 
 
 def _here(cfg: ModelConfig, dtype: str) -> ModelConfig:
-  """A config as a loaded model has it: of one dtype, and with nothing that only training needs."""
+  """A config as a loaded model has it: of one dtype, and with nothing that only training needs.
+
+  Raises:
+    InputError: for a dtype that this process cannot hold.
+  """
+  _check_dtype(dtype)
   return dataclasses.replace(
     cfg, dtype=dtype, param_dtype=dtype, remat="none", attention_kernel="auto"
   )

@@ -33,6 +33,7 @@ from model.peft.virtual import has_prompt, virtual_tokens
 from model.tokenizer import Tokenizer
 from model.transformer import Inputs
 
+TRAINED_BESIDE = ("generator",)  # Parameters that a checkpoint may hold and no model has.
 _TEXTS = 64  # Texts that `embed` reads at a time.
 
 
@@ -40,9 +41,10 @@ _TEXTS = 64  # Texts that `embed` reads at a time.
 class Adapted:
   """What is known of a model's adapter beside its parameters."""
 
-  base: str | None  # PATH of what it was trained on, where that is known.
+  base: str | None  # PATH of the base that it was put on, where that is known.
   rslora: bool  # Whether its updates are scaled by alpha / sqrt(rank), as a file says it.
   whole: tuple[tuple[str | int, ...], ...] = ()  # Paths of the base's parameters trained with it.
+  hash: str | None = None  # Of the base, where the adapter says it.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from model.checkpoint import Checkpoints, describe
 from model.errors import InputError
 from model.fingerprint import fingerprints
 from model.hf import is_folder
-from model.peft.attach import apart, together
+from model.peft.attach import apart, of_adapter, together
 from model.peft.base import hash_of, pinned
 from train.config import Config
 from train.data.pipeline import Data
@@ -108,14 +108,22 @@ def _base(config: Config, program: Program, data: Data) -> dict:
   if not new:
     return read
   rows: Any = program.parts.rows if program.parts is not None else {}
-  still = [path for path, trained in rows.items() if path[0] in new and trained is not None]
+  still = [path for path, trained in rows.items()
+           if path[0] in new and trained is not None and not of_adapter(path)]  # fmt: skip
   if still:
     name = ".".join(map(str, still[0]))
     raise InputError(
       f"{name} is not in init_from={config.init_from!r}, and peft.method={config.peft.method!r} "
-      f"would leave it as it is drawn: name {still[0][0]!r} in peft.also, or take another base."
+      f"would leave it as it is drawn: {_way_out(config, still[0][0])}, or take another base."
     )
   return read | _fresh(config, program, new)
+
+
+def _way_out(config: Config, part: str | int) -> str:
+  """How a part of the network is trained, too."""
+  if config.peft.method == "full" and not config.peft.targets:
+    return f"leave {part!r} out of peft.freeze"
+  return f"name {part!r} in peft.{'targets' if config.peft.method == 'full' else 'also'}"
 
 
 def _fresh(config: Config, program: Program, names: set[str]) -> dict:

@@ -13,9 +13,9 @@ import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from model.loading import TRAINED_BESIDE
 from model.quant import Format, Quantized
 from model.quant_tree import format_of, quantize_leaf
+from model.trained import TRAINED_BESIDE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,9 @@ from model.errors import InputError, run
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, a step in it, PATH@best, a Hugging Face folder or a GGUF file."
 )
+_ADAPTER = flags.DEFINE_string(
+  "adapter", None, "Adapter for the checkpoint: a folder of PEFT's, or the workdir of its run."
+)
 _TEXT = flags.DEFINE_string("text", None, "What the model reads; of an encoder–decoder, first.")
 _TARGET = flags.DEFINE_string(
   "target", None, "What the decoder behind an encoder reads (default: what it writes, greedily)."
@@ -45,7 +48,8 @@ def main(argv: list[str]) -> int:
   writers = [_writer(path) for path in _OUTPUT.value]
   layers, heads = _numbers("layers", _LAYERS.value), _numbers("heads", _HEADS.value)
   use_compilation_cache(_CACHE_DIR.value)
-  maps = attention_maps(load(_CHECKPOINT.value or ""), _TEXT.value or "", target=_TARGET.value)
+  m = load(_CHECKPOINT.value or "", adapter=_ADAPTER.value)
+  maps = attention_maps(m, _TEXT.value or "", target=_TARGET.value)
   chosen = {name: _chosen(name, one, layers, heads) for name, one in maps.items()}
   title = f"Attention in “{_one_line(_TEXT.value or '')}”"
   for write in writers:

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import math
 import sys
 
 from absl import flags
@@ -18,11 +19,15 @@ from infer.text import text_of_file
 from model import load
 from model.compilation import use_compilation_cache
 from model.errors import InputError, run
+from model.peft.load import base_of, is_adapter
 from model.quant import NAMES, is_quantized
 from model.quant_tree import report
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, a step in it, PATH@best, a Hugging Face folder or a GGUF file."
+)
+_ADAPTER = flags.DEFINE_string(
+  "adapter", None, "Adapter for the checkpoint: a folder of PEFT's, or the workdir of its run."
 )
 _QUANTIZE = flags.DEFINE_string(
   "quantize", None, f"Keep matrices in fewer bits: {', '.join(NAMES)}, int4:GROUP or nf4:GROUP."
@@ -58,12 +63,16 @@ def main(argv: list[str]) -> int:
     raise InputError("--beside_float compares with --quantize=FORMAT: give a format.")
   text = text_of_file(_DATA.value or "")
   use_compilation_cache(_CACHE_DIR.value)
-  found = _measured(text, _QUANTIZE.value)
+  path, adapter = _CHECKPOINT.value or "", _ADAPTER.value
+  found = _measured(text, path, adapter, _QUANTIZE.value)
   told = {"task": _TASK.value, **dataclasses.asdict(found), "protocol": found.protocol()}
   if _BESIDE_FLOAT.value:
-    told |= _beside(found, _measured(text, None))
+    if adapter is None and is_adapter(path):  # Alone it would bring the format it was trained on.
+      path, adapter = base_of(path), path
+    told |= _beside(found, _measured(text, path, adapter, None))
   if _JSON.value:
-    print(json.dumps(told))
+    finite = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
+    print(json.dumps({name: finite(value) for name, value in told.items()}, allow_nan=False))
     return 0
   print(f"perplexity {found.perplexity:.4f} per token ({found.tokens:,} tokens)")
   print(f"perplexity {found.word_perplexity:.4f} per word ({found.words:,} words)")
@@ -78,8 +87,8 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def _measured(text: str, quantize: str | None) -> Perplexity:
-  m = load(_CHECKPOINT.value or "", quantize=quantize)
+def _measured(text: str, path: str, adapter: str | None, quantize: str | None) -> Perplexity:
+  m = load(path, adapter=adapter, quantize=quantize)
   if is_quantized(m.params):
     print(report(m.params), file=sys.stderr)
   return perplexity(m, text, window=_WINDOW.value, stride=_STRIDE.value, windows=_WINDOWS.value)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from model.architecture import architecture
 from model.errors import InputError, nearest
 from model.heads import abstract
 from model.peft.attach import KEY, Owner, adapters, apart, of_adapter, owners, together
 from model.peft.lora import LoRA, sides
 from model.peft.names import Path
 from model.peft.virtual_files import has_virtual
-from model.trained import Model
+from model.trained import Adapted, Model
 
 HOW = ("cat", "linear", "svd")
 Low = tuple[jax.Array, jax.Array]  # A, and B with its scale, layers and experts in front.
@@ -37,7 +38,7 @@ def alike(models: Sequence[Model]) -> list[Model]:
     made = {p: low[p] if p in low else _nothing(own[p], _weight(base, p), rank[p]) for p in rank}
     wide = {p: _widened(own[p], pair, rank[p]) for p, pair in made.items()}
     params = together(base, _adapter(wide, own))
-    out.append(dataclasses.replace(m, params=params))
+    out.append(dataclasses.replace(m, config=models[0].config, params=params))
   return out
 
 
@@ -129,14 +130,24 @@ def _of_one_base(models: Sequence[Model]) -> tuple[dict, list[dict[Path, Low]]]:
   first = models[0]
   base = apart(first.params)[0]
   for i, m in enumerate(models):
-    named = None if m.adapted is None or first.adapted is None else (
-      m.adapted.base, first.adapted.base
-    )  # fmt: skip
-    if m.config != first.config or (named is not None and named[0] != named[1]):
+    same = architecture(m.config) == architecture(first.config)
+    if not same or not _same_base(m.adapted, first.adapted):
+      named = None if m.adapted is None or first.adapted is None else (
+        m.adapted.base, first.adapted.base
+      )  # fmt: skip
       raise InputError(f"model {i} and model 0 are adapters of different bases: {named}.")
     if m.adapted is not None and any(not of_adapter(p) for p in m.adapted.whole):
       raise InputError(f"model {i} has parameters of its own beside its adapter, which do not add.")
   return base, [_lows(m, i) for i, m in enumerate(models)]
+
+
+def _same_base(one: Adapted | None, other: Adapted | None) -> bool:
+  """Whether nothing tells that two adapters are of different bases, which may have moved."""
+  if one is None or other is None:
+    return True
+  if one.hash is not None and other.hash is not None:
+    return one.hash == other.hash
+  return one.base == other.base
 
 
 def _lows(m: Model, number: int) -> dict[Path, Low]:

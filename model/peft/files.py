@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path as File
 from typing import Any
 
@@ -20,9 +20,10 @@ from model.heads import abstract
 from model.hf.engine import Layout
 from model.hf.safetensors_files import open_file
 from model.hf.torch_files import open_torch_file
-from model.layers import Embed, param_info
-from model.peft import virtual_files
+from model.layers import Embed, Linear, param_info
+from model.peft import tied, virtual_files
 from model.peft.attach import KEY, attached, is_adapted, owners, together
+from model.peft.begun import check_init, with_start
 from model.peft.create import dense
 from model.peft.lora import magnitude, sides
 from model.peft.names import Path
@@ -62,7 +63,7 @@ def read_config(folder: str | File) -> dict[str, Any]:
   path = File(folder).expanduser() / CONFIG
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, RecursionError) as error:
     raise InputError(f"{path} cannot be read: {error}.") from None
   kind = values.get("peft_type") if isinstance(values, dict) else None
   if kind not in _KINDS:
@@ -72,6 +73,7 @@ def read_config(folder: str | File) -> dict[str, Any]:
   for name, free in _UNKNOWN.items():
     if values.get(name) not in free:
       raise InputError(f"{path}: {name}={values[name]!r} is not supported, only {free[0]!r}.")
+  check_init(values, path)
   return values
 
 
@@ -107,8 +109,9 @@ def with_adapter(m: Model, folder: str | File, *, base: str | None = None) -> Mo
   if not parts:
     raise InputError(f"{folder} has no adapter: its tensors are {sorted(whole)[:3]}.")
   m, missing = _with_head(m, config, whole)
+  m, whole = tied.as_told(m, config, parts, whole)
   layout = hf.layout(m)
-  known = modules(layout, m.config)
+  known, leaves = modules(layout, m.config), flatten_dict(m.params)
   found: dict[Path, dict[tuple[int, ...], Part]] = defaultdict(dict)
   for name, theirs in parts.items():
     module = _module(name, known, theirs, config, str(folder))
@@ -118,6 +121,7 @@ def with_adapter(m: Model, folder: str | File, *, base: str | None = None) -> Mo
     except Exception as error:  # Of einops and reshape: the shapes are of another model.
       shapes = {k: list(v.shape) for k, v in theirs.items()}
       raise InputError(f"{folder}: {name} has {shapes}, which do not fit this model.") from error
+    ours = with_start(ours, config, module, leaves, scale)
     for place, part in zip(module.places, ours, strict=True):
       found[place.path[:-1]][place.index] = part
   params = _placed(m, found)
@@ -133,6 +137,7 @@ def _with_virtual(m: Model, folder: str | File, config: dict, base: str | None) 
       f"{folder} has no {virtual_files.TENSOR}: its tensors are {sorted(whole)[:3]}."
     )
   m, missing = _with_head(m, config, whole)
+  m, whole = tied.as_told(m, config, (), whole)
   kind = jnp.dtype(m.config.param_dtype)
   made = virtual_files.parameters(table, config, m.config, str(folder))
   params = _beside(m, {path: array.astype(kind) for path, array in made.items()})
@@ -205,6 +210,8 @@ def _with_head(
   labels = next((whole[one].shape[0] for one in told if one in whole), None)
   plain = dict(head_dense=False, head_norm=False, logit_bias=False, head_bias=True,
                num_labels=None if settings["head"] == "span" else labels)  # fmt: skip
+  if settings["head"] == "sequence" and labels == 1:
+    plain["problem"] = "regression"
   cfg = dataclasses.replace(m.config, **{**plain, **settings})
   wanted: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract(cfg), nnx.Param)))
   leaves: Any = flatten_dict(m.params)
@@ -221,10 +228,19 @@ def _placed(m: Model, found: Mapping[Path, dict[tuple[int, ...], Part]]) -> dict
   own = {path: owner for path, owner in owners(abstract(m.config)) if path in found}
   made = {}
   for path, owner in own.items():
+    _check_dora(path, owner, found[path].values())
     weight = leaves[(*path, "table" if isinstance(owner, Embed) else "w")]
     for name, array in stacked(owner, weight, found[path], m.config.param_dtype).items():
       made[(*path, KEY, name)] = array
   return _beside(m, made)
+
+
+def _check_dora(path: Path, owner: Any, parts: Iterable[Part]) -> None:
+  if not isinstance(owner, Linear) and any("magnitude" in part.arrays for part in parts):
+    raise InputError(
+      f"use_dora=True is supported for matrices of layers and heads, and the adapter has it for "
+      f"{'.'.join(map(str, path))}: train without it, or leave that module out."
+    )
 
 
 def _beside(m: Model, made: dict[Path, np.ndarray]) -> dict:
@@ -268,11 +284,12 @@ def stacked(
     name = next(iter(first.arrays))
     return {name: _filled(np.ones((*shape[:lead], *sizes[name]), kind), name, parts)}
   rank = max(part.rank for part in parts.values())
+  low = {"a": (*sizes["inputs"], rank), "b": (rank, *sizes["outputs"])}
   out = {
-    "a": _filled(np.zeros((*shape[:lead], *sizes["inputs"], rank), kind), "a", parts),
-    "b": _filled(np.zeros((*shape[:lead], rank, *sizes["outputs"]), kind), "b", parts),
-    "scale": np.ones(shape[: lead - experts], np.float32),
-  }
+    name: _filled(np.zeros((*shape[:lead], *low[name[-1]]), kind), name, parts)
+    for name in ("a", "b", "start_a", "start_b") if name in first.arrays
+  }  # fmt: skip
+  out["scale"] = np.ones(shape[: lead - experts], np.float32)
   for index, part in parts.items():
     out["scale"][index[: lead - experts]] = part.scale
   if any(

@@ -1,6 +1,7 @@
 """Models with adapters: from a folder of PEFT's or the workdir of an adapter's run, and a base."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path as File
 from typing import Any
 
@@ -10,6 +11,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from model import checkpoint, hf, sharding
+from model.architecture import EXECUTION_FIELDS
 from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import abstract
@@ -24,7 +26,7 @@ from model.peft.parts import Parts, parts_of
 from model.peft.written import written_out
 from model.quant import Quantized
 from model.tokenizer import Tokenizer
-from model.trained import Adapted, Model
+from model.trained import TRAINED_BESIDE, Adapted, Model
 
 
 def is_adapter(path: str | File) -> bool:
@@ -88,21 +90,20 @@ def _of_run(m: Model, path: str, base: str, part: str) -> Model:
   meta = checkpoint.describe(folder).meta
   if "base" not in meta:
     raise InputError(f"adapter={path!r} is the run of a whole model: load it as the checkpoint.")
-  check_same(pinned(base), meta["base"], path)
+  base = pinned(base)
+  check_same(base, meta["base"], path)
   saved, peft = ModelConfig.from_dict(meta["config"]["model"]), from_dict(meta["config"]["peft"])
-  own = m.config
-  cfg = dataclasses.replace(
-    saved, dtype=own.dtype, param_dtype=own.param_dtype, remat="none", attention_kernel="auto"
-  )
-  net, parts = _described(peft, cfg)
+  cfg = dataclasses.replace(saved, **{name: getattr(m.config, name) for name in EXECUTION_FIELDS})
+  net, parts = _described(_of_model(peft), cfg)
   shapes: Any = flatten_dict(nnx.to_pure_dict(nnx.state(abstract(cfg), nnx.Param)))
   leaves: Any = flatten_dict(m.params)
   there = {path: leaves[path] for path in shapes if path in leaves and parts.rows[path] is not None}
   _check_base(shapes, there, parts, path)
-  _check_whole(there, parts, path)
+  there |= _in_float(there, parts, net, base, m)
   rest = parts.split(unflatten_dict(there))[1]
   wanted = _wanted(net, parts, m)
-  read = checkpoint.restore_params(folder, {part: wanted[0], "frozen": wanted[1]}, cast=True).state
+  own = {part: wanted[0], "frozen": wanted[1]}
+  read = checkpoint.restore_params(folder, own, cast=True, leave_out=TRAINED_BESIDE).state
   params = written_out(parts.join(read[part], together(rest, read["frozen"])), cfg)
   labels = meta["config"].get("data", {}).get("labels")
   texts = File(str(workdir)) / "tokenizer"
@@ -110,8 +111,16 @@ def _of_run(m: Model, path: str, base: str, part: str) -> Model:
   return dataclasses.replace(
     m, config=cfg, params=params, labels=m.labels if labels is None else tuple(labels),
     tokenizer=Tokenizer.load(texts) if texts.is_dir() else m.tokenizer,
-    adapted=Adapted(meta["base"]["path"], peft.rslora, whole),
+    adapted=Adapted(base, peft.rslora, whole, meta["base"]["hash"]),
   )  # fmt: skip
+
+
+def _of_model(peft: PeftConfig) -> PeftConfig:
+  """The config without patterns for what is trained beside a model."""
+  kept = lambda patterns: tuple(p for p in patterns if p.split(".")[0] not in TRAINED_BESIDE)
+  fields = ("targets", "freeze", "also", "ranks", "alphas")
+  own = {n: kept(value) for n in fields if (value := getattr(peft, n)) is not None}
+  return dataclasses.replace(peft, **own)
 
 
 def _described(peft: PeftConfig, cfg: ModelConfig) -> tuple[nnx.Module, Parts]:
@@ -136,28 +145,28 @@ def _check_base(shapes: dict, there: dict, parts: Parts, path: str) -> None:
     )
 
 
-def _check_whole(there: dict, parts: Parts, path: str) -> None:
-  for one, weight in there.items():
-    if parts.rows[one] and isinstance(weight, Quantized):
-      name = ".".join(map(str, one))
-      raise InputError(
-        f"{path} trained some of the layers of {name}, and the base keeps them as one matrix in "
-        f"{weight.format.name}: load it without quantize=."
-      )
+def _in_float(there: dict, parts: Parts, net: nnx.Module, base: str, m: Model) -> dict[Path, Any]:
+  """Quantized matrices of the base of which some layers were trained, as training keeps them."""
+  from model.loading import leaf_reader  # It loads adapters.
+
+  cut = [p for p, weight in there.items() if parts.rows[p] and isinstance(weight, Quantized)]
+  if not cut:
+    return {}
+  axes: Any = flatten_dict(param_info(net))
+  leaf, place = leaf_reader(base), _placer(m)
+  made = {}
+  for path in cut:
+    like = place(there[path].shape, m.config.param_dtype, axes[path].axes)
+    made[path] = jax.device_put(leaf(path, like.dtype, None), like.sharding)
+  return made
 
 
 def _wanted(net: nnx.Module, parts: Parts, m: Model) -> tuple[dict, dict]:
   """Shapes and places of (what was trained, what an adapter has besides)."""
-  infos, kind = param_info(net), m.config.param_dtype
-  sample: Any = next(a for a in jax.tree.leaves(m.params) if isinstance(a, jax.Array)).sharding
+  infos, place = param_info(net), _placer(m)
 
   def like(path: Path, leaf: Any, axes: tuple) -> jax.ShapeDtypeStruct:
-    where = sample
-    if isinstance(sample, jax.sharding.NamedSharding):
-      mesh: Any = sample.mesh
-      where = jax.sharding.NamedSharding(mesh, sharding.spec(axes, leaf.shape, mesh))
-    dtype = jnp.float32 if path[-1] == "scale" else kind
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where)
+    return place(leaf.shape, "float32" if path[-1] == "scale" else m.config.param_dtype, axes)
 
   tree = nnx.to_pure_dict(nnx.state(net, nnx.Param))
   shapes = jax.eval_shape(parts.split, tree)
@@ -167,3 +176,17 @@ def _wanted(net: nnx.Module, parts: Parts, m: Model) -> tuple[dict, dict]:
     kinds: Any = flatten_dict(trees[1])
     out.append(unflatten_dict({p: like(p, leaves[p], kinds[p].axes) for p in leaves}))
   return out[0], apart(out[1])[1]
+
+
+def _placer(m: Model) -> Callable[[tuple[int, ...], str, tuple], jax.ShapeDtypeStruct]:
+  """(shape, dtype, axes) -> what is to lie beside the parameters of a model."""
+  sample: Any = next(a for a in jax.tree.leaves(m.params) if isinstance(a, jax.Array)).sharding
+
+  def place(shape: tuple[int, ...], dtype: str, axes: tuple) -> jax.ShapeDtypeStruct:
+    where = sample
+    if isinstance(sample, jax.sharding.NamedSharding):
+      mesh: Any = sample.mesh
+      where = jax.sharding.NamedSharding(mesh, sharding.spec(axes, shape, mesh))
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=where)
+
+  return place

@@ -19,6 +19,7 @@ from model.peft.create import dense
 from model.peft.ia3 import IA3
 from model.peft.lora import sides
 from model.peft.names import Names, Path
+from model.peft.tied import scoring_table, untied
 from model.peft.virtual_files import has_virtual
 from model.quant import Quantized, quantize
 from model.trained import Model
@@ -99,7 +100,7 @@ def merge(m: Model) -> tuple[Model, Lost | None]:
   base = apart(m.params)[0]
   leaves: Any = flatten_dict(base)
   net, names = nnx.merge(m.graphdef, m.params), Names(m.config)
-  new, untied, parts, formats = dict(leaves), None, {}, []
+  new, parts, formats = dict(leaves), {}, []
   for path, owner in owners(net):
     if hasattr(owner, "adapter"):
       weight = (*path, "table" if isinstance(owner, Embed) else "w")
@@ -113,20 +114,10 @@ def merge(m: Model) -> tuple[Model, Lost | None]:
       if isinstance(owner.adapter, IA3) and (*path, "b") in leaves:
         scale = jax.vmap(IA3.bias) if _stacked(owner, leaves[weight]) else IA3.bias
         new[(*path, "b")] = scale(owner.adapter, leaves[(*path, "b")])
-      untied = weight if path == (_scored(m),) and m.config.tie_embeddings else untied
-  config = m.config
-  if untied is not None:
-    config = dataclasses.replace(config, tie_embeddings=False)
-    new[("head", "proj", "w")] = _turned(leaves[untied])
-  made = dataclasses.replace(m, config=config, params=unflatten_dict(new), adapted=None)
+  made, table = dataclasses.replace(m, params=unflatten_dict(new), adapted=None), scoring_table(m)
+  if table is not None and new[table] is not leaves[table]:
+    made = untied(made, leaves[table])
   return made, Lost(Counter(formats).most_common(1)[0][0], parts) if parts else None
-
-
-def _turned(table: jax.Array | Quantized) -> jax.Array | Quantized:
-  """A table of words as the matrix that scores them."""
-  if isinstance(table, Quantized):
-    return dataclasses.replace(table, table=False)
-  return jnp.transpose(table)
 
 
 def _requantized(path: Path, owner: Owner, weight: Quantized) -> tuple[Quantized, list[float]]:
@@ -189,10 +180,6 @@ def unmerged(m: Model, adapted: Model) -> Model:
       )
     new[weight] = leaves[weight] - _merged(owner, jnp.zeros_like(leaves[weight]))
   return dataclasses.replace(m, params=unflatten_dict(new))
-
-
-def _scored(m: Model) -> str:
-  return "decoder_embed" if m.config.decoder_embed else "embed"
 
 
 def _stacked(owner: Owner, weight: Any) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from model.architecture import architecture
 from model.errors import InputError, nearest
 from model.heads import abstract, unstack
 from model.layers import Embed, Linear, param_info
@@ -22,7 +23,7 @@ from model.peft.ia3 import IA3
 from model.peft.lora import LoRA, sides
 from model.peft.names import Path
 from model.sharding import spec
-from model.trained import Adapted, Model
+from model.trained import Model
 
 _MOST_OF_EXPERTS = 256  # Numbers of adapters travel with tokens, as floats that may have 8 bits.
 
@@ -42,7 +43,7 @@ def named(models: Mapping[str, Model]) -> Model:
     raise InputError("adapter={} names no adapter: give at least one.")
   first = next(iter(models.values()))
   slots = {name: _changes(m, name, first) for name, m in models.items()}
-  told = first.adapted and Adapted(first.adapted.base, rslora=False)
+  told = first.adapted and dataclasses.replace(first.adapted, rslora=False, whole=())
   return _with(dataclasses.replace(first, adapted=told), slots, _joined(first, slots))
 
 
@@ -167,7 +168,7 @@ def _check_base(m: Model, name: str, like: Model) -> None:
   here: Any = flatten_dict(apart(m.params)[0])
   there: Any = flatten_dict(apart(like.params)[0])
   same = here.keys() == there.keys() and all(here[p].shape == there[p].shape for p in here)
-  if m.config != like.config or not same:
+  if architecture(m.config) != architecture(like.config) or not same:
     raise InputError(f"adapter {name!r} is of another base than the others.")
 
 

@@ -8,7 +8,7 @@ B of its own: as exact, and wider.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import einops
@@ -30,7 +30,8 @@ _IA3 = re.compile(r"(.*)\.ia3_l")
 class Part:
   """One layer's or expert's part of an adapter: arrays in our order of axes, and its scale.
 
-  a (inputs, R), b (R, outputs), magnitude (outputs) of LoRA and DoRA; inputs or outputs of IA3.
+  a (inputs, R), b (R, outputs), where there are such start_a, start_b and magnitude (outputs), of
+  LoRA and DoRA; inputs or outputs of IA3.
   """
 
   arrays: dict[str, np.ndarray]
@@ -72,6 +73,12 @@ class TheirModule:
     pattern = f"{self.left} {r}-> {self._several}{r}{self.writes}"
     places = tuple(map(cut, self.places))
     return dataclasses.replace(self.piece, pattern=pattern, places=places)
+
+  def matrix(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+    """Theirs, (outputs, inputs), from the matrix at each place."""
+    many = len(self.reads.split())
+    flat = [array.reshape(-1, *array.shape[many:]) for array in ours]
+    return self._outputs(True, len(flat[0])).to_theirs(flat)
 
   def to_ours(self, theirs: Mapping[str, np.ndarray], scale: float) -> list[Part]:
     """The part at each place, from arrays by name: A, B, magnitude, or ia3."""
@@ -170,6 +177,16 @@ def _module(name: str, piece: Piece, inputs: int) -> TheirModule | None:
   if len(left) != 2 or len(groups) != 1 or "1" in axes:
     return None
   return TheirModule(name, piece, " ".join(reads), " ".join(writes), f"({' '.join(groups[0])})")
+
+
+def cut(leaves: Any, place: Place) -> np.ndarray:
+  """What lies at a place of flat parameters."""
+  return np.asarray(leaves[place.path][(*place.index, *(slice(0, n) for n in place.shape))])
+
+
+def tensor_of(piece: Piece, leaves: Any) -> np.ndarray:
+  """Their tensor of a piece."""
+  return piece.to_theirs([cut(leaves, place) for place in piece.places])
 
 
 def sorted_out(

@@ -12,14 +12,14 @@ from model import hf
 from model.errors import InputError
 from model.hf.engine import Layout
 from model.hf.safetensors_files import write_file
-from model.peft import virtual_files
+from model.peft import tied, virtual_files
 from model.peft.attach import KEY, is_adapted
 from model.peft.bottleneck import check_none
 from model.peft.create import dense
 from model.peft.files import CONFIG, WEIGHTS
 from model.peft.lora import magnitude
 from model.peft.names import Path
-from model.peft.tensors import PREFIX, Part, TheirModule, modules
+from model.peft.tensors import PREFIX, Part, TheirModule, modules, tensor_of
 from model.trained import Model
 
 TASKS = {"language": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS",
@@ -53,43 +53,43 @@ def save(m: Model, folder: File) -> None:
       ranks[name], scales[name] = arrays["A"].shape[0], scale
     elif "inputs" in parts[0].arrays:
       reads.add(name)
-  brought = _brought(m, layout)
-  module = lambda piece: piece.theirs.rpartition(".")[0]
-  saved = sorted({module(piece) for piece in brought if not piece.theirs.endswith(".bias")})
-  biases = [piece for piece in brought if module(piece) not in saved]
-  for piece in brought:
-    inside = piece in biases and module(piece) in found
-    name = f"{module(piece)}.base_layer.bias" if inside else piece.theirs
-    tensors[PREFIX + name] = _theirs(piece, leaves)
+  brought = _brought(m, leaves, layout)
+  module = lambda name: name.rpartition(".")[0]
+  saved = sorted({module(name) for name in brought if not name.endswith(".bias")})
+  biases = [name for name in brought if module(name) not in saved]
+  for name, array in brought.items():
+    inside = name in biases and module(name) in found
+    tensors[PREFIX + (f"{module(name)}.base_layer.bias" if inside else name)] = array
   values = _config(m, list(found), known, ranks, scales, reads, saved)
   if biases and "bias" not in values:
-    raise InputError(f"PEFT's IA3 keeps no biases, and {biases[0].theirs} was trained with it.")
+    raise InputError(f"PEFT's IA3 keeps no biases, and {biases[0]} was trained with it.")
   values |= {"bias": "all"} if biases else {}
   _write(folder, tensors, values)
 
 
 def _save_virtual(m: Model, leaves: Any, folder: File) -> None:
   kind, table = virtual_files.table_of(leaves, m.config)
-  whole, task = _brought(m, hf.layout(m)), _task(m)
-  tensors = {virtual_files.BEFORE + piece.theirs: _theirs(piece, leaves) for piece in whole}
+  whole, task = _brought(m, leaves, hf.layout(m)), _task(m)
+  tensors = {virtual_files.BEFORE + name: array for name, array in whole.items()}
   values = virtual_files.described(kind, table, m.config, task) | {
     "base_model_name_or_path": None if m.adapted is None else m.adapted.base, "task_type": task,
     "inference_mode": True,
-    "modules_to_save": sorted({piece.theirs.rpartition(".")[0] for piece in whole}) or None,
+    "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
   }  # fmt: skip
   _write(folder, tensors | {virtual_files.TENSOR: table}, values)
 
 
-def _brought(m: Model, layout: Layout) -> list[Any]:
-  """The pieces of the base that were trained besides."""
+def _brought(m: Model, leaves: Any, layout: Layout) -> dict[str, np.ndarray]:
+  """Tensors of the base that were trained besides, by name; with a table that scores words too, the
+  head that is the same.
+  """
   whole = set() if m.adapted is None else {p for p in m.adapted.whole if KEY not in p}
-  return [piece for piece in layout.pieces if any(p.path in whole for p in piece.places)]
-
-
-def _theirs(piece: Any, leaves: Any) -> np.ndarray:
-  """Their tensor of a piece."""
-  cut = lambda p: np.asarray(leaves[p.path][(*p.index, *(slice(0, n) for n in p.shape))])
-  return piece.to_theirs([cut(p) for p in piece.places])
+  pieces = [piece for piece in layout.pieces if any(p.path in whole for p in piece.places)]
+  out = {piece.theirs: tensor_of(piece, leaves) for piece in pieces}
+  if (table := tied.scoring_table(m)) in whole:
+    one = next(piece for piece in pieces if piece.places[0].path == table)
+    out |= dict.fromkeys(tied.heads(m), out[one.theirs])
+  return out
 
 
 def _write(folder: File, tensors: dict[str, np.ndarray], values: dict[str, Any]) -> None:
@@ -196,6 +196,7 @@ def _config(
     "alpha_pattern": {n: a for n, a in alphas.items() if a != alpha},
     "use_rslora": rslora, "use_dora": any(path[-1] == "magnitude" for path in leaves),
     "init_lora_weights": True,
+    **({"ensure_weight_tying": True} if told and tied.scoring_table(m) in told.whole else {}),
   }  # fmt: skip
 
 

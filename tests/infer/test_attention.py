@@ -139,6 +139,7 @@ def test_the_command_writes_a_picture_and_a_page_that_needs_nothing_else(workdir
   ("arguments", "said"),
   [
     (("--text=a",), "--output is missing"),
+    (("--text=a", "--output={tmp}/x.png", "--adapter={tmp}"), "is no adapter"),
     (("--output={tmp}/x.png",), "--text is missing"),
     (("--text=a", "--output={tmp}/x.jpg"), "must end in .png or .html"),
     (("--text=a", "--output={tmp}/no/x.png"), "there is no folder"),

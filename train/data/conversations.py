@@ -191,11 +191,13 @@ def _from_sharegpt(message: Any, place: str) -> Message:
 
 
 def _learned(message: Message, place: str) -> bool:
-  """Whether a message is learned: one of the assistant, whose `weight` is not 0."""
-  weight = message.get("weight", 1)
-  if weight not in (0, 1):
+  """Whether a message is learned: one of the assistant, whose `weight` is not 0; tables fill it up
+  with None where other messages have it.
+  """
+  weight = message.get("weight")
+  if weight not in (None, 0, 1):
     raise InputError(f"{place}: a message has the weight {weight!r}: 0 (not learned) or 1.")
-  return message["role"] == "assistant" and bool(weight)
+  return message["role"] == "assistant" and weight != 0
 
 
 def _plain(message: Message) -> Message:

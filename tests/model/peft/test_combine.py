@@ -15,6 +15,7 @@ from model.peft.combine import alike, combined
 from model.peft.config import PeftConfig
 from model.peft.create import new_adapters, sites
 from model.peft.merge import merged, unmerged
+from model.peft.named import named
 from model.trained import Model
 from model.vocabulary import build_tokenizer
 
@@ -74,6 +75,17 @@ def test_what_was_merged_is_taken_out_again():
   back = unmerged(merged(m), m)
   near = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
   jax.tree.map(near, back.params, apart(m.params)[0])
+
+
+def test_adapters_add_up_whatever_their_runs_dropped():
+  one = adapted(1, rank=2, targets=("q_proj",))
+  other = adapted(2, rank=1, targets=("v_proj",))
+  dropped = dataclasses.replace(other, config=dataclasses.replace(BODY, dropout=0.5))
+  first, second = alike([one, dropped])
+  assert first.graphdef == second.graphdef
+  np.testing.assert_allclose(second(TOKENS), other(TOKENS), rtol=1e-4, atol=1e-5)
+  several = named({"one": one, "other": dropped})
+  np.testing.assert_allclose(several.using("other")(TOKENS), other(TOKENS), rtol=1e-4, atol=1e-5)
 
 
 def test_what_does_not_add_up_is_refused():

@@ -20,6 +20,8 @@ def bases() -> dict[str, Any]:
   return {
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(
       **small, intermediate_size=24, num_key_value_heads=2, max_position_embeddings=32)),
+    "tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(
+      **small, intermediate_size=24, max_position_embeddings=32, tie_word_embeddings=True)),
     "bert": lambda: t.BertForMaskedLM(t.BertConfig(
       **small, intermediate_size=24, max_position_embeddings=32)),
     "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(
@@ -64,6 +66,8 @@ def config(name: str, kind: str, **changes) -> Any:
     return peft.IA3Config(**{**common, "feedforward_modules": READS[name], **changes})
   kinds = {
     "lora": {}, "rslora": dict(use_rslora=True), "dora": dict(use_dora=True),
+    "pissa": dict(init_lora_weights="pissa", use_rslora=True),
+    "olora": dict(init_lora_weights="olora", use_dora=True),
     "patterns": dict(rank_pattern={TARGETS[name][1]: 3}, alpha_pattern={TARGETS[name][0]: 7}),
   }  # fmt: skip
   return peft.LoraConfig(**{**common, "r": 4, "lora_alpha": 6, **kinds[kind], **changes})

@@ -115,6 +115,8 @@ def test_each_form_and_choice_of_turns_learns_what_it_says(tokenizer):
   )
   skipped = say(messages=[*TURNS[:1], TURNS[1] | {"weight": 0}, *TURNS[2:]])
   assert skipped.ids == whole.ids and text(skipped) == text(whole, 2)
+  filled = [{"weight": None} | turn for turn in TURNS]  # As tables fill up what some messages have.
+  assert say(messages=[*filled[:1], TURNS[1] | {"weight": 0}, *filled[2:]]) == skipped
   pair = say(prompt="What is two and two?", completion="It is four.")
   assert pair == say(messages=TURNS[:2]) == say(prompt=TURNS[:1], completion=TURNS[1:2])
   assert pair == say(conversations=[{"from": "human", "value": TURNS[0]["content"]},

@@ -240,6 +240,32 @@ def test_a_run_begins_from_float_goes_on_and_is_loaded_over_the_base_that_it_saw
   assert size < 3 * adapter + 200_000
 
 
+def test_matrices_of_which_some_layers_are_trained_stay_in_float_and_are_loaded_so(tmp_path):
+  tokenizer = build_tokenizer("bytes", None, [])
+  body = dataclasses.replace(BODY, vocab_size=tokenizer.vocab_size)
+  model.save(Model(body, init_params(body, jax.random.key(5)), tokenizer), tmp_path / "base")
+  (tmp_path / "text.txt").write_text("\n".join(f"{i} is {i * 7}" for i in range(100)))
+  also = "decoder.layers.1.mlp.up_proj"
+  config = Config(
+    steps=1, batch_size=4, seq_len=16, checkpoint_every=1, init_from=str(tmp_path / "base"),
+    cache_dir=str(tmp_path / "cache"), mesh=MIX,
+    data=DataConfig(source=str(tmp_path / "text.txt"), documents="line"),
+    optimizer=OptimizerConfig(warmup_steps=0, learning_rate=0.03),
+    peft=PeftConfig(**LORA, base_format="int8", targets=("q_proj",), also=(also,)),
+  )  # fmt: skip
+  assert train(config, tmp_path / "run") == 0
+  shutil.copytree(tmp_path / "base", tmp_path / "moved")
+  base, m = model.load(tmp_path / "base"), model.load(tmp_path / "run", base=tmp_path / "moved")
+  assert m.adapted is not None and m.adapted.base == str(tmp_path / "moved" / "checkpoints" / "0")
+  plain = model.load(tmp_path / "base", adapter=tmp_path / "run")
+  up = lambda one, name="up_proj": one.params["decoder"]["layers"][0]["mlp"][name]["w"]
+  np.testing.assert_array_equal(up(m), up(plain))
+  np.testing.assert_array_equal(up(m)[0], up(base)[0])
+  assert np.abs(up(m)[1] - up(base)[1]).max() > 1e-3
+  assert ("decoder", "layers", 0, "mlp", "down_proj", "w") in quantized_leaves(m.params)
+  assert m(TOKENS).shape == plain(TOKENS).shape
+
+
 def test_formats_that_let_no_gradient_through_or_are_not_known_are_refused():
   cases = {
     "peft.base_format='int3' is not known": dict(method="lora", base_format="int3"),

@@ -16,6 +16,8 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import init_params
 from model.peft.attach import KEY, apart, is_adapted
+from model.peft.combine import combined
+from model.peft.named import named
 from model.trained import Model
 from model.vocabulary import build_tokenizer
 from tests import commands
@@ -151,6 +153,34 @@ def test_what_has_no_adapter_or_would_not_learn_is_refused(world, tmp_path):
   tiny = OptimizerConfig(warmup_steps=1, learning_rate=1e-30)
   frozen = dict(peft=PeftConfig(method="full", targets=("mlp",)), optimizer=tiny)
   refused(lambda: train(config(world, **frozen), tmp_path / "c"), "after the first update")
+
+
+@pytest.mark.slow
+def test_adapters_of_one_base_go_together_wherever_it_lies_and_whatever_their_runs_dropped(
+  world, tmp_path
+):
+  one = dict(steps=1, checkpoint_every=1, eval_every=1)
+  one |= dict(optimizer=OptimizerConfig(warmup_steps=0, learning_rate=0.03))
+  shutil.copytree(world / "base", tmp_path / "base")
+  begin = str(tmp_path / "base")
+  dropping = dataclasses.replace(BODY, vocab_size=None, dropout=0.5)
+  assert train(config(world, init_from=begin, **one), tmp_path / "a") == 0
+  assert train(config(world, init_from=begin, **one | dict(model=dropping)), tmp_path / "b") == 0
+  shutil.move(begin, tmp_path / "moved")
+  refused(lambda: model.load(tmp_path / "a"), "which is not there", "--adapter=")
+  a, b = (model.load(tmp_path / name, base=tmp_path / "moved") for name in "ab")
+  assert a.config == b.config and np.abs(a(TOKENS) - b(TOKENS)).max() > 1e-3
+  model.save(a, tmp_path / "folder", format="peft")  # Where the base is now is in the file.
+  folder, there = model.load(tmp_path / "folder"), world / "base"
+  np.testing.assert_allclose(folder(TOKENS), a(TOKENS), rtol=1e-5, atol=1e-5)
+  several = named({"a": folder}).with_adapter("b", tmp_path / "b")
+  np.testing.assert_allclose(several.using("b")(TOKENS), b(TOKENS), rtol=1e-4, atol=1e-5)
+  both = combined([folder, b], [0.0, 1.0])(TOKENS)
+  np.testing.assert_allclose(both, b(TOKENS), rtol=1e-4, atol=1e-5)
+  copied = model.load(tmp_path / "a", base=there)  # The same base, by its hash.
+  assert np.array_equal(combined([copied, b], [0.0, 1.0])(TOKENS), both)
+  elsewhere = model.load(there, adapter=tmp_path / "folder")  # Its file has no hash.
+  refused(lambda: combined([elsewhere, b], [1.0, 1.0]), "different bases")
 
 
 @pytest.mark.slow

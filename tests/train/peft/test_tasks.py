@@ -9,13 +9,16 @@ import pytest
 
 import infer
 import model
+from model.config import ModelConfig
+from model.errors import InputError
 from model.heads import init_params
 from model.peft.attach import apart
 from model.trained import Model
 from model.vocabulary import build_tokenizer
 from tests.train.objectives import tasks
+from tests.train.objectives.test_replaced_token import DISCRIMINATOR, electra
 from tests.train.test_init_from import BERT
-from train.config import Config, OptimizerConfig, PeftConfig
+from train.config import Config, DataConfig, OptimizerConfig, PeftConfig
 from train.loop import train
 
 T5 = dict(positions="t5_bias", norm_eps=1e-6, activation="gelu_tanh", max_positions=None)
@@ -51,6 +54,28 @@ def config_of(name: str, folder, **changes) -> Config:
 
 def same(a, b):
   return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b)))
+
+
+def test_an_adapter_and_a_generator_of_replaced_tokens_are_loaded_without_the_generator(tmp_path):
+  tokenizer = build_tokenizer("bytes", None, [])
+  body = dataclasses.replace(DISCRIMINATOR, vocab_size=tokenizer.vocab_size)
+  m = Model(body, init_params(body, jax.random.key(3)), tokenizer)
+  model.save(m, tmp_path / "base")
+  (tmp_path / "text.txt").write_text("\n".join(f"{i} is {i * 7}" for i in range(100)))
+  made = electra(
+    init_from=str(tmp_path / "base"), cache_dir=str(tmp_path / "cache"), model=ModelConfig(),
+    data=DataConfig(source=str(tmp_path / "text.txt"), documents="line"), steps=1, batch_size=8,
+    seq_len=16, checkpoint_every=1, peft=PeftConfig(method="lora", rank=2, also=("generator",)),
+    optimizer=OptimizerConfig(warmup_steps=0, learning_rate=0.03),
+  )  # fmt: skip
+  alone = dataclasses.replace(made, peft=PeftConfig(method="full", targets=("encoder",)))
+  with pytest.raises(InputError, match=r"name 'generator' in peft\.targets"):
+    train(alone, tmp_path / "none")
+  assert train(made, tmp_path / "run") == 0
+  tuned = model.load(tmp_path / "run")
+  assert "generator" not in tuned.params and same(apart(tuned.params)[0], m.params)
+  tokens = np.random.default_rng(0).integers(1, 250, (2, 12))
+  assert np.abs(tuned(tokens) - m(tokens)).max() > 1e-5
 
 
 @pytest.mark.slow
