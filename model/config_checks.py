@@ -214,6 +214,11 @@ def _check_head(cfg: ModelConfig) -> None:
     )
   if cfg.problem == "regression" and cfg.num_labels not in (None, 1):
     raise InputError(f"model.num_labels={cfg.num_labels}: a regression tells one number.")
+  if kind == "sequence" and cfg.problem == "single_label" and cfg.num_labels == 1:
+    raise InputError(
+      "model.num_labels=1: one label alone is true of every text. Use model.problem='regression' "
+      "for a number, 'multi_label' for a label that may be missing, or more labels."
+    )
   unread = cfg.head_norm or cfg.head_activation != "gelu" or not cfg.head_dense_bias
   if not cfg.head_dense and unread:
     raise InputError(

@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, normalizers
 
 from model.errors import InputError
+from model.json_files import read_object
 from model.tokenizer_kinds import Kind, kind_of
 from model.tokenizer_vocabularies import from_merges, from_words, read_text, texts_of
 
@@ -25,6 +26,10 @@ _USUAL_NAMES = {
 _ORDER = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # In which new special tokens get ids.
 _MERGES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _WORDS, _MARIAN = "vocab.txt", "source.spm"
+_SWITCHES = ("do_lower_case", "tokenize_chinese_chars", "trim_offsets")
+_CHOICES = ("strip_accents", "add_prefix_space", "add_bos_token", "add_eos_token", "legacy",
+            "do_basic_tokenize", "separate_vocabs")  # fmt: skip
+_MORE = ("extra_special_tokens", "additional_special_tokens")
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 # Fields that say where a tokenizer was or how to run code of its own, or that tokenizer.json says.
 _NOT_KEPT = ("tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "auto_map",
@@ -52,7 +57,7 @@ def read_tokenizer(path: Path) -> Read:
       return _from_model_file(path, {}, kind_of({}, {}))
     return _from_json(path)
   config = _config(path)
-  kind = kind_of(config, _read_json(path / "config.json"))
+  kind = kind_of(config, read_object(path / "config.json"))
   backend, roles = _from_folder(path, config, kind)
   return backend, roles | _added(backend, config, roles, name=str(path))
 
@@ -74,11 +79,11 @@ def _from_folder(folder: Path, config: dict[str, Any], kind: Kind) -> Read:
     return backend, known | ({} if texts_of(config) else roles)
   for vocabulary, merges in _MERGES:
     if (folder / vocabulary).is_file() and (folder / merges).is_file():
-      return from_merges(_read_json(folder / vocabulary), folder / merges, config, kind)
+      return from_merges(read_object(folder / vocabulary), folder / merges, config, kind)
   if (folder / _MARIAN).is_file() and (folder / "vocab.json").is_file():
     from model.sentencepiece import convert_marian
 
-    file, vocabulary = folder / _MARIAN, _read_json(folder / "vocab.json")
+    file, vocabulary = folder / _MARIAN, read_object(folder / "vocab.json")
     return convert_marian(file.read_bytes(), vocabulary, name=str(file), config=config)
   if (folder / _WORDS).is_file():
     return from_words(folder / _WORDS, config, kind)
@@ -93,13 +98,16 @@ def _from_folder(folder: Path, config: dict[str, Any], kind: Kind) -> Read:
 
 def _config(folder: Path) -> dict[str, Any]:
   """tokenizer_config.json with what older and newer folders keep in files beside it."""
-  config = _read_json(folder / "tokenizer_config.json")
+  config = read_object(folder / "tokenizer_config.json")
+  _check_types(config, folder / "tokenizer_config.json")
   if "added_tokens_decoder" not in config:
-    config |= _read_json(folder / "special_tokens_map.json")
+    more = read_object(folder / "special_tokens_map.json")
+    _check_types(more, folder / "special_tokens_map.json")
+    config |= more
     special = {content for value in config.values() for content in _contents(value)}
     config["added_tokens_decoder"] = {
       str(i): {"content": text, "special": text in special, "normalized": text not in special}
-      for text, i in _read_json(folder / "added_tokens.json").items()
+      for text, i in read_object(folder / "added_tokens.json").items()
     }
   templates = {path.stem: path for path in sorted((folder / _TEMPLATES).glob("*.jinja"))}
   if (folder / _TEMPLATE).is_file():
@@ -111,16 +119,17 @@ def _config(folder: Path) -> dict[str, Any]:
   return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-  if not path.is_file():
-    return {}
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise InputError(f"{path} is not JSON: {error}") from None
-  if not isinstance(values, dict):
-    raise InputError(f"{path} must hold a JSON object.")
-  return values
+def _check_types(config: Mapping[str, Any], path: Path) -> None:
+  """Raises an InputError for a field of a tokenizer's config that holds no value of its kind."""
+  wanted: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(_SWITCHES, ("true or false", bool)),
+    **dict.fromkeys(_CHOICES, ("true, false or null", bool | None)),
+    **dict.fromkeys(_MORE, ("a list or an object", list | dict | None)),
+    "extra_ids": ("a whole number", int),
+  }
+  for name, (words, kind) in wanted.items():
+    if name in config and not isinstance(config[name], kind):
+      raise InputError(f"{path}: {name}={config[name]!r} must be {words}.")
 
 
 def _from_json(path: Path) -> Read:
@@ -178,7 +187,7 @@ def _added(
         f"{backend.token_to_id(token.content)}: the files do not belong together."
       )
   named = roles | {k: v for k, v in config.items() if k.endswith("_token") and _contents(v)}
-  more = [config.get(key) or [] for key in ("extra_special_tokens", "additional_special_tokens")]
+  more = [config.get(key) or [] for key in _MORE]
   values = [named.get(f"{role}_token") for role in _ORDER]
   values += [v for some in more for v in (some.values() if isinstance(some, dict) else some)]
   known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
@@ -186,6 +195,8 @@ def _added(
     for content in _contents(value):
       flags = {k: value[k] for k in ("lstrip", "rstrip", "single_word", "normalized")
                if isinstance(value, dict) and k in value}  # fmt: skip
+      if not all(isinstance(flag, bool) for flag in flags.values()):
+        raise InputError(f"{name}: {flags} of special token {content!r} must be true or false.")
       if content not in known or flags:
         backend.add_special_tokens([AddedToken(content, special=True, **flags)])
         known.add(content)
@@ -214,7 +225,7 @@ def write_tokenizer(
   values = {"clean_up_tokenization_spaces": False, "model_max_length": int(1e30)}
   values |= {key: value for key, value in config.items() if key not in _NOT_KEPT}
   values |= {f"{role}_token": token for role, token in special.items()}
-  for key in ("extra_special_tokens", "additional_special_tokens"):
+  for key in _MORE:
     if isinstance(values.get(key), list):
       values[key] = _contents(values[key])
   if token_types is not None:

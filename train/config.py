@@ -1,10 +1,9 @@
 """Config: everything that decides a run, as typed dataclasses."""
 
 import dataclasses
-import types
-import typing
 from typing import Any
 
+from model.annotations import is_of
 from model.config import ModelConfig
 from model.errors import InputError, nearest
 from model.peft.config import PeftConfig
@@ -191,24 +190,9 @@ def checked(config: Any, prefix: str = "") -> Any:
   inner = {}
   for field in dataclasses.fields(config):
     name, value = prefix + field.name, getattr(config, field.name)
-    if not _is_of(value, field.type):
+    if not is_of(value, field.type):
       wanted = getattr(field.type, "__name__", str(field.type))
       raise InputError(f"{name}={value!r} is a {type(value).__name__}; {wanted} is needed.")
     if dataclasses.is_dataclass(value):
       inner[field.name] = checked(value, f"{name}.")
   return dataclasses.replace(config, **inner)
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-  """Whether a value is of an annotated type. A whole number is a float too, a bool is no number."""
-  origin, args = typing.get_origin(kind), typing.get_args(kind)
-  if origin is types.UnionType:
-    return any(_is_of(value, k) for k in args)
-  if origin is tuple and not isinstance(value, tuple):
-    return False
-  if origin is tuple:
-    kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
-    return len(value) == len(kinds) and all(map(_is_of, value, kinds))
-  if kind in (int, float):
-    return isinstance(value, int | kind) and not isinstance(value, bool)
-  return isinstance(value, kind)

@@ -4,6 +4,7 @@ GGUF files are read by the same tables: gguf_models.py.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -36,6 +37,7 @@ from model.hf.engine import Layout
 from model.hf.engine import Path as LeafPath
 from model.hf.family import Family
 from model.hf.gguf_models import read as read_gguf
+from model.hf.problems import label_names
 from model.hf.safetensors_files import (
   INDEX,
   SINGLE,
@@ -46,6 +48,7 @@ from model.hf.safetensors_files import (
 )
 from model.hf.source import Source
 from model.hf.torch_files import open_torch_file
+from model.json_files import read_object
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import holds_tokenizer
 from model.trained import Model
@@ -57,6 +60,7 @@ _TABLES = (
 FAMILIES: dict[str, Family] = {
   family.model_type: family for tables in _TABLES for family in tables.FAMILIES
 }
+_NARROW = "bfloat16"
 _TORCH, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -65,7 +69,7 @@ def is_folder(path: str | Path) -> bool:
   folder = Path(path).expanduser()
   if _is_gguf(folder):
     return True
-  return "model_type" in _config(folder) if (folder / "config.json").is_file() else False
+  return "model_type" in read_object(folder / "config.json")
 
 
 def _is_gguf(path: Path) -> bool:
@@ -76,7 +80,8 @@ class Folder:
   """A Hugging Face folder or a GGUF file: what its model is, its parameters one after the other.
 
   Attributes:
-    config: of the model; its `param_dtype` is that of the file.
+    config: of the model; its `param_dtype` is the one of the file, or holds all that are there.
+    dtypes: of the tensors that are read in it.
     layout: which tensors make which parameters.
     family: `model_type` of its config.json.
     labels: names of the classes, where its head has them.
@@ -104,12 +109,14 @@ class Folder:
     self._tensors = _named(family, tensors, name, tied=cfg.tie_embeddings)
     told = family.classes[name].told.items()
     cfg = dataclasses.replace(cfg, **{field: tell(self._tensors) for field, tell in told})
-    self.layout = Layout(cfg, family.table(name), name)
+    narrow = dataclasses.replace(cfg, param_dtype=_NARROW)  # So that it shows what is kept wider.
+    self.layout = Layout(narrow, family.table(name), name)
     heads = {row.theirs for one in family.classes.values() for row in one.rows}
     _check(family, name, cfg, self.layout, self._tensors, heads if pooled is not None else set())
-    stored = self._tensors[_table(self.layout)].dtype.name
+    self.dtypes = _dtypes(self.layout, self._tensors)
+    stored = functools.reduce(jnp.promote_types, self.dtypes).name
     self.config = dataclasses.replace(cfg, param_dtype=stored)
-    self.labels = _label_names(cfg, values)
+    self.labels = None if cfg.num_labels is None else label_names(values)
     self.tokenizer = Tokenizer.load(folder) if has else None
     self.end_ids = generation.read_ends(folder, values, cfg)
 
@@ -141,17 +148,19 @@ def save(source: Source, folder: Path, *, family: str | None = None) -> None:
     family: `model_type` of config.json; None: that of the source, or the first that it is one of.
 
   Raises:
-    InputError: if it is not one of the family, or of any, with the fields that differ.
+    InputError: if it is not one of the family, or of any, with the fields that differ; or if its
+      tokenizer pads with an id from which the family would count positions otherwise.
   """
   cfg, kind = source.config, np.dtype(source.config.param_dtype)
   found, values, layout = _written(cfg, family or source.family)
+  ids = generation.token_ids(source, found.pad)
+  _check_padding(found, values, ids)
   dtype = lambda piece: np.dtype(layout.leaves[piece.places[0].path].dtype)
   shapes = {piece.theirs: (dtype(piece), piece.shape) for piece in layout.ordered()}
   empty = found.classes[values["architectures"][0]].zeros.items()
   zeros = {name: np.zeros(shape(cfg), kind) for name, shape in empty if name not in shapes}
   shapes |= {name: (kind, array.shape) for name, array in zeros.items()}
   write_folder(folder, shapes, itertools.chain(layout.tensors(source.leaf), zeros.items()))
-  ids = generation.token_ids(source, found.pad)
   if cfg.head_kind == "language":
     generation.write(folder, source, ids)
   if source.tokenizer is not None:
@@ -167,6 +176,17 @@ def save(source: Source, folder: Path, *, family: str | None = None) -> None:
     values |= {"id2label": {str(i): one for i, one in enumerate(source.labels)},
                "label2id": {one: i for i, one in enumerate(source.labels)}}  # fmt: skip
   (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_padding(family: Family, values: Mapping[str, Any], ids: Mapping[str, Any]) -> None:
+  """That ids name the padding that a family's config.json must have, if it must have one."""
+  ours, theirs = ids.get("pad_token_id"), values.get("pad_token_id")
+  if None not in (ours, theirs) and ours != theirs:
+    raise InputError(
+      f"the tokenizer pads with id {ours}, and a {family.model_type} counts positions from the id "
+      f"of its padding, {theirs} for this model: use a tokenizer that pads with {theirs}, or "
+      "format='orbax'."
+    )
 
 
 def layout(m: Model) -> Layout:
@@ -201,22 +221,12 @@ def _written(cfg: ModelConfig, family: str | None) -> tuple[Family, dict[str, An
 
 
 def _family(model_type: Any) -> Family:
-  if model_type not in FAMILIES:
+  if not isinstance(model_type, str) or model_type not in FAMILIES:
     raise InputError(
       f"config.json: model_type={model_type!r} is not known, expected one of "
       f"{', '.join(FAMILIES)}.{nearest(str(model_type), FAMILIES)}"
     )
   return FAMILIES[model_type]
-
-
-def _config(folder: Path) -> dict[str, Any]:
-  try:
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-  except (ValueError, OSError) as error:
-    raise InputError(f"{folder / 'config.json'} cannot be read: {error}.") from None
-  if not isinstance(values, dict):
-    raise InputError(f"{folder / 'config.json'} must hold a JSON object.")
-  return values
 
 
 def _open(folder: Path) -> dict[str, np.ndarray]:
@@ -232,7 +242,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Any], bool]:
   """(config.json, tensors, whether a tokenizer is there) of a folder or of a GGUF file."""
   if _is_gguf(path):
     return read_gguf(path)
-  return _config(path), _open(path), holds_tokenizer(path)
+  return read_object(path / "config.json"), _open(path), holds_tokenizer(path)
 
 
 def _named(
@@ -296,14 +306,17 @@ def _check(
       raise InputError(f"{key} differs from {table}, and config.json says that they are tied.")
 
 
+def _dtypes(layout: Layout, tensors: Mapping[str, np.ndarray]) -> list[np.dtype]:
+  """Those of all tensors, but for those of parameters that hold them whatever the others have."""
+  found = set()
+  for piece in layout.pieces:
+    kind, own = tensors[piece.theirs].dtype, layout.leaves[piece.places[0].path].dtype
+    if kind.itemsize > 1 and (own == _NARROW or jnp.promote_types(kind, own) != own):
+      found.add(kind)  # Any dtype holds floats of one byte.
+  return sorted(found, key=str) or [np.dtype(_NARROW)]
+
+
 def _table(layout: Layout) -> str:
   """The tensor of theirs that holds the embeddings of tokens, which a head may repeat."""
   own = ("decoder_embed", "table")
   return layout.of_leaf[own if own in layout.leaves else ("embed", "table")][0][0].theirs
-
-
-def _label_names(cfg: ModelConfig, values: Mapping[str, Any]) -> tuple[str, ...] | None:
-  names = values.get("id2label")
-  if cfg.num_labels is None or not isinstance(names, dict):
-    return None
-  return tuple(names[key] for key in sorted(names, key=int))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from model.hf.decoders import DOWN, HEAD_BIAS, HEADS, OUT, TIED, UP, WORDS, labels
-from model.hf.encoders import SENTENCE, dense
+from model.hf.encoders import PADDING, SENTENCE, dense
 from model.hf.engine import Row, linear, norm, under
 from model.hf.family import Always, Class, Family, Field, Fields
 from model.hf.fields import ACTIVATIONS
@@ -138,8 +138,7 @@ FAMILIES = (
     "m2m_100",
     {**BEFORE, "positions": "sinusoidal", "position_offset": 2, "sinusoid_inclusive": True},
     _fields(2, "relu", _SCALED, Field("attention_dropout", "attention_dropout", 0.1),
-            Always("pad_token_id", 1),  # Positions begin behind it.
-            before=True),
+            PADDING, before=True),
     {
       "M2M100ForConditionalGeneration": Class(dict(head="language"), (WORDS,)),
       "M2M100Model": EMBEDS,

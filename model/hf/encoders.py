@@ -162,6 +162,7 @@ GELU = Activations("hidden_act", "gelu")
 OWN_GELU = Field("hidden_act", "activation", "gelu", ACTIVATIONS)  # The head has another.
 TYPES = Field("type_vocab_size", "token_types", 2)
 POSITIONS = Field("max_position_embeddings", "max_positions", 512)
+PADDING = Always("pad_token_id", 1)  # Where positions begin behind its id.
 BEHIND_PADDING = Field("max_position_embeddings", "max_positions", 512, minus=2)
 BERT_WORDS = words("cls.predictions", "transform.dense", "transform.LayerNorm")
 BERT_TWINS = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
@@ -171,8 +172,8 @@ def _roberta(model_type: str, name: str) -> Family:
   """RoBERTa under one of its names; positions begin behind the id of padding, 1."""
   unused = r"roberta\.pooler\.dense\.\w+"
   return Family(
-    model_type, {**BERT, "position_offset": 2}, bert_fields(OWN_GELU, TYPES, BEHIND_PADDING),
-    _bert_rows("roberta"),
+    model_type, {**BERT, "position_offset": 2},
+    bert_fields(OWN_GELU, TYPES, BEHIND_PADDING, PADDING), _bert_rows("roberta"),
     {
       f"{name}ForMaskedLM": Class(MASKED, words("lm_head", normed="layer_norm"), surplus=unused),
       f"{name}ForSequenceClassification": Class(

@@ -2,15 +2,18 @@
 
 import dataclasses
 import re
+import reprlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args, get_type_hints
 
 import numpy as np
 
+from model.annotations import is_of
 from model.architecture import LABELLED, architecture
 from model.config import ModelConfig
 from model.errors import InputError, nearest
 from model.hf.engine import Row
+from model.hf.problems import read_labels, write_labels
 
 REQUIRED: Any = object()
 
@@ -201,15 +204,18 @@ class Family:
           f"what is computed.{nearest(name, known)}"
         )
     named = values.get("architectures") or [next(iter(self.classes))]
-    if named[0] not in self.classes:
+    if not isinstance(named, list):
+      raise InputError(f"config.json: architectures={named!r} must be a list of names of classes.")
+    if named[0] not in list(self.classes):
       raise InputError(
         f"config.json: class {named[0]!r} of {self.model_type} is not known, expected one of "
         f"{', '.join(self.classes)}."
       )
     ours = {"vocab_multiple": 128, **self.settings}
     told: dict[str, Any] = {}
-    for fields in (*self.fields, *EVERYWHERE):
-      for name, value in fields.read(values).items():
+    counts = lambda fields: getattr(fields, "ours", None) in _COUNTS
+    for fields in sorted((*self.fields, *EVERYWHERE), key=counts, reverse=True):
+      for name, value in _read(fields, values).items():
         if told.setdefault(name, value) != value:
           raise InputError(
             f"config.json: {fields.names[0]} makes model.{name} {value!r}, and another field makes "
@@ -217,7 +223,7 @@ class Family:
           )
     ours |= told
     settings = self.classes[named[0]].settings
-    ours |= _labelled(settings["head"], values)
+    ours |= read_labels(settings["head"], values)
     return named[0], ModelConfig(**{**ours, **settings})
 
   def write(self, cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
@@ -236,7 +242,7 @@ class Family:
     for fields in self.fields:
       body |= fields.write(cfg)
     if cfg.head_kind in LABELLED:
-      body |= _labels(cfg)
+      body |= write_labels(cfg)
     ours, differing = architecture(cfg), {}
     for name in self.classes:
       values = {"architectures": [name], **body}
@@ -292,22 +298,36 @@ COMMON = (
 )  # fmt: skip
 
 
-_PROBLEMS = {"single_label_classification": "single_label", "regression": "regression",
-             "multi_label_classification": "multi_label"}  # fmt: skip
+# What others count to, and the least of each: these are read first, and are no more than _MOST.
+_COUNTS = {"num_layers": 1, "num_decoder_layers": 1, "num_heads": 1, "num_experts": 0}
+_MOST = 10_000
+_HINTS = get_type_hints(ModelConfig)
+# What reading a field raises where it holds something else than it should.
+_UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, StopIteration)
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def _labelled(head: str, values: Mapping[str, Any]) -> dict[str, Any]:
-  """Number of labels and problem of a classifier."""
-  if head not in LABELLED:
-    return {}
-  problem = _PROBLEMS.get(values.get("problem_type") or "", "single_label")
-  names = values.get("id2label")  # Without names, Transformers assumes two.
-  labels = {"num_labels": values.get("num_labels") or 2 if names is None else len(names)}
-  return {**labels, "problem": problem} if head == "sequence" else labels
+def _read(fields: Fields, values: Mapping[str, Any]) -> dict[str, Any]:
+  """What fields say of a ModelConfig.
 
-
-def _labels(cfg: ModelConfig) -> dict[str, Any]:
-  theirs = {ours: name for name, ours in _PROBLEMS.items()}
-  names = {str(i): f"LABEL_{i}" for i in range(cfg.outputs)}
-  return {"id2label": names, "label2id": {v: int(k) for k, v in names.items()},
-          "problem_type": theirs[cfg.problem]}  # fmt: skip
+  Raises:
+    InputError: where one of them holds what cannot be meant, as text for a number.
+  """
+  said = ", ".join(f"{n}={reprlib.repr(values[n])}" for n in fields.names if n in values)
+  said = f"config.json: {said or ' and '.join(fields.names)}"
+  try:
+    ours = fields.read(values)
+  except InputError:
+    raise
+  except _UNREADABLE as error:
+    why = f"{error} is missing" if isinstance(error, KeyError) else str(error) or "nothing fits"
+    raise InputError(f"{said} cannot be read: {why}.") from None
+  for name, value in ours.items():
+    kind = _HINTS[name]
+    if not is_of(value, kind):
+      wanted = next((_KINDS[k] for k in (kind, *get_args(kind)) if k in _KINDS), "a list")
+      raise InputError(f"{said} makes model.{name} {reprlib.repr(value)}, expected {wanted}.")
+    if name in _COUNTS and value is not None and not _COUNTS[name] <= value <= _MOST:
+      known = f"{_COUNTS[name]} to {_MOST:,}"
+      raise InputError(f"{said} makes model.{name} {value}, expected {known}.")
+  return ours

@@ -9,6 +9,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.hf.source import Source
 from model.inputs import decoder_start
+from model.json_files import read_object
 
 FILE = "generation_config.json"
 
@@ -27,12 +28,8 @@ def read_ends(folder: Path, values: Mapping[str, Any], cfg: ModelConfig) -> tupl
     return ()
   name, told = "config.json", values.get("eos_token_id")
   if (folder / FILE).is_file():
-    try:
-      told, name = json.loads((folder / FILE).read_text(encoding="utf-8"))["eos_token_id"], FILE
-    except KeyError:
-      pass
-    except (ValueError, TypeError) as error:
-      raise InputError(f"{folder / FILE} cannot be read: {error}.") from None
+    own = read_object(folder / FILE)
+    told, name = (own["eos_token_id"], FILE) if "eos_token_id" in own else (told, name)
   ids = [] if told is None else told if isinstance(told, list) else [told]
   if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
     raise InputError(f"{folder / name}: eos_token_id={told!r} is no id, nor a list of them.")

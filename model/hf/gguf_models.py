@@ -5,11 +5,13 @@ and adds one to the scales of norms (Gemma): all of this is undone here.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from model.errors import InputError
@@ -289,10 +291,14 @@ def _tensors(file: File, one: Architecture, values: dict[str, Any]) -> dict[str,
   names = _LAYER | (_SANDWICH if one.sandwich else {})
   known = {name: tensor for name, tensor in file.tensors.items() if name != _FREQUENCIES}
   quantized = any(tensor.kind is not None for tensor in known.values())
+  wide = [tensor.dtype for tensor in known.values() if len(tensor.shape) > 1]
   out, unknown = {}, []
   for name, tensor in known.items():
     if quantized:  # All are float32 then: what was decoded is not rounded again.
       tensor = dataclasses.replace(tensor, dtype=np.dtype(np.float32))
+    elif len(tensor.shape) < 2 and wide:  # The format has vectors in float32, whatever they were.
+      own = functools.reduce(jnp.promote_types, wide)
+      tensor = dataclasses.replace(tensor, dtype=own)
     match = re.fullmatch(r"(?:blk\.(\d{1,9})\.)?(\w+)\.(weight|bias)", name)
     theirs = match and (_TOP if match[1] is None else names).get(match[2])
     if match is None or theirs is None:

@@ -10,7 +10,7 @@ from model.errors import InputError
 from model.hf.decoders import BIASES, DOWN, LLAMA_ROWS, UP, kv_heads, llama
 from model.hf.engine import Row, linear, under
 from model.hf.family import Always, Class, Family, Field, Fields
-from model.hf.rotary_fields import Rotary
+from model.hf.rotary_fields import Rotary, scaling
 
 LATENT_ROWS = (
   *(row for row in LLAMA_ROWS if "q_norm" not in row.theirs and "k_norm" not in row.theirs),
@@ -59,10 +59,10 @@ class LatentRotary:
   names = Rotary().names
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-    given = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    given = scaling(values)
     yarn = "yarn" in (given.get("rope_type"), given.get("type"))
     one, whole = (given.pop(n, None) if yarn else None for n in ("mscale", "mscale_all_dim"))
-    ours = Rotary().read({**values, "rope_parameters": given})
+    ours = Rotary().read({**values, "rope_scaling": given})
     if yarn and whole:
       power = _mscale(ours["rope_factor"], whole)
       ours["attention_scale"] = LatentHeads().read(values)["head_dim"] ** -0.5 * power * power

@@ -153,7 +153,7 @@ FAMILIES = (
       Field("attention_dropout", "attention_dropout", 0.0),
       Field("mlp_dropout", "mlp_dropout", 0.0), Same(("embedding_dropout",), "dropout", 0.0), TIED,
       LayerTypes(("local_attention", 128), ("global_attn_every_n_layers", 3), 0, unnormed=True),
-      TwoRotaries(("global_rope_theta", 160_000.0), ("local_rope_theta", 10_000.0)),
+      TwoRotaries(("global_rope_theta", 160_000.0), ("local_rope_theta", 10_000.0), both=True),
     ),
     (
       Row("model.embeddings.tok_embeddings.weight", "embed.table", "v d -> v d"),

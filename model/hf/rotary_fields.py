@@ -60,7 +60,7 @@ class Rotary:
     return tuple(dict.fromkeys(names))
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-    given = dict(values.get("rope_parameters") or values.get("rope_scaling") or self.assumed)
+    given = scaling(values) or dict(self.assumed)
     kinds = {given.pop(name) for name in ("rope_type", "type") if name in given} or {"default"}
     kind, theta = kinds.pop(), given.pop("rope_theta", self._told(values, 0))
     kind = self.renamed.get(kind, kind)
@@ -68,6 +68,7 @@ class Rotary:
     if self.partial:
       share = given.pop("partial_rotary_factor", self._told(values, 1))
       ours["rope_fraction"] = self.share if share is None else share
+    _check_unread(values, ours)
     if kind == "default":
       _no_more(kind, given)
       return ours
@@ -121,14 +122,41 @@ class Rotary:
       theirs[_ORIGINAL[0]] = cfg.rope_original_positions or self.original
     if cfg.rope_scaling == "none":
       return theirs | ({"rope_scaling": {"rope_type": "default"}} if self.assumed else {})
-    scaling: dict[str, Any] = {"rope_type": cfg.rope_scaling}
+    told: dict[str, Any] = {"rope_type": cfg.rope_scaling}
     for name, (ours, default) in _SCALINGS[cfg.rope_scaling].items():
       value = getattr(cfg, ours)
       if value is not None and value != default:
-        scaling[name] = list(value) if isinstance(value, tuple) else value
+        told[name] = list(value) if isinstance(value, tuple) else value
     if cfg.rope_scaling not in ("linear", "dynamic"):
-      scaling[_ORIGINAL[0]] = cfg.rope_original_positions
-    return {**theirs, "rope_scaling": scaling}
+      told[_ORIGINAL[0]] = cfg.rope_original_positions
+    return {**theirs, "rope_scaling": told}
+
+
+def scaling(values: Mapping[str, Any]) -> dict[str, Any]:
+  """What a config.json says of rotary positions: Transformers reads `rope_scaling`, and
+  `rope_parameters` where that is not there or empty.
+  """
+  return dict(_object(values, "rope_scaling") or _object(values, "rope_parameters"))
+
+
+def _object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+  found = values.get(name) or {}
+  if not isinstance(found, Mapping):
+    raise InputError(f"config.json: {name}={found!r} must be an object.")
+  return found
+
+
+def _check_unread(values: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+  """That no base or share of `rope_parameters` is lost where `rope_scaling` counts before it."""
+  first, other = _object(values, "rope_scaling"), _object(values, "rope_parameters")
+  shares = {"rope_theta": ours["rope_theta"], "partial_rotary_factor": ours.get("rope_fraction", 1)}
+  for name, value in shares.items() if first else ():
+    told = other.get(name)
+    if told is not None and told != first.get(name, value):
+      raise InputError(
+        f"config.json: rope_parameters has {name}={told!r}, and with rope_scaling, which counts "
+        f"before it, it is {first.get(name, value)!r}: leave one of the two out."
+      )
 
 
 def _plain(value: Any) -> bool | float | tuple[float, ...]:
@@ -155,9 +183,9 @@ class Longest:
     longest = values.get("max_position_embeddings", self.default)
     if longest is None:
       raise InputError("config.json has no max_position_embeddings.")
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if "dynamic" in (scaling.get("rope_type"), scaling.get("type")):
-      longest = int(longest * scaling.get("factor", 1))
+    given = scaling(values)
+    if "dynamic" in (given.get("rope_type"), given.get("type")):
+      longest = int(longest * given.get("factor", 1))
     return {"max_positions": longest}
 
   def write(self, cfg: ModelConfig) -> dict[str, Any]:
@@ -170,20 +198,21 @@ class Longest:
 @dataclasses.dataclass(frozen=True)
 class TwoRotaries:
   """Rotary positions of their own for local layers: two fields of published folders, or
-  `rope_parameters` by type of layer.
+  `rope_parameters` by type of layer. What `rope_scaling` says counts before what they say.
   """
 
   theta: tuple[str, float]  # Of global layers: the field, and what is assumed without it.
   local_theta: tuple[str, float]
+  both: bool = False  # `rope_scaling` is of local layers too (ModernBERT).
 
   @property
   def names(self) -> tuple[str, ...]:
     return (self.theta[0], self.local_theta[0], "rope_scaling", "rope_parameters")
 
   def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-    given = values.get("rope_parameters") or {}
-    whole = given.get("full_attention") or values.get("rope_scaling") or {}
-    local = dict(given.get("sliding_attention") or {})
+    given, scaled = _object(values, "rope_parameters"), _object(values, "rope_scaling")
+    whole = {**_object(given, "full_attention"), **scaled}
+    local = {**_object(given, "sliding_attention"), **(scaled if self.both else {})}
     if set(given) - {"full_attention", "sliding_attention"}:
       raise InputError(f"config.json: rope_parameters={given} are not by type of layer.")
     if {local.pop(name, "default") for name in ("rope_type", "type")} != {"default"}:
@@ -199,6 +228,11 @@ class TwoRotaries:
     if cfg.rope_local_theta is None:
       raise InputError(f"model.rope_local_theta is not set: it has no {self.local_theta[0]}.")
     whole = Rotary().write(cfg)
+    if self.both and whole["rope_scaling"] is not None:
+      return {"rope_parameters": {
+        "full_attention": {"rope_theta": cfg.rope_theta, **whole["rope_scaling"]},
+        "sliding_attention": {"rope_theta": cfg.rope_local_theta, "rope_type": "default"},
+      }}  # fmt: skip
     return {
       self.theta[0]: whole["rope_theta"], self.local_theta[0]: cfg.rope_local_theta,
       "rope_scaling": whole["rope_scaling"],

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from model.errors import InputError
+from model.json_files import read_json
 
 DTYPES = {
   "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -66,7 +67,7 @@ def open_file(path: Path) -> dict[str, np.ndarray]:
   try:
     header = json.loads(bytes(data[8 : 8 + length]))
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-  except (ValueError, AttributeError):
+  except (ValueError, AttributeError, RecursionError):
     raise InputError(f"{path} is damaged: its header is not a JSON object.") from None
   body = data[8 + length :]
   arrays, spans = {}, []
@@ -91,7 +92,7 @@ def _entry(path: Path, name: str, entry: Any, limit: int) -> tuple[np.dtype, lis
       raise ValueError
   except (TypeError, KeyError, ValueError):
     raise InputError(f"{path} is damaged: its header says of {name} what is no tensor.") from None
-  if kind not in DTYPES:
+  if not isinstance(kind, str) or kind not in DTYPES:
     raise InputError(f"{path}: {name} has dtype {kind!r}, expected one of {', '.join(DTYPES)}.")
   dtype, bytes_ = DTYPES[kind], math.prod(shape) * DTYPES[kind].itemsize
   if end - begin != bytes_ or end > limit:
@@ -112,9 +113,9 @@ def open_indexed(
   """
   path, end = folder / index_name, Path(index_name).suffixes[-3]
   try:
-    index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    index = read_json(path)["weight_map"]
     names = sorted(set(index.values()))
-  except (ValueError, KeyError, TypeError, AttributeError):
+  except (KeyError, TypeError, AttributeError):
     raise InputError(f"{path} is damaged: it has no weight_map of files.") from None
   arrays = {}
   for name in names:

@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from model.annotations import is_of
 from model.config import ModelConfig
 from model.errors import InputError
 from model.hf.family import Family
+from model.json_files import read_json, read_object
 
 _MODULES, _POOLING, _NORMALIZE = "modules.json", "1_Pooling", "2_Normalize"
 _LENGTH, _PROMPTS = "sentence_bert_config.json", "config_sentence_transformers.json"
@@ -41,7 +43,7 @@ def read(folder: Path) -> Sentences | None:
   """
   if not (folder / _MODULES).is_file():
     return None
-  told = _json(folder / _MODULES)
+  told = read_json(folder / _MODULES)
   if not isinstance(told, list) or not all(isinstance(one, dict) for one in told):
     raise InputError(f"{folder / _MODULES} must hold a list of modules.")
   modules = [(str(m.get("type")).split(".")[-1], str(m.get("path", ""))) for m in told]
@@ -53,7 +55,7 @@ def read(folder: Path) -> Sentences | None:
     )
   if modules[0][1]:
     raise InputError(f"{folder / _MODULES}: the model lies in {modules[0][1]!r}: load that folder.")
-  length, prompts = _json(folder / _LENGTH), _json(folder / _PROMPTS)
+  length, prompts = read_object(folder / _LENGTH), read_object(folder / _PROMPTS)
   if length.get("do_lower_case"):
     raise InputError(f"{folder / _LENGTH}: do_lower_case=true is not supported.")
   if prompts.get("default_prompt_name") is not None:
@@ -61,13 +63,21 @@ def read(folder: Path) -> Sentences | None:
   pooling = _pooling(folder / modules[1][1] / "config.json")
   if length.get("transformer_task") not in (None, "feature-extraction"):
     raise InputError(f"{folder / _LENGTH}: transformer_task must be feature-extraction.")
-  limit = length.get("max_seq_length") or _json(folder / _TOKENIZER).get("model_max_length")
-  limit = int(limit) if limit is not None and limit < _NO_LIMIT else None
-  return Sentences(pooling, "Normalize" in kinds, limit)
+  return Sentences(pooling, "Normalize" in kinds, _limit(folder, length.get("max_seq_length")))
+
+
+def _limit(folder: Path, own: Any) -> int | None:
+  """Tokens of the longest text: its own number, or the tokenizer's; None: without limit."""
+  limit = own or read_object(folder / _TOKENIZER).get("model_max_length")
+  whole = limit.is_integer() if isinstance(limit, float) else is_of(limit, int)
+  if limit is not None and not (whole and limit >= 1):
+    file, field = (_LENGTH, "max_seq_length") if own else (_TOKENIZER, "model_max_length")
+    raise InputError(f"{folder / file}: {field}={limit!r} must be a whole number of at least 1.")
+  return None if limit is None or limit >= _NO_LIMIT else int(limit)
 
 
 def _pooling(path: Path) -> str:
-  values = _json(path)
+  values = read_object(path)
   modes = [k.removeprefix("pooling_mode_") for k, v in values.items()
            if k.startswith("pooling_mode_") and v]  # fmt: skip
   modes += [values["pooling_mode"]] if isinstance(values.get("pooling_mode"), str) else []
@@ -79,16 +89,6 @@ def _pooling(path: Path) -> str:
   if values.get("include_prompt") is False:
     raise InputError(f"{path}: include_prompt=false is not supported.")
   return _MODES[modes[0]]
-
-
-def _json(path: Path) -> Any:
-  """A file's content; {} where there is none."""
-  if not path.is_file():
-    return {}
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise InputError(f"{path} is not JSON: {error}.") from None
 
 
 def body(cfg: ModelConfig, family: Family) -> ModelConfig:

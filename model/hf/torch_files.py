@@ -67,9 +67,11 @@ def open_torch_file(path: Path) -> dict[str, np.ndarray]:
   except Exception as error:  # A damaged pickle can raise anything.
     raise InputError(f"{path} is damaged: {type(error).__name__}: {error}.") from None
   state = found.get("state_dict", found) if isinstance(found, dict) else None
-  if not state or not all(isinstance(a, np.ndarray) for a in state.values()):
+  tensors = dict(state) if isinstance(state, dict) else {}
+  named = (isinstance(n, str) and isinstance(a, np.ndarray) for n, a in tensors.items())
+  if not tensors or not all(named):
     raise InputError(f"{path} is no state dict of torch: a mapping from names to tensors.")
-  return dict(state)
+  return tensors
 
 
 class _Unpickler(pickle.Unpickler):

@@ -1,17 +1,28 @@
 """Certificates: models of each family are what they are in Transformers, and a wrong one fails."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 import model
 from train.certify.cases import CASES, FAMILIES, family_of
+from train.certify.documents import documents
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from train.certify.compare import certify, compare
+import train.certify.compare
+from train.certify.compare import (
+  GREEDY_TOKENS,
+  Certificate,
+  certify,
+  compare,
+  too_many_ties,
+  worst,
+)
 from train.certify.theirs import Theirs
 
 FIRST = [next(name for name in CASES if family_of(name) == family) for family in FAMILIES]
@@ -55,6 +66,51 @@ def test_a_model_that_is_slightly_another_one_fails(read, change, tmp_path):
   wrong = dataclasses.replace(m, config=dataclasses.replace(m.config, **change))
   failures = compare(theirs, wrong, tmp_path).failures()
   assert any("log-probabilities differ" in words for words in failures), failures
+
+
+EQUAL = Certificate(
+  logits=0.0, log_probability=0.0, gradient=0.0, after_step=0.0, greedy=None, ties=0, same_bits=True
+)
+
+
+@pytest.mark.parametrize("name", ["log_probability", "gradient", "after_step"])
+def test_what_is_no_number_fails(name):
+  assert EQUAL.failures() == []
+  wrong = dataclasses.replace(EQUAL, **{name: worst([0.0, float("nan"), 0.0])})
+  assert wrong.failures()
+
+
+BEST, SECOND, OTHER = 3, 4, 5  # Tokens: the best two tie.
+
+
+@pytest.mark.parametrize(
+  ("parts", "same", "ties"),
+  [
+    ((None, None), 128, 0), ((None, (10, SECOND)), 128, 1), (((0, SECOND), (10, OTHER)), 74, 1),
+    ((None, (10, OTHER)), 74, 0),
+  ],
+)  # fmt: skip
+def test_texts_may_part_only_where_the_best_two_tokens_tie(read, monkeypatch, parts, same, ties):
+  scores = np.zeros((GREEDY_TOKENS, 97))
+  scores[:, BEST], scores[:, SECOND] = 1.0, 1.0 - 1e-4
+  written = []
+  for part in parts:
+    tokens = [BEST] * GREEDY_TOKENS
+    if part is not None:
+      tokens[part[0]] = part[1]
+    written.append(SimpleNamespace(tokens=tokens))
+  monkeypatch.setattr(train.certify.compare, "generate", lambda *_, **__: written)
+  theirs = SimpleNamespace(two_sided=False, next_scores=lambda *_: scores)
+  found = train.certify.compare._greedy(theirs, read[1], documents())
+  assert found == (same, ties)
+  failed = dataclasses.replace(EQUAL, greedy=found[0], ties=found[1]).failures()
+  assert bool(failed) == (same < 128)
+
+
+def test_ties_are_few():
+  tied = dataclasses.replace(EQUAL, ties=1)
+  assert too_many_ties([tied] + [EQUAL] * 49) == []
+  assert too_many_ties([tied] + [EQUAL] * 48) == ["1 of 49 part at a tie, more than 2%"]
 
 
 def test_a_weight_that_is_slightly_another_one_fails(read, tmp_path):

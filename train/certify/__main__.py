@@ -13,7 +13,7 @@ from absl import flags
 
 from model.errors import InputError, nearest, run
 from train.certify.cases import CASES, FAMILIES, family_of
-from train.certify.compare import Certificate, timed
+from train.certify.compare import Certificate, timed, too_many_ties
 from train.certify.report import Certificates
 
 _FAMILY = flags.DEFINE_list("family", None, "model_type of config.json, several, or all.")
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
       )
   kept = Certificates(Path(_TARGET.value))
   names = [name for name in CASES if family_of(name) in chosen]
-  failed = 0
+  failed, certificates = 0, []
   found = {name: kept.find(name) for name in names}
   new = _made([name for name in names if found[name] is None])
   for name in names:
@@ -44,12 +44,15 @@ def main(argv: list[str]) -> int:
       certificate, seconds = next(new)
       kept.add(name, certificate)
       made = f", {seconds:.0f} s"
+    certificates.append(certificate)
     failures = certificate.failures()
     failed += bool(failures)
     print(f"{name}: {'; '.join(failures) or 'equal'}{made}", flush=True)
   kept.write_tables()
   print(f"{Path(_TARGET.value) / 'parity.md'}: {len(names) - failed} of {len(names)} are equal.")
-  return int(failed > 0)
+  ties = too_many_ties(certificates)
+  print("".join(f"{words}.\n" for words in ties), end="")
+  return int(failed > 0 or bool(ties))
 
 
 def _made(names: list[str]) -> Iterator[tuple[Certificate, float]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _SHARE = 1e-3
 _STEP = 0.01  # Length of the step of training, of all parameters together.
 GREEDY_TOKENS = 64
 SHARPENING, TIE = 2.0, 1e-3  # Two tokens tie where their scores, times that, are so near.
+TIED = 0.02  # The largest share of cases that may have texts that part at a tie.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Certificate:
     gradient: max ‖Δ‖ / ‖g‖ of a tensor.
     after_step: max |Δ| of log-probabilities after a step of gradient descent in both, ours written
       and read by theirs.
-    greedy: tokens that are the same, of GREEDY_TOKENS for each document.
-    ties: texts that part where their best two tokens tie.
+    greedy: tokens that are the same, of GREEDY_TOKENS for each document; those behind a tie are not
+      compared, and count.
+    ties: texts that part at a tie: ours went on with one of their best two tokens, and these tie.
     same_bits: whether theirs, read and written here, is theirs bit for bit.
   """
 
@@ -60,10 +63,17 @@ class Certificate:
       f"after a step log-probabilities differ by {self.after_step:.1e}":
         not self.after_step <= LOG_PROBABILITY,
       f"{self.greedy} greedy tokens are the same":
-        self.greedy is not None and not self.ties and self.greedy < GREEDY_TOKENS * len(LENGTHS),
+        self.greedy is not None and self.greedy < GREEDY_TOKENS * len(LENGTHS),
       "weights are not the same bits": not self.same_bits,
     }  # fmt: skip
     return [words for words, failed in told.items() if failed]
+
+
+def too_many_ties(found: Sequence[Certificate]) -> list[str]:
+  """What is wrong with all of them together, as `failures` of each."""
+  tied = sum(one.ties > 0 for one in found)
+  few = tied <= TIED * len(found)
+  return [] if few else [f"{tied} of {len(found)} part at a tie, more than {TIED:.0%}"]
 
 
 def timed(name: str) -> tuple[Certificate, float]:
@@ -106,8 +116,8 @@ def compare(theirs: Theirs, m: model.Model, folder: Path) -> Certificate:
   model.save(stepped, folder / "stepped", format="hf")
   after = theirs.scores(docs[0]), theirs.reload(folder / "stepped").scores(docs[0])
   return Certificate(
-    max(_difference(a, b) for a, b in pairs),
-    max(_difference(_log_probabilities(m, a), _log_probabilities(m, b)) for a, b in pairs),
+    worst(_difference(a, b) for a, b in pairs),
+    worst(_difference(_log_probabilities(m, a), _log_probabilities(m, b)) for a, b in pairs),
     gradient, _difference(*(_log_probabilities(m, a) for a in after)), greedy, ties, same,
   )  # fmt: skip
 
@@ -158,6 +168,11 @@ def _difference(got: np.ndarray, want: np.ndarray) -> float:
   return float(np.max(np.abs(got - want)))
 
 
+def worst(differences: Iterable[float]) -> float:
+  """The largest; no number, if any is none: a comparison with `max` would pass it over."""
+  return float(np.max(list(differences)))
+
+
 def _log_probabilities(m: model.Model, scores: np.ndarray) -> np.ndarray:
   """Of a head that scores tokens or labels; what others say is taken as it is."""
   if m.config.head_kind not in ("language", "masked_lm", "sequence", "token"):
@@ -192,10 +207,8 @@ def _train(
   ours = {name: g for name, g in layout.tensors(lambda leaf: leaves[leaf]) if name in theirs_grads}
   norm = np.linalg.norm
   least = _SHARE * max(norm(g) for g in theirs_grads.values())
-  worst = max(
-    float(norm(ours[name] - g) / max(norm(g), least)) for name, g in theirs_grads.items()
-    if name in ours
-  )  # fmt: skip
+  apart = lambda name, g: norm(ours.get(name, np.inf) - g)  # Without bound where ours lacks it.
+  largest = worst(float(apart(name, g) / max(norm(g), least)) for name, g in theirs_grads.items())
   rate = _STEP / float(np.sqrt(sum(norm(g) ** 2 for g in theirs_grads.values())))
   theirs.step(rate)
   # What is no parameter there, a buffer that is a weight, takes no step here.
@@ -204,11 +217,11 @@ def _train(
     path: p - rate * leaves[path] if path in trained else p
     for path, p in flatten_dict(m.params).items()
   }
-  return worst, dataclasses.replace(m, params=unflatten_dict(stepped))
+  return largest, dataclasses.replace(m, params=unflatten_dict(stepped))
 
 
 def _greedy(theirs: Theirs, m: model.Model, docs: list[Document]) -> tuple[int | None, int]:
-  """(tokens that are the same, texts that part at a tie) of a head that writes."""
+  """(tokens that are the same or behind a tie, texts that part at one) of a head that writes."""
   if m.config.head_kind != "language":
     return None, 0
   start = None
@@ -226,8 +239,13 @@ def _greedy(theirs: Theirs, m: model.Model, docs: list[Document]) -> tuple[int |
     scores = theirs.next_scores(doc, start, ours.tokens)
     tokens = scores.argmax(-1)
     parts = next((i for i in range(n) if tokens[i] != ours.tokens[i]), n)
-    same += parts
-    if parts < n:
-      second, first = np.sort(scores[parts])[-2:] * SHARPENING
-      ties += int(first - second <= TIE)
+    tied = parts < n and _tie(scores[parts], ours.tokens[parts])
+    same, ties = same + (n if tied else parts), ties + tied
   return same, ties
+
+
+def _tie(scores: np.ndarray, token: int) -> bool:
+  """Whether their best two tokens tie, and `token` is one of them."""
+  second, first = (int(i) for i in np.argsort(scores)[-2:])
+  near = (scores[first] - scores[second]) * SHARPENING <= TIE
+  return bool(near) and token in (first, second)

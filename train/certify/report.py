@@ -10,7 +10,7 @@ from typing import Any
 
 import model
 from train.certify.cases import CASES, family_of
-from train.certify.compare import GREEDY_TOKENS, Certificate
+from train.certify.compare import GREEDY_TOKENS, TIED, Certificate, worst
 from train.certify.documents import LENGTHS
 
 # What a certificate hangs on.
@@ -30,7 +30,7 @@ without padding, ours alone, padded on the left, padded on the right, and packed
 * **after a step**: log-probabilities of both models after a step of gradient descent.
 * **greedy**: tokens that both choose, {GREEDY_TOKENS} for each document ({len(LENGTHS)} documents),
   ours with its cache. Where texts part at a tie (the best two within 1e-3, sharpened twice), that
-  is said.
+  is said, and what is behind it is not compared: in {TIED:.0%} of the configurations at most.
 * **bits**: theirs, read and written here, is theirs bit for bit.
 
 Made by `python -m train.certify --family=all`, with """
@@ -106,7 +106,7 @@ def _worst(found: list[Certificate]) -> Certificate:
 
   largest = ("logits", "log_probability", "gradient", "after_step")
   return Certificate(
-    **{name: over(max, name) for name in largest}, greedy=over(min, "greedy"),
+    **{name: over(worst, name) for name in largest}, greedy=over(min, "greedy"),
     ties=over(sum, "ties"), same_bits=over(all, "same_bits"),
   )  # fmt: skip
 

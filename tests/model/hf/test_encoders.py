@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import model
+from model import hf
 from model.errors import InputError
+from model.vocabulary import build_tokenizer
 from tests.model.hf.test_folders import change_config, change_tensors
 from train.certify.cases.encoders import ALBERT, BERT, NARROW, ROBERTA
 
@@ -55,14 +57,40 @@ def test_token_types_are_those_of_theirs(tmp_path, name, settings):
 
 
 def test_a_regression_without_a_number_of_labels_is_written_with_one(tmp_path):
+  """As rerankers are published: one label, and no `problem_type`."""
   theirs, folder = written("BertForSequenceClassification", tmp_path, **BERT, num_labels=1)
-  change_config(folder, problem_type="regression")
+  change_config(folder, problem_type=...)
   m = model.load(folder)
+  near(m(TOKENS), their_scores(theirs))
+  assert (m.config.problem, m.labels) == ("regression", ("LABEL_0",))
   unset = dataclasses.replace(m, config=dataclasses.replace(m.config, num_labels=None))
   model.save(unset, tmp_path / "back", format="hf")
   again = type(theirs).from_pretrained(tmp_path / "back").eval()
   assert again.config.problem_type == "regression"
   near(their_scores(again), m(TOKENS))
+
+
+LABELS = {  # What is wrong of a classifier's labels, and what is said.
+  "no such problem": (dict(problem_type="ranking"), "problem_type='ranking' is not known"),
+  "no text": (dict(problem_type=["regression"]), r"problem_type=\['regression'\] is not known"),
+  "one is always true": (
+    dict(id2label={"0": "x"}, problem_type="single_label_classification"), "num_labels=1: one label"
+  ),
+  "a name by a word": (dict(id2label={"a": "x"}), "id2label="),
+  "a name left out": (dict(id2label={"0": "x", "2": "y"}), "id2label="),
+  "a number for a name": (dict(id2label={"0": "x", "1": 3}), "id2label="),
+  "a list": (dict(id2label=["x", "y"]), "id2label="),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", LABELS)
+def test_labels_that_make_no_classifier_are_refused_by_their_field(wrong):
+  changes, said = LABELS[wrong]
+  with pytest.raises(InputError, match=said):
+    hf.FAMILIES["bert"].read(
+      {**BERT, "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
+      | changes
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,6 +106,19 @@ def test_of_an_untied_head_the_bias_of_the_decoder_computes(tmp_path, name, sett
   near(m(TOKENS), want)
   model.save(m, tmp_path / "back", format="hf")
   near(their_scores(type(theirs).from_pretrained(tmp_path / "back").eval()), want)
+
+
+@pytest.mark.parametrize("family", ["Roberta", "XLMRoberta", "Camembert"])
+def test_an_id_of_padding_from_which_positions_would_begin_elsewhere_is_refused(tmp_path, family):
+  _, folder = written(f"{family}Model", tmp_path / "theirs", **ROBERTA)
+  m = dataclasses.replace(model.load(folder), tokenizer=build_tokenizer("bytes", None, []))
+  with pytest.raises(InputError, match=f"pads with id {m.tokenizer.pad_id}, and a .* 1 for this"):
+    model.save(m, tmp_path / "back", format="hf")
+  model.save(dataclasses.replace(m, tokenizer=None), tmp_path / "back", format="hf")
+  assert json.loads((tmp_path / "back" / "config.json").read_text())["pad_token_id"] == 1
+  change_config(folder, pad_token_id=0)
+  with pytest.raises(InputError, match="pad_token_id=0 is not supported"):
+    model.load(folder)
 
 
 def test_biases_of_a_tied_head_that_differ_are_refused(tmp_path):

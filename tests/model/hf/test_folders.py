@@ -119,6 +119,9 @@ DAMAGES = {
   "no JSON": (lambda f: change_header(f, lambda h: b"{nothing"), "not a JSON object"),
   "a list": (lambda f: change_header(f, lambda h: [1]), "not a JSON object"),
   "unknown dtype": (lambda f: change_header(f, replaced(Q, dtype="Q4")), f"{Q} has dtype 'Q4'"),
+  "no dtype": (lambda f: change_header(f, replaced(Q, dtype=[1])), r"has dtype \[1\]"),
+  "deep header": (lambda f: change_header(f, lambda h: b"[" * 100_000), "not a JSON object"),
+  "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), "cannot be read"),
   "negative shape": (lambda f: change_header(f, replaced(Q, shape=[-16, 16])), "no tensor"),
   "overlapping": (
     lambda f: change_header(f, replaced(Q, data_offsets=[0, 1024])), "begins at byte"),
@@ -145,6 +148,16 @@ DAMAGES = {
   "unknown field": (lambda f: change_config(f, logit_scale=2.0), "'logit_scale' is not known"),
   "field missing": (lambda f: change_config(f, hidden_size=...), "has no hidden_size"),
   "wrong value": (lambda f: change_config(f, num_attention_heads=4), "of another shape"),
+  "no family": (lambda f: change_config(f, model_type=["llama"]), "model_type=.*is not known"),
+  "no class": (lambda f: change_config(f, architectures="x"), "architectures='x' must be a list"),
+  "text for a number": (
+    lambda f: change_config(f, rms_norm_eps="1e-5"), "rms_norm_eps='1e-5' .* expected a number"),
+  "text for a choice": (
+    lambda f: change_config(f, tie_word_embeddings="false"), "tie_word_embeddings='false' makes"),
+  "a list for text": (lambda f: change_config(f, hidden_act=["silu"]), r"hidden_act=\['silu'\]"),
+  "no layers": (lambda f: change_config(f, num_hidden_layers=0), "num_hidden_layers=0 makes"),
+  "layers without end": (
+    lambda f: change_config(f, num_hidden_layers=10**12), "expected 1 to 10,000"),
   "unknown activation": (lambda f: change_config(f, hidden_act="mish"), "hidden_act='mish'"),
   "unknown rotation": (
     lambda f: change_config(f, rope_scaling=dict(rope_type="spiral", factor=2.0)), "'spiral'"),
@@ -159,10 +172,50 @@ DAMAGES = {
   "bomb": (
     lambda f: as_torch(f, pickle.dumps(b"\0" * 50_000_000), zipfile.ZIP_DEFLATED), "compressed"),
   "no state": (lambda f: as_torch(f, pickle.dumps([1])), "no state dict"),
+  "no tensors in its state": (
+    lambda f: as_torch(f, pickle.dumps({"state_dict": [1]})), "no state dict"),
   "no pickle": (lambda f: as_torch(f, b"\x80\x04nothing"), "damaged"),
   "no zip": (
     lambda f: ((f / SINGLE).unlink(), (f / "pytorch_model.bin").write_bytes(b"PK no")),
     "no file of torch"),
+}  # fmt: skip
+
+
+def beside(file: str, values, **more) -> tuple:
+  """A damage: a folder with a tokenizer of words, and with files of JSON."""
+
+  def write(folder: Path) -> None:
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    for name, content in {file: values, **more}.items():
+      path = folder / name
+      path.parent.mkdir(exist_ok=True)
+      path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+  return write, file
+
+
+POOLS = {
+  "modules.json": [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "p"}],
+  "p/config.json": {"pooling_mode_mean_tokens": True},
+}  # fmt: skip
+LENGTH, TEXTS = "sentence_bert_config.json", "tokenizer_config.json"
+DAMAGES |= {
+  "a list beside it": beside(LENGTH, [1], **POOLS),
+  "prompts in a list": beside("config_sentence_transformers.json", [1], **POOLS),
+  "no pooling": beside("p/config.json", [1], **{"modules.json": POOLS["modules.json"]}),
+  "length as text": beside(LENGTH, {"max_seq_length": "16"}, **POOLS),
+  "length below 0": beside(LENGTH, {"max_seq_length": -3}, **POOLS),
+  "length not whole": beside(LENGTH, {"max_seq_length": 16.5}, **POOLS),
+  "cased or not": beside(TEXTS, {"do_lower_case": "x"}),
+  "accents or not": beside(TEXTS, {"strip_accents": "x"}),
+  "special tokens in a number": beside(TEXTS, {"extra_special_tokens": 5}),
+  "more of them in a number": beside("special_tokens_map.json", {"extra_special_tokens": 5}),
+  "a token cut with text": (
+    beside(TEXTS, {"tokenizer_class": "BertTokenizer",
+                   "mask_token": {"content": "[MASK]", "lstrip": "x"}})[0], "'lstrip': 'x'"),
+  "deep tokenizer": beside(TEXTS, "[" * 100_000),
+  "deep ends": beside(
+    "generation_config.json", "[" * 100_000, **{TEXTS: {"tokenizer_class": "BertTokenizer"}}),
 }  # fmt: skip
 
 
@@ -218,6 +271,24 @@ def test_dtypes_are_kept_unless_asked(good, tmp_path):
   assert kept.config.param_dtype == "bfloat16"
   for a, b in zip(jax.tree.leaves(kept.params), jax.tree.leaves(half.params), strict=True):
     assert a.dtype == b.dtype and jnp.array_equal(a, b)
+
+
+def test_nothing_is_lost_of_a_folder_of_several_dtypes_or_of_64_bits(folder, tmp_path, caplog):
+  table = "model.embed_tokens.weight"
+  wide = {name: np.array(array) for name, array in open_folder(folder).items()}
+  change_tensors(folder, lambda t: t.update({table: t[table].astype(jnp.bfloat16)}))
+  model.loading.convert(folder, tmp_path / "back", format="hf")
+  assert "bfloat16 and float32: all are taken as float32" in caplog.text
+  back = open_folder(tmp_path / "back")
+  wide[table] = wide[table].astype(jnp.bfloat16).astype(np.float32)
+  for name, array in wide.items():
+    np.testing.assert_array_equal(back[name], array, strict=True)
+  change_tensors(folder, lambda t: t.update({Q: t[Q].astype(np.float64)}))
+  with pytest.raises(InputError, match="needs 64-bit JAX"):
+    model.loading.convert(folder, tmp_path / "more", format="hf")
+  with pytest.raises(InputError, match="needs 64-bit JAX"):
+    model.load(folder, dtype=None)
+  assert model.load(folder).config.param_dtype == "float32"
 
 
 def test_files_of_torch_are_read_as_torch_reads_them(folder):

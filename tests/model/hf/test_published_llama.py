@@ -167,6 +167,41 @@ def test_scalings_of_published_folders_are_read_by_their_older_names():
     read("gpt_oss", quantization_config=dict(quant_method="awq"))
 
 
+@pytest.mark.parametrize(
+  ("family", "fields"),
+  [
+    ("llama", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4))),
+    ("llama", dict(rope_theta=5e4, rope_parameters=dict(rope_type="default", rope_theta=5e4))),
+    ("llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0))),
+    ("gemma3_text", dict(rope_parameters=dict(
+      full_attention=dict(rope_type="default", rope_theta=3e6),
+      sliding_attention=dict(rope_type="default", rope_theta=1e4)))),
+  ],
+)  # fmt: skip
+def test_of_two_scalings_the_one_counts_that_counts_in_transformers(family, fields):
+  transformers = pytest.importorskip("transformers")
+  both = {**fields, "rope_scaling": dict(rope_type="linear", factor=4.0)}
+  theirs = transformers.AutoConfig.for_model(family, **SIZES, **json.loads(json.dumps(both)))
+  read = lambda **told: hf.FAMILIES[family].read({**SIZES, "model_type": family, **told})[1]
+  assert read(**both).rope_factor == 4.0
+  assert read(**both) == read(rope_parameters=theirs.rope_parameters)
+
+
+def test_a_base_that_transformers_would_not_see_is_refused():
+  lost = dict(rope_parameters=dict(rope_theta=5e4), rope_scaling=dict(type="linear", factor=4.0))
+  with pytest.raises(InputError, match=r"rope_theta=50000.0, and with rope_scaling"):
+    hf.FAMILIES["llama"].read({**SIZES, "model_type": "llama", **lost})
+
+
+def test_modernbert_scales_both_kinds_of_layers_or_global_ones_by_type():
+  family, scaled = hf.FAMILIES["modernbert"], dict(rope_type="linear", factor=4.0)
+  sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+  with pytest.raises(InputError, match="local layers can have no scaling"):
+    family.read({**sizes, "rope_scaling": scaled})
+  cfg = family.read({**sizes, "rope_parameters": {"full_attention": scaled}})[1]
+  assert family.read(family.write(cfg)[1])[1] == cfg
+
+
 SIZES = dict(
   vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
   num_key_value_heads=2, max_position_embeddings=64,
