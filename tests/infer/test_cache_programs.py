@@ -89,7 +89,7 @@ class Requests:
     rows = int(draw.choice(self.rows))
     if chance(0.2) and settings["temperature"] > 0:
       self.ask([self.prompt(length())], settings | dict(num_return_sequences=rows))
-    elif chance(0.2):
+    elif not told and chance(0.2):  # A stream tells no log-probabilities.
       one = settings | dict(prefill_chunk=CHUNK)
       "".join(infer.stream(self.m, self.prompt(length()), **one))
     else:
