@@ -56,6 +56,7 @@ def same(a, b):
   return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b)))
 
 
+@pytest.mark.slow
 def test_an_adapter_and_a_generator_of_replaced_tokens_are_loaded_without_the_generator(tmp_path):
   tokenizer = build_tokenizer("bytes", None, [])
   body = dataclasses.replace(DISCRIMINATOR, vocab_size=tokenizer.vocab_size)
