@@ -200,6 +200,13 @@ def _echo(m: "Model", asked: _Asked, top: int) -> dict[str, Any]:
   return dict(prompt_tokens=prompt, prompt_logprobs=values, prompt_top_logprobs=shown)
 
 
+def told_whole(settings: Settings) -> list[str]:
+  """The settings whose outcome is known, or told, only when a text has ended."""
+  several = ("num_return_sequences", "num_beams", "best_of")
+  told = [name for name in several if (getattr(settings, name) or 1) > 1]
+  return told + [n for n in ("penalty_alpha", "logprobs", "echo") if getattr(settings, n)]
+
+
 def stream(m: "Model", prompt: Prompt, **settings: Any) -> Iterator[str]:
   """Yields the text of `generate` for one prompt in pieces of whole characters, as they come.
 
@@ -210,10 +217,8 @@ def stream(m: "Model", prompt: Prompt, **settings: Any) -> Iterator[str]:
   encoded = checked(m, prompt, chosen)
   if len(encoded) != 1:
     raise InputError(f"stream takes one prompt and got {len(encoded)}: call it once for each.")
-  whole = ("num_return_sequences", "num_beams", "best_of", "penalty_alpha", "logprobs", "echo")
-  for name in whole:
-    if getattr(chosen, name) != getattr(Settings(), name):
-      raise InputError(f"{name}={getattr(chosen, name)} cannot be streamed: call generate.")
+  for name in told_whole(chosen):
+    raise InputError(f"{name}={getattr(chosen, name)} cannot be streamed: call generate.")
   chosen = dataclasses.replace(chosen, max_new_tokens=next(iter(by_room(m, encoded, chosen))))
   adapters = adapters_of(m, chosen, 1)
   return _pieces(Batch(m, encoded, chosen.seeds(1), chosen, follow=True, adapters=adapters))

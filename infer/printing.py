@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from infer.batch import text_of
 from infer.chat import as_messages, turn_ends
-from infer.generate import Completion, results, stream
+from infer.generate import Completion, results, stream, told_whole
 from infer.probabilities import legend, shown
 from infer.progress import Progress
 from infer.settings import Settings
@@ -61,9 +61,8 @@ def print_completions(m: "Model", prompts: list[Any], settings: dict[str, Any], 
     given = settings.get("stop", [])
     settings = settings | {"stop": [*given, *turn_ends(m)]}
   chosen = Settings(**settings)
-  many = ("num_return_sequences", "num_beams", "best_of", "penalty_alpha")
-  single = len(prompts) == 1 and all(getattr(chosen, name) in (0, 1, None) for name in many)
-  whole = how.json or how.show_probs or chosen.echo
+  single = len(prompts) == 1 and not told_whole(chosen)
+  whole = how.json or how.show_probs
   if not whole and (single and sys.stdout.isatty() if how.stream is None else how.stream):
     _print_pieces(m, prompts, chosen, settings)
   else:

@@ -39,8 +39,8 @@ def scores(
 
   Args:
     scorer: "mean_logprob", the mean log-probability of a completion's tokens, -inf where it has
-      none, as one that begins with a stop string; a function of
-      (prompt, completion); or a reward model, which reads prompt and completion as one text.
+      none, as one that begins with a stop string; a function of (prompt, completion); or a reward
+      model, which reads prompt and completion as one text.
 
   Raises:
     InputError: for a function that returns no number.

@@ -1,7 +1,6 @@
 """Folders of torch PEFT: adapter_config.json and adapter_model.safetensors, read and written."""
 
 import dataclasses
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from model.heads import abstract
 from model.hf.engine import Layout
 from model.hf.safetensors_files import open_file
 from model.hf.torch_files import open_torch_file
+from model.json_files import read_json
 from model.layers import Embed, Linear, param_info
 from model.peft import tied, virtual_files
 from model.peft.attach import KEY, attached, is_adapted, owners, together
@@ -61,10 +61,7 @@ def read_config(folder: str | File) -> dict[str, Any]:
     InputError: if it cannot be read, is of a method that is not known, or sets what is not.
   """
   path = File(folder).expanduser() / CONFIG
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, OSError, RecursionError) as error:
-    raise InputError(f"{path} cannot be read: {error}.") from None
+  values = read_json(path)
   kind = values.get("peft_type") if isinstance(values, dict) else None
   if kind not in _KINDS:
     raise InputError(

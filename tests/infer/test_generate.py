@@ -152,6 +152,7 @@ def test_streamed_pieces_join_to_the_text_of_generate(m, seed):
   for settings in (dict(echo=True), dict(logprobs=1), dict(penalty_alpha=1, top_k=2)):
     with pytest.raises(ValueError, match="cannot be streamed"):
       infer.stream(m, "a", **settings)
+  assert "".join(infer.stream(m, "a", best_of=1)) == infer.generate(m, "a")[0].text
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
