@@ -16,7 +16,7 @@ import model
 from benchmarks.decode_files import quiet_llama
 from model.config import ModelConfig
 from model.heads import abstract, init_params
-from model.loading import Model
+from model.trained import Model
 
 Generate = Callable[[np.ndarray, int], list[list[int]]]  # (tokens (B, T), how many new) -> these.
 Way = tuple[Generate, float]  # The call, and bytes of the weights that a step reads.

@@ -20,9 +20,9 @@ from infer.text import text_of_file
 from model import load, save
 from model.compilation import use_compilation_cache
 from model.errors import InputError, run
-from model.loading import unused_folder
 from model.peft.attach import is_adapted
 from model.quant_tree import resident_bytes
+from model.saving import unused_folder
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "A workdir, a step in it, PATH@best, a Hugging Face folder or a GGUF file."

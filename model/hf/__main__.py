@@ -35,9 +35,9 @@ def main(argv: list[str]) -> int:
     raise InputError(f"{argv[1]!r} is no flag: settings are written --name=value.")
   if not _SOURCE.value or not _TARGET.value:
     raise InputError("--source and --target are needed: what to read and where to write.")
-  from model import loading  # After the flags: what is wrong with them is said sooner.
+  from model import saving  # After the flags: what is wrong with them is said sooner.
 
-  config = loading.convert(
+  config = saving.convert(
     _SOURCE.value, _TARGET.value, format=_FORMAT.value, dtype=_DTYPE.value, family=_FAMILY.value,
     adapter=_ADAPTER.value, quantize=_QUANTIZE.value,
   )  # fmt: skip

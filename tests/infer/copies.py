@@ -10,7 +10,7 @@ import pytest
 
 from model.config import ModelConfig
 from model.heads import init_params
-from model.loading import Model
+from model.trained import Model
 
 VOCAB = 96
 BIASED = dict(gated=False, mlp_bias=True, attention_bias=True, attention_out_bias=True)

@@ -14,10 +14,10 @@ from model import sharding
 from model.errors import InputError
 from model.heads import abstract
 from model.layers import param_info
-from model.loading import Model
 from model.peft.attach import attached
 from model.peft.named import named
 from model.quant_tree import quantize_params
+from model.trained import Model
 from tests import commands
 from tests.infer import tiny
 from tests.infer.test_cache_programs import counted

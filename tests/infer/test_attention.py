@@ -11,7 +11,7 @@ import pytest
 import infer
 import model
 from infer.attention.maps import labels
-from model.loading import Model
+from model.trained import Model
 from tests.commands import run
 from tests.infer import tiny
 from tests.infer.test_beam import on_request

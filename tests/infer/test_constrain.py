@@ -15,9 +15,9 @@ import infer.decode
 import model
 from model.errors import InputError
 from model.heads import init_params
-from model.loading import Model
 from model.tokenizer import Tokenizer
 from model.tokenizer_bytes import token_bytes
+from model.trained import Model
 from model.vocabulary import build_tokenizer
 from tests import commands
 from tests.infer import tiny

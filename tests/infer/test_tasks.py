@@ -13,7 +13,7 @@ from infer.tasks.answer import best_span
 from infer.tasks.tag import joined
 from infer.tasks.words import word_pieces
 from model.heads import init_params
-from model.loading import Model
+from model.trained import Model
 from model.vocabulary import build_tokenizer
 from tests.infer.copies import BASE, BERT, VOCAB, theirs_and_ours
 

@@ -14,8 +14,8 @@ from infer.tasks.tag import _probabilities
 from infer.tasks.windows import owners, windows
 from model.config import ModelConfig
 from model.heads import init_params
-from model.loading import Model
 from model.tokenizer import Encoded
+from model.trained import Model
 from model.vocabulary import build_tokenizer
 
 BYTES = build_tokenizer("bytes", None, [])

@@ -6,10 +6,10 @@ import jax
 
 from model.config import ModelConfig
 from model.heads import abstract, init_params
-from model.loading import Model
 from model.peft.attach import together
 from model.peft.config import PeftConfig
 from model.peft.create import adapter_maker
+from model.trained import Model
 from model.vocabulary import build_tokenizer
 
 CONFIG = ModelConfig(

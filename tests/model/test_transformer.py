@@ -12,7 +12,7 @@ from model.cache import new_cache
 from model.config import ModelConfig
 from model.heads import abstract, init_params
 from model.layers import FEW_ROWS, MLP, scores
-from model.loading import Model
+from model.trained import Model
 from model.transformer import Inputs
 from tests.train import tiny
 

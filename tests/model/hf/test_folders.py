@@ -277,7 +277,7 @@ def test_nothing_is_lost_of_a_folder_of_several_dtypes_or_of_64_bits(folder, tmp
   table = "model.embed_tokens.weight"
   wide = {name: np.array(array) for name, array in open_folder(folder).items()}
   change_tensors(folder, lambda t: t.update({table: t[table].astype(jnp.bfloat16)}))
-  model.loading.convert(folder, tmp_path / "back", format="hf")
+  model.saving.convert(folder, tmp_path / "back", format="hf")
   assert "bfloat16 and float32: all are taken as float32" in caplog.text
   back = open_folder(tmp_path / "back")
   wide[table] = wide[table].astype(jnp.bfloat16).astype(np.float32)
@@ -285,7 +285,7 @@ def test_nothing_is_lost_of_a_folder_of_several_dtypes_or_of_64_bits(folder, tmp
     np.testing.assert_array_equal(back[name], array, strict=True)
   change_tensors(folder, lambda t: t.update({Q: t[Q].astype(np.float64)}))
   with pytest.raises(InputError, match="needs 64-bit JAX"):
-    model.loading.convert(folder, tmp_path / "more", format="hf")
+    model.saving.convert(folder, tmp_path / "more", format="hf")
   with pytest.raises(InputError, match="needs 64-bit JAX"):
     model.load(folder, dtype=None)
   assert model.load(folder).config.param_dtype == "float32"
