@@ -27,15 +27,14 @@ _LONGEST = (
 )  # fmt: skip
 # What these show is decided by our own code, whichever JAX computes: commands, files, searches.
 _ONCE = (
-  "test_house.py", "model/hf/", "model/peft/test_combine.py", "model/test_chat.py",
-  "infer/test_adapters.py", "infer/test_attention.py", "infer/test_beam.py",
+  "test_house.py", "launch/", "model/hf/", "model/peft/", "model/test_chat.py",
+  "infer/test_adapters.py", "infer/test_attention.py", "infer/test_beam.py", "infer/test_cache.py",
   "infer/test_calibrate.py", "infer/test_chat.py", "infer/test_command.py",
   "infer/test_constrain.py", "infer/test_perplexity.py", "infer/test_printing.py",
-  "infer/test_probes.py", "infer/test_shaping.py", "infer/test_task_command.py",
-  "infer/test_tasks.py", "infer/test_text.py", "infer/test_windows.py",
-  "train/objectives/test_masking.py", "train/objectives/test_sft.py",
-  "train/objectives/test_spans.py", "train/peft/test_run.py", "train/test_init_from.py",
-  "train/test_report.py",
+  "infer/test_probes.py", "infer/test_shaping.py", "infer/test_speculative.py",
+  "infer/test_task_command.py", "infer/test_tasks.py", "infer/test_text.py",
+  "infer/test_virtual.py", "infer/test_windows.py", "train/objectives/", "train/peft/",
+  "train/test_init_from.py", "train/test_report.py",
 )  # fmt: skip
 _HERE = Path(__file__).parent
 
