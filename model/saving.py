@@ -30,10 +30,9 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
   Args:
     folder: a new or empty folder.
     format: `orbax`, a workdir with config.json, tokenizer/ and checkpoints/0, and the only one that
-      holds bottleneck adapters, with their base; `hf`, a folder that
-      Transformers reads, which has no quantized matrices: written in float again, it would pass for
-      the model that they were made of; `peft`, the adapter alone as torch PEFT reads it, whatever
-      its base is kept in.
+      holds bottleneck adapters, with their base; `hf`, a folder that Transformers reads, which has
+      no quantized matrices: written in float again, it would pass for the model that they were made
+      of; `peft`, the adapter alone as torch PEFT reads it, whatever its base is kept in.
     family: `model_type` of such a folder; None: what it came from, or the first that fits.
 
   Raises:
@@ -79,12 +78,11 @@ def save(m: Model, folder: str | Path, *, format: str = "orbax", family: str | N
   config = {"model": m.config.to_dict(), "data": {"labels": labels}, "family": m.family,
             "end_ids": list(m.end_ids), "text_limit": m.text_limit}  # fmt: skip
   config |= {"quantized": kept} if kept else {}
-  meta = {"config": config}
-  (folder / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
+  (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
   if m.tokenizer is not None:
     m.tokenizer.save(folder / "tokenizer")
   checkpoints = checkpoint.Checkpoints(folder, keep=1)
-  checkpoints.save(0, {"params": m.params}, meta, blocking=True)
+  checkpoints.save(0, {"params": m.params}, {"config": config}, blocking=True)
   checkpoints.close()
 
 

@@ -101,7 +101,6 @@ def test_speculated_draws_have_the_exact_distribution():
   fits(pool(counts), pool(exact))
 
 
-@pytest.mark.once
 def test_stop_strings_end_speculated_texts_where_they_end_others(m):
   free = infer.generate(m, tiny.PROMPTS, max_new_tokens=40, temperature=0.9)
   cuts = [c.text[len(c.text) // 2 :][:2] for c in free]

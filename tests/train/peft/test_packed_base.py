@@ -240,7 +240,6 @@ def test_a_run_begins_from_float_goes_on_and_is_loaded_over_the_base_that_it_saw
   assert size < 3 * adapter + 200_000
 
 
-@pytest.mark.once
 def test_matrices_of_which_some_layers_are_trained_stay_in_float_and_are_loaded_so(tmp_path):
   tokenizer = build_tokenizer("bytes", None, [])
   body = dataclasses.replace(BODY, vocab_size=tokenizer.vocab_size)
