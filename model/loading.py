@@ -106,8 +106,8 @@ def source(path: str | Path, *, dtype: str | None = None) -> Source:
   """
   forms.check_dtype(dtype)
   if not hf.is_folder(path):
-    found, formats = workdirs.described(str(path), dtype)
-    if workdirs.adapters_in(str(path)):
+    found, formats, adapters = workdirs.described(str(path), dtype)
+    if adapters:
       raise InputError(
         f"{path} has bottleneck adapters, which nothing but the model that it holds can have: use "
         "the checkpoint of its base."

@@ -32,14 +32,14 @@ def read(
   Raises:
     InputError: as `model.load` does.
   """
-  source, formats = described(path, dtype if format is None else None, part)
+  source, formats, adapters = described(path, dtype if format is None else None, part)
   if formats and format is not None and format.name != (have := main_format(formats.values())):
     raise InputError(
       f"quantize={format.name!r}, and {path} is quantized already, in {have}: leave quantize out, "
       "or load the checkpoint that it was made of."
     )
   cfg = forms.config_here(source.config, dtype or source.config.param_dtype)
-  own = apart(forms.wanted(cfg, mesh, adapters_in(path, part)))[1]
+  own = apart(forms.wanted(cfg, mesh, adapters))[1]
   if format is not None and not formats:
     leaf = by_layer(source.leaf)
     params = read_params(leaf, forms.wanted(cfg, mesh), forms.info(cfg), mesh, format)
@@ -56,15 +56,11 @@ def read(
   return dataclasses.replace(m, adapted=Adapted(None, False)) if own else m
 
 
-def adapters_in(path: str, part: str = "params") -> dict:
-  """Shapes of the adapters that a workdir holds together with their base; {} for none."""
-  workdir, step = checkpoint.resolve(path)
-  return apart(checkpoint.describe(workdir / "checkpoints" / str(step)).state.get(part, {}))[1]
-
-
-def described(path: str, dtype: str | None, part: str = "params") -> tuple[Source, dict[str, str]]:
+def described(
+  path: str, dtype: str | None, part: str = "params"
+) -> tuple[Source, dict[str, str], dict]:
   """(what a workdir holds, whose parameters are read when they are asked for; the formats of those
-  that are quantized).
+  that are quantized; shapes of the adapters that lie beside them, {} for none).
 
   Raises:
     InputError: if there is none, or it holds an adapter alone.
@@ -94,4 +90,5 @@ def described(path: str, dtype: str | None, part: str = "params") -> tuple[Sourc
   labels = None if labels is None else tuple(labels)
   ends = tuple(config.get("end_ids", ()))
   limit = config.get("text_limit")
-  return Source(cfg, leaf, tokenizer, labels, config.get("family"), ends, limit), formats
+  source = Source(cfg, leaf, tokenizer, labels, config.get("family"), ends, limit)
+  return source, formats, apart(found.state.get(part, {}))[1]
